@@ -1,0 +1,167 @@
+"""Files of a bank: written so that a kill leaves the old one or none, read as what they are: untrusted.
+
+Only safetensors and JSON. Every size is checked against the file's own length before anything is allocated.
+"""
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import BankError
+
+
+_CHUNK = 1 << 22
+_MAX_HEADER = 1 << 20
+_WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1}
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name beside it, flush it to disk, then rename it into place."""
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, path)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file in the same way."""
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
+    os.close(handle)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, metadata={"format": "pt"})
+        with open(scratch, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, path)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut, where the system lets folders be synced."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file, hexadecimal."""
+    result = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            result.update(chunk)
+    return result.hexdigest()
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file that a manifest names, which must lie directly in the bank's folder.
+
+    Raises:
+        BankError: an absolute path, a parent path, a sub-folder, or a link that leads elsewhere.
+    """
+    if PurePosixPath(name).name != name or "\\" in name or name in ("", ".", ".."):
+        raise BankError(f"bank.json names the file {name!r}, which is not a plain file name inside the bank's folder")
+    return folder / name
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file that this package wrote itself."""
+    check_header(path)
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+
+
+def check_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """dtype and shape of every tensor in a safetensors file, after checking that its data is really there.
+
+    Raises:
+        BankError: not a safetensors file, a header that is too long or lies about sizes, or a truncated file.
+    """
+    try:
+        return _header(path)
+    except (ValueError, KeyError, TypeError, struct.error, RecursionError) as error:
+        raise BankError(f"{path.name} is not a sound safetensors file ({error}); download or build the bank again") from error
+
+
+def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    length = path.stat().st_size
+    with open(path, "rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        if size > min(_MAX_HEADER, length - 8):
+            raise ValueError(f"its header claims {size} bytes")
+        header = json.loads(file.read(size), object_pairs_hook=_unique)
+    table, end = {}, 0
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        first, last = entry["data_offsets"]
+        wanted = _WIDTH[entry["dtype"]]
+        for extent in entry["shape"]:
+            if type(extent) is not int or extent < 0:
+                raise ValueError(f"tensor {name} has shape {entry['shape']}")
+            wanted *= extent
+        if type(first) is not int or type(last) is not int or not 0 <= first <= last or last - first != wanted:
+            raise ValueError(f"tensor {name} declares {wanted} bytes at {first}..{last}")
+        table[name] = (entry["dtype"], tuple(entry["shape"]))
+        end = max(end, last)
+    if 8 + size + end != length:
+        raise ValueError(f"it should be {8 + size + end} bytes long and is {length}")
+    return table
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key appears twice")
+    return result
+
+
+def unique_json(data: bytes) -> object:
+    """Parsed JSON, with doubled keys refused."""
+    return json.loads(data, object_pairs_hook=_unique)
+
+
+def slices(path: Path, name: str, width: int) -> Iterator[Tensor]:
+    """A tensor's lines, `width` at a time, without reading the whole of it."""
+    with safe_open(path, framework="pt") as file:
+        part = file.get_slice(name)
+        total = part.get_shape()[0]
+        for start in range(0, total, width):
+            yield part[start : min(start + width, total)]
+
+
+def finite(tensor: Tensor, where: str) -> Tensor:
+    """The tensor itself, if every value is finite.
+
+    Raises:
+        BankError: NaN or infinity, with the place named.
+    """
+    if not bool(torch.isfinite(tensor).all()):
+        raise BankError(f"{where} holds NaN or infinity; build the bank again")
+    return tensor

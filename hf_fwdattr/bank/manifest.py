@@ -1,0 +1,127 @@
+"""What `bank.json` says: a strict schema, so that a bank from elsewhere is understood wholly or refused."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import BankError
+from .files import unique_json
+
+
+SCHEMA = 1
+MANIFEST = "bank.json"
+_MAX_MANIFEST = 1 << 26
+Count = Annotated[int, Field(ge=0, le=1 << 48)]
+Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Parameter(_Strict):
+    """A responding parameter: canonical name and shape."""
+
+    name: str
+    shape: list[Count]
+
+
+class Stretch(_Strict):
+    """A segment: its length in optimizer time (the sum of its learning rates)."""
+
+    length: float
+    weight_decay: Positive = 0.0
+
+
+class DatasetIdentity(_Strict):
+    """What is known of the training set; rows themselves are known by their hashes."""
+
+    rows: Count
+    repo: str | None = None
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    columns: list[str] = []
+    fingerprint: str | None = None
+    tokenizer: str | None = None
+
+
+class File(_Strict):
+    """One shard: its name, its size in bytes, its hash, and which lines of the whole it holds."""
+
+    name: str
+    kind: Literal["probes", "coordinates"]
+    size: Count
+    sha256: Sha256
+    first: Count
+    lines: Count
+
+
+class Manifest(_Strict):
+    """The whole of `bank.json`."""
+
+    schema_version: Literal[1] = SCHEMA
+    libraries: dict[str, str]
+    model: str | None
+    revision: str | None
+    weights: Sha256
+    parameters: list[Parameter]
+    objective: str
+    optimizer: str
+    segments: list[Stretch]
+    config: dict[str, Any]
+    curvature_samples: Count
+    probes: Count
+    source_probes: Count
+    source_scales: list[Positive]
+    exact: bool
+    kept_variance: Positive
+    dtype: Literal["float32", "bfloat16", "float16"]
+    dataset: DatasetIdentity
+    sources: list[str]
+    salt: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    quality: dict[str, Any] = {}
+    files: list[File]
+
+    @property
+    def size(self) -> int:
+        """P."""
+        total = 0
+        for parameter in self.parameters:
+            count = 1
+            for extent in parameter.shape:
+                count *= extent
+            total += count
+        return total
+
+    def to_json(self) -> bytes:
+        """As it is written."""
+        return (self.model_dump_json(indent=2) + "\n").encode()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the bank in `folder`.
+
+    Raises:
+        BankError: there is none, it is no JSON, or a field is missing, unknown or of the wrong kind.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BankError(f"no bank in {folder}: there is no {MANIFEST}")
+    if path.stat().st_size > _MAX_MANIFEST:
+        raise BankError(f"{path} has {path.stat().st_size} bytes; a manifest has at most {_MAX_MANIFEST}")
+    try:
+        values = unique_json(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BankError(f"{path} is not sound JSON: {error}") from error
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    if version != SCHEMA:
+        raise BankError(f"{path}: schema_version is {version!r} and this package reads {SCHEMA}; update hf-fwdattr")
+    try:
+        return Manifest.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise BankError(f"{path}: {field}: {first['msg']} (found {str(first.get('input'))[:80]!r})") from error

@@ -1,0 +1,87 @@
+"""What a user may choose about a response bank."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+def _help(text: str, **default: Any) -> Any:
+    return field(metadata={"help": text}, **default)
+
+
+@dataclass
+class ResponseConfig:
+    """Settings of [`ResponseCallback`] and [`build_bank`]; the defaults are the measured ones.
+
+    Raises:
+        ValueError: a value out of range, named with what is allowed.
+    """
+
+    parameters: str | list[str] = _help(
+        "Which weights respond: 'auto' (LoRA B matrices where there is LoRA, else every trainable Linear weight), "
+        "'lora_B', 'lora', 'trainable', or regular expressions on canonical names.",
+        default="auto",
+    )
+    segments: int = _help("Stretches of the run that are propagated one after the other; each costs two passes.", default=3)
+    probes: int | float | str = _help(
+        "k, the number of probes; or a float below 1: the share of held-out score variance to keep; or 'exact'.",
+        default=128,
+    )
+    curvature_samples: int | None = _help(
+        "Sampled-label gradients per segment for the Gauss-Newton matrix; None: one per row, at most 4096.", default=None
+    )
+    horizon: dict[str, float] | None = _help(
+        "None: the run's own. Or the paper's form at the end of training: {'steps': K, 'step_size': eta, 'damping': "
+        "lambda}; 'steps' may be infinite.",
+        default=None,
+    )
+    row_id_column: str | None = _help("Column with the user's own integer row ids; None: the position.", default=None)
+    source_column: str | None = _help("Column that says which source a row belongs to.", default=None)
+    objective: str | Callable[..., Any] = _help(
+        "'auto', 'causal-lm', 'sequence-classification', or a function (model, batch) -> (logits, labels).",
+        default="auto",
+    )
+    dtype: str = _help("What probes and coordinates are stored in: 'float32', 'bfloat16' or 'float16'.", default="float32")
+    batch_size: int = _help("Rows per forward and backward of the passes.", default=16)
+    sample_rows: int = _help("Rows from which the probes are found (all, if there are fewer).", default=2048)
+    source_probes: int = _help(
+        "Sources get a probe of their own, hence exact scores, when there are at most this many.", default=64
+    )
+    memory_budget: int = _help("Bytes of matrices held in memory during the passes; more goes to disk.", default=4 << 30)
+    seed: int = _help("Of sampled labels and of the choice of sample rows.", default=0)
+    folder: str = _help("Name of the bank's folder inside the model's.", default="fwdattr")
+    quiet: bool = _help("No progress bars.", default=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.probes, str) and self.probes != "exact":
+            raise ValueError(f"probes={self.probes!r}: a number of probes, a kept variance below 1, or 'exact'")
+        if isinstance(self.probes, float) and not 0 < self.probes < 1:
+            raise ValueError(f"probes={self.probes}: as a float it is the variance to keep, between 0 and 1")
+        for name in ("segments", "batch_size", "sample_rows") + (("probes",) if isinstance(self.probes, int) else ()):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.curvature_samples is not None and self.curvature_samples < 0:
+            raise ValueError(f"curvature_samples={self.curvature_samples}: must not be negative")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype={self.dtype!r}: 'float32', 'bfloat16' or 'float16'")
+        if self.horizon is not None and not {"steps"} <= set(self.horizon) <= {"steps", "step_size", "damping"}:
+            raise ValueError(f"horizon={self.horizon}: wants 'steps' and may have 'step_size' and 'damping'")
+        if not self.folder or "/" in self.folder or "\\" in self.folder or self.folder in (".", ".."):
+            raise ValueError(f"folder={self.folder!r}: must be a plain folder name")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON; a callable objective becomes 'custom'."""
+        values = asdict(self)
+        return values | {"objective": self.objective if isinstance(self.objective, str) else "custom"}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ResponseConfig":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a key that is not a setting.
+        """
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown setting(s) {', '.join(unknown)}; known are {', '.join(f.name for f in fields(cls))}")
+        return cls(**values)

@@ -1,0 +1,261 @@
+"""The attribution pipeline: generate (or take) an output, and say which rows and sources made it likely.
+
+A facade: the work is done by `readout` (forward passes along the probes) and `bank` (what was stored).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Pipeline
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .bank.bank import ResponseBank
+from .errors import QueryError
+from .objective import CAUSAL_LM, IGNORED
+from .readout import READOUTS
+from .readout.ranking import Ranked, rank, scores, source_coordinates
+from .response.rows import row_hash
+
+
+TASK = "training-data-attribution"
+
+
+class AutoModelForAttribution(AutoModelForCausalLM):  # type: ignore[misc]
+    """A causal language model that remembers where it came from: the bank lies beside the adapter, not the base."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `AutoModelForCausalLM.from_pretrained`."""
+        model = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model.attribution_source = str(pretrained_model_name_or_path)
+        return model
+
+
+class TrainingDataAttributionPipeline(Pipeline):  # type: ignore[misc]
+    """Which training rows, and which sources, made the model say this?
+
+    ```python
+    attribute = pipeline("training-data-attribution", model="path/or/repo/of/the/adapter")
+    attribute("The capital of Chad is", dataset=train, top_k=5, max_new_tokens=8)
+    attribute({"prompt": "The capital of Chad is", "completion": " N'Djamena"})
+    attribute([{"role": "user", "content": "What is the capital of Chad?"}])
+    ```
+
+    Args (beside those of every pipeline):
+        bank (`str`, `Path` or `ResponseBank`, *optional*): where the bank is, if not beside the model.
+        readout (`str`, defaults to `jvp`): `jvp` or `difference`.
+        dataset (*optional*): the training set, to show the rows themselves; it must be the one that was trained on,
+            with its `input_ids`. `verify_dataset=False` accepts another form of it, row by row in the same order.
+        top_k (`int`, defaults to 5): rows to name on either side, proponents and opponents.
+        Everything else goes to `generate`.
+
+    Returns (per input):
+        generated_text (`str`), tokens (`list[str]`), examples (`list` of row, score, token_scores, source, example;
+        highest score first), sources (`list` of source, score; highest first). Scores are in nats: how much of the
+        output's log-likelihood is owed to the row, to first order. Removing the row changes it by minus the score.
+
+    Raises:
+        MismatchError: the bank belongs to another model, or the dataset is not the one that was trained on.
+        QueryError: nothing to score, or too long for the model.
+    """
+
+    _load_processor = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = True
+    _pipeline_calls_generate = True
+    _non_generation_params = ("top_k",)
+
+    def __init__(self, *args: Any, bank: Any = None, readout: str = "jvp", **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if readout not in READOUTS:
+            raise ValueError(f"readout={readout!r}: one of {', '.join(READOUTS)}")
+        self._read = READOUTS[readout]
+        self.model.eval()
+        source = bank if bank is not None else getattr(self.model, "attribution_source", None)
+        if source is None:
+            source = getattr(self.model, "name_or_path", "")
+        self.bank = source if isinstance(source, ResponseBank) else ResponseBank.from_pretrained(source)
+        self._parameters = self.bank.check_model(self.model)
+        self._probes = self.bank.probes().to(self.device)
+        self._verified: Any = None
+        if self.tokenizer is not None and self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    def _sanitize_parameters(
+        self, dataset: Any = None, top_k: int | None = None, verify_dataset: bool | None = None, **generate: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        after: dict[str, Any] = {}
+        if dataset is not None:
+            after["dataset"] = dataset
+            if verify_dataset is not False:
+                self._verify(dataset)
+        if top_k is not None:
+            after["top_k"] = top_k
+        return {}, generate, after
+
+    def _verify(self, dataset: Any) -> None:
+        """Refuse a dataset that is not the one the bank was made of."""
+        if self._verified is dataset:
+            return
+        first = dataset[0] if len(dataset) else {}
+        if "input_ids" not in first:
+            raise QueryError(
+                f"the dataset has {sorted(first)} but no 'input_ids', so its rows cannot be checked against the bank; "
+                "pass the tokenized training set, or verify_dataset=False to take rows by their position"
+            )
+        hashes = []
+        for row in dataset:
+            mask = row.get("attention_mask") or [1] * len(row["input_ids"])
+            tokens = [token for token, keep in zip(row["input_ids"], mask, strict=True) if keep]
+            hashes.append(row_hash(tokens, self.bank.salt))
+        self.bank.check_rows(hashes)
+        self._verified = dataset
+
+    def preprocess(self, input_: Any) -> dict[str, Tensor]:
+        """Token ids of the prompt, and of the completion if one is given, each (1, n)."""
+        prompt, completion = input_, None
+        if isinstance(input_, Mapping) and "prompt" in input_:
+            prompt, completion = input_["prompt"], input_.get("completion")
+        messages = getattr(prompt, "messages", prompt)
+        if isinstance(messages, str):
+            ids = self.tokenizer(messages)["input_ids"]
+        elif isinstance(messages, Sequence):
+            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        else:
+            raise QueryError(f"cannot attribute a {type(input_).__name__}; pass text, chat messages, or prompt and completion")
+        given = self.tokenizer(completion, add_special_tokens=False)["input_ids"] if completion is not None else []
+        if completion is not None and not given:
+            raise QueryError("the completion is empty: there is no output token to attribute")
+        # Empty tensors cannot be padded into a batch, so an absent completion is one masked token.
+        return {
+            "input_ids": torch.tensor([ids], dtype=torch.int64),
+            "attention_mask": torch.ones(1, len(ids), dtype=torch.int64),
+            "completion": torch.tensor([given or [0]]),
+            "completion_mask": torch.full((1, max(len(given), 1)), int(bool(given))),
+        }
+
+    def _forward(self, model_inputs: dict[str, Tensor], **generate: Any) -> dict[str, Any]:
+        prompts = [ids[mask.bool()] for ids, mask in zip(model_inputs["input_ids"], model_inputs["attention_mask"], strict=True)]
+        outputs = [
+            ids[mask.bool()] if mask.any() else self._generate(prompt, generate)
+            for prompt, ids, mask in zip(prompts, model_inputs["completion"], model_inputs["completion_mask"], strict=True)
+        ]
+        queries = []
+        for prompt, output in zip(prompts, outputs, strict=True):
+            labels = torch.cat([torch.full_like(prompt, IGNORED), output])
+            queries.append({"input_ids": torch.cat([prompt, output]).tolist(), "labels": labels.tolist()})
+        read = self.read(queries)
+        # Position p of the readout is token p + 1 of the text.
+        starts = [max(len(prompt) - 1, 0) for prompt in prompts]
+        parts = [line[start : start + len(o)] for line, start, o in zip(read, starts, outputs, strict=True)]
+        return {"output": [o.cpu() for o in outputs], "readout": parts}
+
+    def _generate(self, prompt: Tensor, generate: dict[str, Any]) -> Tensor:
+        """New tokens (n,) after a prompt, without the end-of-text token where something else was said."""
+        settings = self._prepare_generate_kwargs(dict(generate))
+        if len(prompt) == 0:
+            raise QueryError("the prompt is empty: there is nothing to continue")
+        text = self.model.generate(
+            input_ids=prompt[None], attention_mask=torch.ones_like(prompt)[None], **settings
+        )
+        text = text if isinstance(text, Tensor) else text.sequences
+        if text.shape[0] > 1:
+            raise QueryError("num_return_sequences is more than one; ask for one output at a time")
+        output = text[0, len(prompt) :]
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        return output[:-1] if len(output) > 1 and int(output[-1]) in ends else output
+
+    def read(self, queries: Sequence[Mapping[str, Sequence[int]]]) -> Tensor:
+        """(queries, positions, probes + source probes): the readout of token lists, right-padded together.
+
+        Raises:
+            QueryError: no supervised token, labels that do not fit, or too long for the model.
+        """
+        longest = getattr(self.model.config, "max_position_embeddings", None)
+        for number, query in enumerate(queries):
+            ids, labels = query["input_ids"], query["labels"]
+            if len(ids) != len(labels):
+                raise QueryError(f"query {number} has {len(ids)} input_ids and {len(labels)} labels; one label per token")
+            if not any(label != IGNORED for label in labels[1:]):
+                raise QueryError(f"query {number} has no supervised token (all labels are -100, or only its first token)")
+            if longest is not None and len(ids) > longest:
+                raise QueryError(f"query {number} has {len(ids)} tokens and the model reads at most {longest}; shorten it")
+        width = max(len(query["input_ids"]) for query in queries)
+
+        def padded(key: str, fill: int) -> Tensor:
+            lines = [list(query[key]) + [fill] * (width - len(query[key])) for query in queries]
+            return torch.tensor(lines, device=self.device)
+
+        ids, labels = padded("input_ids", 0), padded("labels", IGNORED)
+        real = [[1] * len(query["input_ids"]) + [0] * (width - len(query["input_ids"])) for query in queries]
+        batch = {"input_ids": ids, "attention_mask": torch.tensor(real, device=self.device), "labels": labels}
+        return self._read(self.model, self._parameters, CAUSAL_LM, batch, self._probes)
+
+    @torch.no_grad()
+    def scores(self, queries: Sequence[Mapping[str, Sequence[int]]], batch_size: int = 8) -> Tensor:
+        """Scores of all rows for tokenized queries: (queries, rows) in nats, float32, on the CPU.
+
+        Args:
+            queries: `input_ids` and `labels` of each, -100 where a token is not part of the output.
+            batch_size (`int`): queries that are read together.
+        """
+        if not queries:
+            raise QueryError("there are no queries to score")
+        k = self.bank.manifest.probes
+        parts = [
+            self.read(queries[at : at + batch_size])[..., :k].sum(1, keepdim=True)
+            for at in range(0, len(queries), batch_size)
+        ]
+        return scores(torch.cat(parts), self.bank.coordinates())
+
+    def postprocess(self, model_outputs: dict[str, Any], dataset: Any = None, top_k: int = 5) -> dict[str, Any]:
+        """The result as plain Python values."""
+        output, readout = model_outputs["output"][0], model_outputs["readout"][0]
+        k = self.bank.manifest.probes
+        ((best, worst),) = rank(readout[None, :, :k], self.bank.coordinates(), top_k)
+        examples = [self._example(best, i, dataset) for i in range(len(best.scores))]
+        examples += [self._example(worst, i, dataset) for i in reversed(range(len(worst.scores)))]
+        return {
+            "generated_text": self.tokenizer.decode(output, skip_special_tokens=True),
+            "tokens": [self.tokenizer.decode([token]) for token in output.tolist()],
+            "examples": examples,
+            "sources": self._sources(readout),
+        }
+
+    def _example(self, ranked: Ranked, index: int, dataset: Any) -> dict[str, Any]:
+        place, source = int(ranked.positions[index]), int(ranked.sources[index])
+        return {
+            "row": int(ranked.ids[index]),
+            "score": float(ranked.scores[index]),
+            "token_scores": ranked.token_scores[index].tolist(),
+            "source": self.bank.manifest.sources[source] if source >= 0 else None,
+            "example": dataset[place] if dataset is not None else None,
+        }
+
+    def _sources(self, readout: Tensor) -> list[dict[str, Any]]:
+        """Every source with its score; exact where sources have probes, else the sum over their rows."""
+        manifest = self.bank.manifest
+        if not manifest.sources:
+            return []
+        summed = readout.sum(0).double().cpu()
+        if manifest.source_probes:
+            values = summed[manifest.probes :] * torch.tensor(manifest.source_scales, dtype=torch.float64)
+        else:
+            values = source_coordinates(self.bank.coordinates(), len(manifest.sources)) @ summed[: manifest.probes]
+        order = torch.argsort(values, descending=True, stable=True).tolist()
+        return [{"source": manifest.sources[i], "score": float(values[i])} for i in order]
+
+
+def register() -> None:
+    """Make the task known to `transformers.pipeline`; done once, on import of the package."""
+    if TASK not in PIPELINE_REGISTRY.get_supported_tasks():
+        PIPELINE_REGISTRY.register_pipeline(
+            TASK, pipeline_class=TrainingDataAttributionPipeline, pt_model=AutoModelForAttribution, type="text"
+        )
+
+
+register()

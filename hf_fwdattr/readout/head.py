@@ -1,0 +1,88 @@
+"""What lies between the last hidden state and a token's log-likelihood, done once per token instead of once per probe.
+
+With p the softmax at a position, d log p_y = (W_y - sum_v p_v W_v) . dh: the bracket is one vector per output token, so a
+probe's tangent need never visit the vocabulary.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..objective import IGNORED, Batch, Likelihood, Objective, log_probabilities
+from ..parameters import Parameters
+
+
+class _Reached(Exception):
+    """Raised by the hook on the output layer to end a forward pass there; carries the hidden states."""
+
+    def __init__(self, hidden: Tensor):
+        self.hidden = hidden
+
+
+class Hidden(nn.Module):
+    """The model up to the input of its output layer: (queries, positions, features)."""
+
+    def __init__(self, model: nn.Module, objective: Objective, head: nn.Module):
+        super().__init__()
+        self.model, self.objective = model, objective
+        self._head = [head]  # in a list, so that the layer is not registered a second time
+        self.training = model.training
+
+    def forward(self, batch: Batch) -> Tensor:
+        def stop(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            raise _Reached(inputs[0])
+
+        handle = self._head[0].register_forward_pre_hook(stop)
+        try:
+            self.objective.forward(self.model, batch)
+        except _Reached as reached:
+            return reached.hidden
+        finally:
+            handle.remove()
+        raise RuntimeError("the output layer was never called")
+
+    def at(self, weights: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Hidden states with the weights of these live names replaced."""
+        return functional_call(self, {f"model.{name}": weight for name, weight in weights.items()}, (batch,))
+
+
+def output_layer(model: nn.Module, parameters: Parameters, objective: Objective) -> nn.Module | None:
+    """The Linear that makes a causal language model's logits, if nothing in it responds; else None."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    if objective.name != "causal-lm" or type(head) is not nn.Linear:
+        return None
+    responding = {id(tensor) for tensor in parameters.tensors(model)}
+    return None if any(id(parameter) in responding for parameter in head.parameters()) else head
+
+
+def hidden_states(likelihood: Likelihood, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """One plain forward: what went into the output layer, and the logits and labels that came out."""
+    seen: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        logits, labels = likelihood(batch)
+    finally:
+        handle.remove()
+    return seen[-1], logits, labels
+
+
+def covectors(head: nn.Module, hidden: Tensor, logits: Tensor, labels: Tensor) -> Tensor | None:
+    """(queries, positions, features): derivative of each label's log-likelihood by its hidden state; 0 where -100.
+
+    None if the model does something else than the layer between hidden states and logits (soft capping, scaling), in
+    which case the probes have to visit the vocabulary after all.
+    """
+    if hidden.ndim != 3 or hidden.shape[1] < labels.shape[1]:
+        return None
+    weight = head.weight
+    assert isinstance(weight, Tensor)
+    plain = log_probabilities(head(hidden[:, : labels.shape[1]]), labels)
+    if not torch.allclose(plain, log_probabilities(logits, labels), rtol=1e-3, atol=1e-3):
+        return None
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    bracket = weight[labels.clamp(min=0)] - wide.softmax(-1).to(weight.dtype) @ weight
+    return bracket.masked_fill((labels == IGNORED).unsqueeze(-1), 0.0)

@@ -1,0 +1,35 @@
+"""How many probes fit into memory at once."""
+
+import torch
+from torch import Tensor, nn
+
+from ..objective import Batch
+
+
+_CPU_BUDGET = 1 << 30  # bytes of tangents in flight on a CPU; more was not faster
+_ALIVE = 6  # activations of the widest layer that live at the same time, as tangents
+
+
+def probes_at_once(likelihood: nn.Module, batch: Batch, device: torch.device) -> int:
+    """Probes whose tangents fit the memory, from the widest activation of one plain forward pass; at least 1."""
+    widest = 1
+
+    def measure(_: nn.Module, __: tuple[object, ...], output: object) -> None:
+        nonlocal widest
+        if isinstance(output, Tensor):
+            widest = max(widest, output.numel() * output.element_size())
+
+    leaves = [module for module in likelihood.modules() if not any(module.children())]
+    handles = [leaf.register_forward_hook(measure) for leaf in leaves[:-1]]  # the last is the output layer
+    try:
+        likelihood(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    rows, positions = batch["labels"].shape[0], batch["labels"][0].numel()
+    heads = getattr(getattr(getattr(likelihood, "model", None), "config", None), "num_attention_heads", 1) or 1
+    attention = rows * heads * positions * positions * 4
+    budget = _CPU_BUDGET
+    if device.type == "cuda":
+        budget = int(torch.cuda.mem_get_info(device)[0] * 0.5)
+    return max(1, budget // (_ALIVE * max(widest, attention)))

@@ -1,0 +1,258 @@
+"""From a record to a bank on disk: respond, factorise, write. Also for a model that was fine-tuned before."""
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import default_data_collator
+
+from ..bank.bank import ResponseBank, temporary_bank_folder, write_bank
+from ..config import ResponseConfig
+from ..errors import NumericalError, UnsupportedError
+from ..gradients import at_rest
+from ..objective import objective_of
+from ..parameters import Parameters
+from ..response.passes import Passes, Responses
+from ..response.rows import Rows, row_hash
+from ..response.segment import Segment
+from ..response.storage import Storage
+from .identity import dataset_identity, model_identity, tokenizer_hash
+from .recorder import Record, Snapshot
+
+
+@dataclass
+class Sources:
+    """Which source each row belongs to: names, and (rows,) their indices, -1 for none."""
+
+    names: list[str]
+    of: Tensor
+
+
+def build_bank(
+    model: nn.Module,
+    dataset: Any,
+    config: ResponseConfig | None = None,
+    *,
+    data_collator: Callable[[list[Any]], Any] | None = None,
+    processing_class: Any = None,
+    record: str | Path | None = None,
+    folder: str | Path | None = None,
+) -> ResponseBank:
+    """Response bank of a model that is already fine-tuned.
+
+    Args:
+        model (`nn.Module`): the fine-tuned model, with its adapter.
+        dataset: the rows it was trained on, tokenized as they were: `input_ids` and `labels`.
+        config (`ResponseConfig`, *optional*): settings. `horizon` says how far the responses reach: without a record
+            of the run it must be given, for example {'steps': 100, 'step_size': 0.01, 'damping': 0.0}.
+        data_collator (`Callable`, *optional*): the one it was trained with.
+        processing_class (*optional*): the tokenizer, to be known by its hash.
+        record (`str` or `Path`, *optional*): folder of a record that [`ResponseCallback`] left (in a checkpoint, or
+            when its passes were interrupted); its segments are then used, as if the callback had finished.
+        folder (`str` or `Path`, *optional*): where the bank is written; by default somewhere temporary that is removed
+            with the returned object, so that `save_pretrained` or `push_to_hub` can place it.
+
+    Returns:
+        The bank.
+    """
+    config = config or ResponseConfig()
+    parameters = Parameters.of(model, config.parameters)
+    if record is not None:
+        kept = Record.load(Path(record))
+    elif config.horizon is not None:
+        kept = Record(steps=1, segments=1)
+    else:
+        raise UnsupportedError(
+            "how far responses reach is known from the run's record (record='<checkpoint>/fwdattr-record') or from "
+            "ResponseConfig(horizon={'steps': ..., 'step_size': ..., 'damping': ...}); neither was given"
+        )
+    keeper = None
+    if folder is None:
+        folder, keeper = temporary_bank_folder()
+    theta = parameters.read(model).cpu()
+    end = Snapshot(len(kept.rates) or 1, theta, torch.ones_like(theta))
+    if not kept.rates:
+        kept.add(1.0, *_equal_shares(model, dataset, config, data_collator))
+    bank = respond(
+        kept, end, model, parameters, dataset, data_collator or default_data_collator, config, Path(folder),
+        original=dataset, tokenizer=processing_class,
+    )  # fmt: skip
+    bank._keep = keeper
+    return bank
+
+
+def respond(
+    record: Record,
+    end: Snapshot,
+    model: nn.Module,
+    parameters: Parameters,
+    dataset: Any,
+    collate: Callable[[list[Any]], Any],
+    config: ResponseConfig,
+    folder: Path,
+    *,
+    original: Any = None,
+    tokenizer: Any = None,
+    optimizer: str = "none",
+) -> ResponseBank:
+    """The passes over the training set and the bank they end in; the model is left exactly as it was.
+
+    Args:
+        record (`Record`): exposures and snapshots of the run.
+        end (`Snapshot`): the responding parameters now.
+        dataset, collate: the rows as they were trained on.
+        original (*optional*): the dataset before columns were removed, for row ids and sources.
+    """
+    if not bool(torch.isfinite(end.theta).all()):
+        raise NumericalError("the trained weights are not finite (was the loss NaN?): no bank can be made of them")
+    objective = objective_of(model, config.objective)
+    live = [tensor.detach().clone() for tensor in parameters.tensors(model)]
+    device = parameters.tensors(model)[0].device
+    rows = Rows(dataset, collate, config.batch_size, device, _context(model))
+    sources = _sources(original if original is not None else dataset, config.source_column, len(rows))
+    random_state = torch.get_rng_state()
+    try:
+        with at_rest(model), Storage(config.memory_budget) as storage:
+            segments = record.build(len(rows), end, config.horizon)
+            passes = Passes(
+                model, parameters, objective, rows, segments, end.theta, storage, config.seed, config.quiet
+            )
+            exact_sources = len(sources.names) if len(sources.names) <= config.source_probes else 0
+            responses = passes.run(
+                config.probes, config.curvature_samples, config.sample_rows, sources.of, exact_sources
+            )
+            return _write(
+                folder, responses, segments, model, parameters, rows, sources, config, original, tokenizer, optimizer,
+                live,
+            )  # fmt: skip
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(parameters.tensors(model), live, strict=True):
+                tensor.copy_(value)
+        torch.set_rng_state(random_state)
+
+
+def _write(
+    folder: Path,
+    responses: Responses,
+    segments: list[Segment],
+    model: nn.Module,
+    parameters: Parameters,
+    rows: Rows,
+    sources: Sources,
+    config: ResponseConfig,
+    original: Any,
+    tokenizer: Any,
+    optimizer: str,
+    live: list[Tensor],
+) -> ResponseBank:
+    with torch.no_grad():  # the fingerprint is of the trained weights, not of the last snapshot
+        for tensor, value in zip(parameters.tensors(model), live, strict=True):
+            tensor.copy_(value)
+    salt = secrets.token_bytes(16)
+    name, revision = model_identity(model)
+    described = {
+        "libraries": _libraries(),
+        "model": name,
+        "revision": revision,
+        "weights": parameters.fingerprint(model),
+        "parameters": [
+            {"name": n, "shape": list(s)} for n, s in zip(parameters.names, parameters.shapes, strict=True)
+        ],
+        "objective": objective_of(model, config.objective).name,
+        "optimizer": optimizer,
+        "segments": [{"length": s.horizon.length, "weight_decay": s.weight_decay} for s in segments],
+        "config": config.to_dict(),
+        "curvature_samples": responses.curvature_samples,
+        "probes": len(responses.probes),
+        "source_probes": len(responses.sources),
+        "source_scales": responses.source_scales.tolist(),
+        "exact": responses.exact,
+        "kept_variance": max(0.0, responses.kept),
+        "dtype": config.dtype,
+        "dataset": dataset_identity(original if original is not None else rows.dataset)
+        | {"rows": len(rows), "tokenizer": tokenizer_hash(tokenizer)},
+        "sources": sources.names,
+        "salt": salt.hex(),
+    }
+    row_ids = _row_ids(original if original is not None else rows.dataset, config.row_id_column, len(rows))
+    hashes = _hashes(rows, salt, config.quiet)
+    return write_bank(
+        folder, described, [responses.probes, responses.sources], responses.coordinates, row_ids, hashes, sources.of
+    )
+
+
+def _hashes(rows: Rows, salt: bytes, quiet: bool) -> Tensor:
+    """(rows, 16) bytes: each row's tokens without padding."""
+    result = torch.zeros(len(rows), 16, dtype=torch.uint8)
+    with tqdm(total=len(rows), desc="row hashes", unit="row", disable=quiet, leave=False) as bar:
+        for indices, batch in rows.batches():
+            tokens = batch.get("input_ids", batch["labels"]).cpu()
+            mask = batch["attention_mask"].cpu().bool() if "attention_mask" in batch else torch.ones_like(tokens).bool()
+            for index, line, keep in zip(indices.tolist(), tokens, mask, strict=True):
+                real = line[keep] if keep.shape == line.shape else line
+                result[index] = torch.frombuffer(bytearray(row_hash(real.reshape(-1), salt)), dtype=torch.uint8)
+            bar.update(len(indices))
+    return result
+
+
+def _equal_shares(model: nn.Module, dataset: Any, config: ResponseConfig, collate: Any) -> tuple[Tensor, Tensor]:
+    """Every row seen once in one step: rows (n,), and one over the supervised tokens of all of them (n,)."""
+    rows = Rows(dataset, collate or default_data_collator, config.batch_size, "cpu", _context(model))
+    shifted = objective_of(model, config.objective).name == "causal-lm"
+    tokens = 0
+    for _, batch in rows.batches():
+        labels = batch["labels"]
+        tokens += int((labels[:, 1:] if shifted else labels).ne(-100).sum())
+    return torch.arange(len(rows)), torch.full((len(rows),), 1.0 / max(tokens, 1), dtype=torch.float64)
+
+
+def _sources(dataset: Any, column: str | None, total: int) -> Sources:
+    """Names of sources in sorted order, and which one each row belongs to."""
+    if column is None:
+        return Sources([], torch.full((total,), -1))
+    values = [None if value is None else str(value) for value in _column(dataset, column, "source_column")]
+    names = sorted({value for value in values if value is not None})
+    place = {name: index for index, name in enumerate(names)}
+    return Sources(names, torch.tensor([-1 if value is None else place[value] for value in values]))
+
+
+def _row_ids(dataset: Any, column: str | None, total: int) -> Tensor:
+    if column is None:
+        return torch.arange(total)
+    values = list(_column(dataset, column, "row_id_column"))
+    if not all(isinstance(value, int) for value in values) or len(set(values)) < len(values):
+        raise UnsupportedError(f"row_id_column={column!r}: row ids must be whole numbers, each used once")
+    return torch.tensor(values)
+
+
+def _column(dataset: Any, column: str, setting: str) -> list[Any]:
+    names = getattr(dataset, "column_names", None)
+    if names is None and len(dataset) and hasattr(dataset[0], "keys"):
+        names = list(dataset[0].keys())
+    if names is None or column not in names:
+        raise UnsupportedError(f"{setting}={column!r}: the dataset has the columns {names}; name one of them")
+    return list(dataset[column]) if hasattr(dataset, "column_names") else [row[column] for row in dataset]
+
+
+def _context(model: nn.Module) -> int | None:
+    """The longest row that the model can read, as far as its configuration says."""
+    config = getattr(model, "config", None)
+    value = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def _libraries() -> dict[str, str]:
+    found = {}
+    for name in ("hf-fwdattr", "torch", "transformers", "peft", "accelerate", "datasets"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,161 @@
+"""The callback: record while the model trains, then respond, factorise and write."""
+
+import inspect
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..bank.bank import ResponseBank
+from ..config import ResponseConfig
+from ..errors import UnsupportedError
+from ..objective import objective_of
+from ..parameters import Parameters
+from .build import respond
+from .exposure import Exposure
+from .optimizer import Preconditioner
+from .recorder import Record, Snapshot
+
+
+RECORD = "fwdattr-record"
+
+
+class ResponseCallback(TrainerCallback):
+    """Makes the response bank of a fine-tune, in `output_dir/fwdattr`, and leaves the training itself untouched.
+
+    While the model trains it notes which rows each step saw and copies the responding parameters and the optimizer's
+    diagonal once per segment. When training ends it makes about 2 S + 1 passes over the training set.
+
+    Args:
+        config (`ResponseConfig`, *optional*): settings.
+        dataset (*optional*): the training set with its row-id and source columns. Found in the trainer by itself;
+            needed only with a trainer that does not keep it as `train_dataset`.
+
+    Attributes:
+        bank (`ResponseBank`): after training.
+
+    Raises:
+        UnsupportedError: before the first step, for whatever the mathematics does not cover.
+    """
+
+    def __init__(self, config: ResponseConfig | None = None, dataset: Any = None):
+        self.config = config or ResponseConfig()
+        self.original = dataset
+        self.bank: ResponseBank | None = None
+        self._exposure: Exposure | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        train_dataloader: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Check everything that can be checked before a step is taken, and attach."""
+        assert model is not None
+        trainer = _trainer()
+        if self.original is None and trainer is not None:
+            self.original = trainer.train_dataset
+        _refuse(args, trainer)
+        self._tokenizer = processing_class
+        self._parameters = Parameters.of(model, self.config.parameters)
+        self._preconditioner = Preconditioner.of(optimizer, model, self._parameters)
+        self._shifted = objective_of(model, self.config.objective).name == "causal-lm"
+        self._record = self._begin(args, state)
+        if self._exposure is not None:  # an earlier run was interrupted
+            self._exposure.detach()
+        self._exposure = Exposure(model, train_dataloader)
+
+    def _begin(self, args: TrainingArguments, state: TrainerState) -> Record:
+        """A fresh record, or the one that the checkpoint holds from which the run is resumed."""
+        if state.global_step == 0:
+            return Record(
+                state.max_steps, self.config.segments, self._preconditioner.momentum, self._preconditioner.weight_decay
+            )
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / RECORD
+        if not folder.is_dir():
+            raise UnsupportedError(
+                f"training resumes at step {state.global_step}, but {folder} is missing: the checkpoint was made "
+                "without ResponseCallback, so nobody knows which rows the earlier steps saw. Start over with the "
+                "callback, or resume without it"
+            )
+        record = Record.load(folder)
+        if record.steps != state.max_steps:
+            raise UnsupportedError(f"the run was planned for {record.steps} steps and now for {state.max_steps}")
+        return record
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the rows and the learning rate of the step that was just taken."""
+        if self._exposure is None:
+            return
+        optimizer = kwargs["optimizer"]
+        rows, weights = self._exposure.step(self._shifted)
+        rate = self._preconditioner.learning_rate(optimizer)
+        self._record.add(0.0 if getattr(optimizer, "step_was_skipped", False) else rate, rows, weights)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Copy what responds, half-way through a segment."""
+        if self._exposure is not None and self._record.due(state.global_step):
+            self._record.snapshots.append(self._snapshot(state.global_step, **kwargs))
+
+    def _snapshot(self, step: int, model: nn.Module, optimizer: Any, **_: Any) -> Snapshot:
+        theta = self._parameters.read(model).cpu()
+        return Snapshot(step, theta, self._preconditioner.diagonal(optimizer, model, self._parameters))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the record into the checkpoint, so that a resumed run ends with the same bank."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self._exposure is not None and state.is_world_process_zero and folder.is_dir():
+            self._record.save(folder / RECORD)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Respond, factorise and write; what was recorded is on disk until the bank is."""
+        if self._exposure is None:
+            return
+        exposure, model = self._exposure, kwargs["model"]
+        exposure.detach()
+        self._exposure = None
+        best = state.best_global_step if args.load_best_model_at_end else None
+        end = self._snapshot(best or state.global_step, **kwargs)
+        # A name that begins with an underscore is not uploaded with the model.
+        kept = Path(args.output_dir) / f"_{RECORD}"
+        self._record.save(kept)
+        self.bank = respond(
+            self._record, end, model, self._parameters, exposure.dataset, exposure.collate, self.config,
+            Path(args.output_dir) / self.config.folder,
+            original=self.original, tokenizer=self._tokenizer, optimizer=self._preconditioner.kind,
+        )  # fmt: skip
+        shutil.rmtree(kept)
+
+
+def _trainer() -> Trainer | None:
+    """The trainer whose event this is. No hook is handed the trainer, so it is looked up among the callers."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer):
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def _refuse(args: TrainingArguments, trainer: Trainer | None) -> None:
+    """What would make the recorded losses differ from the attributed likelihood, or is not there yet."""
+    if args.label_smoothing_factor:
+        raise UnsupportedError("label smoothing changes the loss away from the likelihood; set label_smoothing_factor=0")
+    if trainer is not None and getattr(trainer, "compute_loss_func", None) is not None:
+        raise UnsupportedError("a custom compute_loss_func is not the model's own likelihood; train without it")
+    if args.world_size > 1:
+        raise UnsupportedError(f"this run has {args.world_size} processes; several processes are not supported yet")

@@ -1,0 +1,133 @@
+"""The record of a run: exposures of every step, and a snapshot in the middle of every segment."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..bank.files import read_tensors, write_atomically, write_tensors
+from ..errors import UnsupportedError
+from ..response.horizon import ExplicitHorizon, Horizon, NaturalHorizon
+from ..response.segment import Segment
+
+
+@dataclass
+class Snapshot:
+    """Responding parameters and the optimizer's diagonal after `step` steps, both (P,)."""
+
+    step: int
+    theta: Tensor
+    diagonal: Tensor
+
+
+@dataclass
+class Record:
+    """What is written down while a model trains; small, because only responding parameters are copied.
+
+    Attributes:
+        steps (`int`): planned length of the run in optimizer steps.
+        segments (`int`): S.
+        momentum, weight_decay (`float`): of the optimizer.
+        rates (`list[float]`): learning rate of each step; 0 for a step that was skipped.
+        rows, weights (`list[Tensor]`): per step, (n,) row positions and the weight of each one's summed loss.
+        snapshots (`list[Snapshot]`): one per segment reached so far.
+    """
+
+    steps: int
+    segments: int
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    rates: list[float] = field(default_factory=list)
+    rows: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    snapshots: list[Snapshot] = field(default_factory=list)
+
+    def bounds(self) -> list[tuple[int, int]]:
+        """First step and end of each segment; fewer segments than asked for if the run is shorter."""
+        count = max(1, min(self.segments, self.steps))
+        edges = [round(index * self.steps / count) for index in range(count + 1)]
+        return list(zip(edges, edges[1:], strict=False))
+
+    def due(self, step: int) -> bool:
+        """Whether a snapshot belongs after this many steps: half-way through a segment."""
+        return any(step == start + max(1, (end - start) // 2) for start, end in self.bounds())
+
+    def add(self, rate: float, rows: Tensor, weights: Tensor) -> None:
+        """Write down one optimizer step."""
+        self.rates.append(rate)
+        self.rows.append(rows)
+        self.weights.append(weights)
+
+    def build(self, total: int, end: Snapshot, horizon: dict[str, float] | None = None) -> list[Segment]:
+        """The segments of the run, for the passes.
+
+        Args:
+            total (`int`): number of training rows.
+            end (`Snapshot`): the final parameters; its step may be earlier than the last (a best model loaded back).
+            horizon (`dict`, *optional*): the paper's form at the end, instead of the run's own segments.
+        """
+        if horizon is not None:
+            explicit = ExplicitHorizon(**horizon)
+            exposure, steps = self._exposure(0, end.step, total, rates=False)
+            return [Segment(end.theta, torch.ones_like(end.theta), explicit, exposure / max(steps, 1.0))]
+        segments = []
+        for start, stop in self.bounds():
+            stop = min(stop, end.step)
+            if stop <= start:
+                continue
+            inside = [s for s in self.snapshots if start < s.step <= stop]
+            middle = inside[0] if inside else end
+            exposure, tau = self._exposure(start, stop, total)
+            if tau == 0.0:
+                continue
+            natural: Horizon = NaturalHorizon(tau / (1.0 - self.momentum))
+            segments.append(Segment(middle.theta, middle.diagonal, natural, exposure / tau, self.weight_decay))
+        if not segments:
+            raise UnsupportedError("no optimizer step was recorded (or every learning rate was zero): nothing responds")
+        return segments
+
+    def _exposure(self, start: int, stop: int, total: int, rates: bool = True) -> tuple[Tensor, float]:
+        """(rows,) sums of rate x weight over steps, and the sum of rates; without `rates` every rate counts as one."""
+        exposure, tau = torch.zeros(total, dtype=torch.float64), 0.0
+        for step in range(start, min(stop, len(self.rates))):
+            rate = self.rates[step] if rates else 1.0
+            exposure.index_add_(0, self.rows[step], rate * self.weights[step])
+            tau += rate
+        return exposure, tau
+
+    def save(self, folder: Path) -> None:
+        """Write to `folder`, so that a run that is resumed goes on with it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        counts = [len(rows) for rows in self.rows]
+        tensors = {
+            "rates": torch.tensor(self.rates, dtype=torch.float64),
+            "counts": torch.tensor(counts, dtype=torch.int64),
+            "rows": torch.cat(self.rows) if self.rows else torch.zeros(0, dtype=torch.int64),
+            "weights": torch.cat(self.weights) if self.weights else torch.zeros(0, dtype=torch.float64),
+        }
+        for index, snapshot in enumerate(self.snapshots):
+            tensors |= {f"theta.{index}": snapshot.theta, f"diagonal.{index}": snapshot.diagonal}
+        write_tensors(folder / "record.safetensors", tensors)
+        settings = {
+            "steps": self.steps, "segments": self.segments, "momentum": self.momentum,
+            "weight_decay": self.weight_decay, "snapshots": [snapshot.step for snapshot in self.snapshots],
+        }  # fmt: skip
+        write_atomically(folder / "record.json", json.dumps(settings, indent=2).encode())
+
+    @classmethod
+    def load(cls, folder: Path) -> "Record":
+        """Read what `save` wrote."""
+        settings = json.loads((folder / "record.json").read_text())
+        tensors = read_tensors(folder / "record.safetensors")
+        counts = tensors["counts"].tolist()
+        steps = settings.pop("snapshots")
+        snapshots = [Snapshot(s, tensors[f"theta.{i}"], tensors[f"diagonal.{i}"]) for i, s in enumerate(steps)]
+        return cls(
+            **settings,
+            rates=tensors["rates"].tolist(),
+            rows=list(tensors["rows"].split(counts)),
+            weights=list(tensors["weights"].split(counts)),
+            snapshots=snapshots,
+        )
