@@ -1,0 +1,99 @@
+import torch
+from torch import Tensor
+
+from hf_fwdattr.response.curvature import Curvature
+from hf_fwdattr.response.horizon import NaturalHorizon
+from hf_fwdattr.response.segment import Segment
+from tests.reference import agree, flow
+
+
+SIZE, ROWS = 7, 4
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def segment(seed: int = 0, tau: float = 0.6, samples: int = 4, weight_decay: float = 0.1) -> Segment:
+    diagonal = 0.2 + drawn(SIZE, seed=seed).square()
+    factor = drawn(samples, SIZE, seed=seed + 100) * diagonal.sqrt()
+    share = torch.tensor([0.3, 0.0, 0.7, 0.1], dtype=torch.float64)
+    made = Segment(torch.zeros(SIZE, dtype=torch.float64), diagonal, NaturalHorizon(tau), share, weight_decay)
+    made.curvature = Curvature(factor, weight_decay)
+    return made
+
+
+def matrix(made: Segment) -> Tensor:
+    """D (H + w D^-1): what multiplies the parameters' deviation in the optimizer's time, not symmetric."""
+    assert made.curvature is not None
+    root = made.diagonal.sqrt()
+    tilde = made.curvature.factor.T @ made.curvature.factor + made.weight_decay * torch.eye(SIZE, dtype=torch.float64)
+    return root[:, None] * tilde / root
+
+
+def test_a_segment_is_the_solution_of_its_differential_equation() -> None:
+    """dr/dt = -D (H + w/D) r - D g, the flow of a preconditioned optimizer with decoupled decay."""
+    one = segment()
+    earlier, pushes = drawn(ROWS, SIZE, seed=1), drawn(ROWS, SIZE, seed=2)
+    agree(one.advance(earlier, pushes), flow(matrix(one), one.diagonal * pushes, earlier, 0.6), 1e-9)
+    nothing = torch.zeros(ROWS, SIZE, dtype=torch.float64)
+    agree(one.advance(None, pushes), flow(matrix(one), one.diagonal * pushes, nothing, 0.6), 1e-9)
+
+
+def test_several_segments_are_the_flows_one_after_the_other() -> None:
+    run = [segment(seed, tau) for seed, tau in ((0, 0.6), (1, 0.2), (2, 1.1))]
+    pushes = [drawn(ROWS, SIZE, seed=seed) for seed in (3, 4, 5)]
+    response, expected = None, torch.zeros(ROWS, SIZE, dtype=torch.float64)
+    for one, push in zip(run, pushes, strict=True):
+        response = one.advance(response, push)
+        expected = flow(matrix(one), one.diagonal * push, expected, one.horizon.length)
+    assert response is not None
+    agree(response, expected, 1e-10)
+
+
+def test_one_segment_cut_in_two_is_the_same_run() -> None:
+    push = drawn(ROWS, SIZE, seed=1)
+    whole = segment(tau=0.6).advance(None, push)
+    agree(segment(tau=0.4).advance(segment(tau=0.2).advance(None, push), push), whole, 1e-10)
+
+
+def test_retreat_is_the_adjoint_of_advance() -> None:
+    run = [segment(seed, tau) for seed, tau in ((0, 0.6), (1, 0.2), (2, 1.1))]
+    pushes = [drawn(ROWS, SIZE, seed=seed) for seed in (3, 4, 5)]
+    covectors = drawn(3, SIZE, seed=6)
+    response = None
+    for one, push in zip(run, pushes, strict=True):
+        response = one.advance(response, push)
+    assert response is not None
+    seen, walking = torch.zeros(3, ROWS, dtype=torch.float64), covectors
+    for one, push in zip(reversed(run), reversed(pushes), strict=True):
+        pull, walking = one.retreat(walking)
+        seen += pull @ push.T
+    agree(seen, covectors @ response.T, 1e-10)
+
+
+def test_responses_add_up_and_scale_with_the_push() -> None:
+    run = [segment(0), segment(1)]
+
+    def response(pushes: Tensor) -> Tensor:
+        return run[1].advance(run[0].advance(None, pushes), pushes)
+
+    a, b = drawn(ROWS, SIZE, seed=1), drawn(ROWS, SIZE, seed=2)
+    agree(response(a + 3 * b), response(a) + 3 * response(b), 1e-12)
+    agree(response(a.sum(0, keepdim=True)), response(a).sum(0, keepdim=True), 1e-12)
+
+
+def test_a_row_that_was_never_seen_responds_exactly_zero() -> None:
+    run = [segment(0), segment(1)]
+    response = None
+    for one in run:
+        response = one.advance(response, drawn(ROWS, SIZE) * one.share[:, None])
+    assert response is not None
+    assert torch.equal(response[1], torch.zeros(SIZE, dtype=torch.float64))
+    assert response[[0, 2, 3]].norm(dim=1).min() > 0
+
+
+def test_with_no_curvature_a_response_is_the_preconditioned_gradient() -> None:
+    one = segment(samples=0, weight_decay=0.0)
+    push = drawn(ROWS, SIZE)
+    agree(one.advance(None, push), -0.6 * one.diagonal * push, 1e-12)
