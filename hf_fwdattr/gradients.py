@@ -74,7 +74,7 @@ class RowGradients:
             )
         self.model, self.parameters, self.objective = model, parameters, objective
         self._hooked, self._others = _partition(model, parameters)
-        self._checked = False
+        self._checked, self._vmaps = False, True
 
     def __call__(self, batch: Batch, uniforms: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Gradients of a batch.
@@ -120,12 +120,11 @@ class RowGradients:
         return gradients, labels.detach(), traces.certain
 
     def _by_row(self, batch: Batch, labels: Tensor) -> dict[str, Tensor]:
-        """Gradients of the weights that hooks cannot serve, one row at a time under vmap."""
+        """Gradients of the weights that hooks cannot serve: under vmap, or row after row where vmap cannot follow."""
         table = dict(self.model.named_parameters())
         weights = {name: table[name].detach() for name in self._others}
         tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
         fixed = {key: value for key, value in batch.items() if not isinstance(value, Tensor)}
-
         likelihood = Likelihood(self.model, self.objective)
 
         def loss(weights: dict[str, Tensor], row: dict[str, Tensor], label: Tensor) -> Tensor:
@@ -133,15 +132,18 @@ class RowGradients:
             logits, _ = likelihood.at(weights, single)
             return row_losses(logits, label.unsqueeze(0)).sum()
 
-        try:
-            return vmap(grad(loss), in_dims=(None, 0, 0))(weights, tensors, labels)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise UnsupportedError(
-                f"per-row gradients of {self._others[0]} need vmap, which {type(self.model).__name__} does not "
-                f"support ({str(error).splitlines()[0]}); let only Linear or LoRA weights respond"
-            ) from error
+        if self._vmaps:
+            try:
+                return vmap(grad(loss), in_dims=(None, 0, 0))(weights, tensors, labels)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # for one, transformers looks into a padding mask, which vmap forbids
+                self._vmaps = False
+        rows = [
+            grad(loss)(weights, {key: value[row] for key, value in tensors.items()}, labels[row])
+            for row in range(len(labels))
+        ]
+        return {name: torch.stack([row[name] for row in rows]) for name in self._others}
 
     def _check(self, batch: Batch, labels: Tensor, gradients: Tensor) -> None:
         """Compare the batch's largest gradient with plain autograd on its row alone, with the same labels."""
@@ -187,12 +189,11 @@ class _Traces:
 
     def _record(self, owner: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            # With nothing trainable, the graph begins at the lowest responding output and not below it. The edge, and
-            # not the tensor, is kept: the model may go on to change its tensor in place.
-            fresh = not output.requires_grad
-            source = output.detach().requires_grad_(True) if fresh else output
+            # With nothing trainable, the graph begins at the lowest responding output and not below it. The model goes
+            # on with a copy, which it may change in place; of the original only its edge in the graph is kept.
+            source = output if output.requires_grad else output.detach().requires_grad_(True)
             self.calls.append((owner, inputs[0].detach(), get_gradient_edge(source)))
-            return source.clone() if fresh else source
+            return source.clone()
 
         return hook
 

@@ -33,7 +33,9 @@ def canonical_name(name: str) -> str:
         name = name[len(_PEFT_PREFIX) :]
     adapter = _ADAPTER.search(name)
     if adapter:
-        return f"{_PEFT_PREFIX}{name[: adapter.start()]}.{adapter.group(1)}{adapter.group(2) or ''}"
+        kind, suffix = adapter.group(1), adapter.group(2) or ""
+        # DoRA's magnitudes are the one adapter weight whose `.weight` is left out of the file.
+        return f"{_PEFT_PREFIX}{name[: adapter.start()]}.{kind}{'' if kind == 'lora_magnitude_vector' else suffix}"
     name = re.sub(r"\.modules_to_save\.[^.]+\.", ".", name)
     return re.sub(r"\.(?:base_layer|original_module)\.", ".", name)
 
@@ -70,12 +72,12 @@ class Parameters:
         Raises:
             UnsupportedError: nothing was selected, or the model is sharded or quantised where it would respond.
         """
+        wanted = spec
         if spec == "auto":
-            lora = any(".lora_" in name for name, _ in model.named_parameters())
-            return cls.of(model, "lora_B" if lora else "linear")
+            wanted = "lora_B" if any(".lora_" in name for name, _ in model.named_parameters()) else "linear"
         # A module that PEFT replaced by a trained copy (modules_to_save) keeps its original, which no longer runs.
         running = [(name, p) for name, p in model.named_parameters() if ".original_module." not in name]
-        chosen = [(name, parameter) for name, parameter in running if _selects(spec, model, name)]
+        chosen = [(name, parameter) for name, parameter in running if _selects(wanted, model, name)]
         if not chosen:
             raise UnsupportedError(
                 f"parameters={spec!r} selects no weight of {type(model).__name__}; "
