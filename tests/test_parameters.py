@@ -182,6 +182,15 @@ def test_the_fingerprint_says_which_weight_holds_which_value() -> None:
     assert parameters.fingerprint(model) != before
 
 
+@pytest.mark.xfail(reason="values are read as float32, so that float64 and half precision copies of a model agree")
+def test_the_fingerprint_sees_bits_that_only_float64_has() -> None:
+    model = gpt2(torch.float64)
+    parameters = Parameters.of(model, "linear")
+    before = parameters.fingerprint(model)
+    parameters.tensors(model)[0].data.view(torch.int64).view(-1)[0] ^= 1
+    assert parameters.fingerprint(model) != before
+
+
 def test_the_same_values_under_another_name_or_shape_are_other_weights() -> None:
     def fingerprint(**weights: torch.Tensor) -> str:
         model = nn.ParameterDict(weights)

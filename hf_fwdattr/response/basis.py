@@ -92,7 +92,9 @@ def factorise(gradients: Tensor, responses: Tensor, diagonal: Tensor, probes: in
         raise NumericalError("every response is zero: no row was trained on, or nothing that responds was trained")
     k = max(1, min(probes, rank))
     directions = combine(right[:k], responses)
-    norms = (directions.double().square() / diagonal.double()).sum(1).sqrt().clamp(min=torch.finfo(directions.dtype).tiny)
+    norms = (
+        (directions.double().square() / diagonal.double()).sum(1).sqrt().clamp(min=torch.finfo(directions.dtype).tiny)
+    )
     duals = combine((left[:, :k] / values[:k]).T * norms[:, None], gradients)
     directions /= norms[:, None].to(directions.dtype)
     return Basis(directions, duals, right[:k].T * norms, float(kept[min(k, len(kept) - 1)]))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import NumericalError
+from ..errors import NumericalError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,14 @@ class ExplicitHorizon:
     steps: float
     step_size: float = 1.0
     damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        whole = math.isinf(self.steps) or float(self.steps).is_integer()
+        if not (whole and self.steps >= 1 and self.step_size > 0 and self.damping >= 0):
+            raise UnsupportedError(
+                f"steps={self.steps}, step_size={self.step_size}, damping={self.damping} is no simulation: steps must "
+                "be a whole number from 1 on (or infinite), the step size positive and the damping not negative"
+            )
 
     @property
     def length(self) -> float:

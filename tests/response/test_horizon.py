@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_fwdattr.errors import NumericalError
+from hf_fwdattr.errors import NumericalError, UnsupportedError
 from hf_fwdattr.response.horizon import ExplicitHorizon, Horizon, NaturalHorizon
 from tests.reference import agree
 
@@ -78,6 +78,12 @@ def test_many_steps_become_the_damped_inverse() -> None:
 def test_a_diverging_simulation_is_refused() -> None:
     with pytest.raises(NumericalError, match=r"must stay below 0\.5"):
         ExplicitHorizon(10, 1.0).push(scalar(4.0))
+
+
+@pytest.mark.parametrize("settings", [(0, 1.0, 0.0), (2.5, 1.0, 0.0), (3, -1.0, 0.0), (3, 1.0, -0.1), (math.nan,)])
+def test_settings_that_describe_no_simulation_are_refused(settings: tuple[float, ...]) -> None:
+    with pytest.raises(UnsupportedError, match="whole number"):
+        ExplicitHorizon(*settings)
 
 
 def test_an_endless_undamped_simulation_is_refused() -> None:
