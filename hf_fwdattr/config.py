@@ -22,13 +22,16 @@ class ResponseConfig:
         "'lora_B', 'lora', 'trainable', or regular expressions on canonical names.",
         default="auto",
     )
-    segments: int = _help("Stretches of the run that are propagated one after the other; each costs two passes.", default=3)
+    segments: int = _help(
+        "Stretches of the run that are propagated one after the other; each costs two passes.", default=3
+    )
     probes: int | float | str = _help(
         "k, the number of probes; or a float below 1: the share of held-out score variance to keep; or 'exact'.",
         default=128,
     )
     curvature_samples: int | None = _help(
-        "Sampled-label gradients per segment for the Gauss-Newton matrix; None: one per row, at most 4096.", default=None
+        "Sampled-label gradients per segment for the Gauss-Newton matrix; None: one per row, at most 4096.",
+        default=None,
     )
     horizon: dict[str, float] | None = _help(
         "None: the run's own. Or the paper's form at the end of training: {'steps': K, 'step_size': eta, 'damping': "
@@ -41,13 +44,17 @@ class ResponseConfig:
         "'auto', 'causal-lm', 'sequence-classification', or a function (model, batch) -> (logits, labels).",
         default="auto",
     )
-    dtype: str = _help("What probes and coordinates are stored in: 'float32', 'bfloat16' or 'float16'.", default="float32")
+    dtype: str = _help(
+        "What probes and coordinates are stored in: 'float32', 'bfloat16' or 'float16'.", default="float32"
+    )
     batch_size: int = _help("Rows per forward and backward of the passes.", default=16)
     sample_rows: int = _help("Rows from which the probes are found (all, if there are fewer).", default=2048)
     source_probes: int = _help(
         "Sources get a probe of their own, hence exact scores, when there are at most this many.", default=64
     )
-    memory_budget: int = _help("Bytes of matrices held in memory during the passes; more goes to disk.", default=4 << 30)
+    memory_budget: int = _help(
+        "Bytes of matrices held in memory during the passes; more goes to disk.", default=4 << 30
+    )
     seed: int = _help("Of sampled labels and of the choice of sample rows.", default=0)
     folder: str = _help("Name of the bank's folder inside the model's.", default="fwdattr")
     quiet: bool = _help("No progress bars.", default=False)
@@ -83,5 +90,7 @@ class ResponseConfig:
         """
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
-            raise ValueError(f"unknown setting(s) {', '.join(unknown)}; known are {', '.join(f.name for f in fields(cls))}")
+            raise ValueError(
+                f"unknown setting(s) {', '.join(unknown)}; known are {', '.join(f.name for f in fields(cls))}"
+            )
         return cls(**values)

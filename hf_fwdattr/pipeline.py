@@ -123,9 +123,13 @@ class TrainingDataAttributionPipeline(Pipeline):  # type: ignore[misc]
         if isinstance(messages, str):
             ids = self.tokenizer(messages)["input_ids"]
         elif isinstance(messages, Sequence):
-            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
         else:
-            raise QueryError(f"cannot attribute a {type(input_).__name__}; pass text, chat messages, or prompt and completion")
+            raise QueryError(
+                f"cannot attribute a {type(input_).__name__}; pass text, chat messages, or prompt and completion"
+            )
         given = self.tokenizer(completion, add_special_tokens=False)["input_ids"] if completion is not None else []
         if completion is not None and not given:
             raise QueryError("the completion is empty: there is no output token to attribute")
@@ -138,10 +142,15 @@ class TrainingDataAttributionPipeline(Pipeline):  # type: ignore[misc]
         }
 
     def _forward(self, model_inputs: dict[str, Tensor], **generate: Any) -> dict[str, Any]:
-        prompts = [ids[mask.bool()] for ids, mask in zip(model_inputs["input_ids"], model_inputs["attention_mask"], strict=True)]
+        prompts = [
+            ids[mask.bool()]
+            for ids, mask in zip(model_inputs["input_ids"], model_inputs["attention_mask"], strict=True)
+        ]
         outputs = [
             ids[mask.bool()] if mask.any() else self._generate(prompt, generate)
-            for prompt, ids, mask in zip(prompts, model_inputs["completion"], model_inputs["completion_mask"], strict=True)
+            for prompt, ids, mask in zip(
+                prompts, model_inputs["completion"], model_inputs["completion_mask"], strict=True
+            )
         ]
         queries = []
         for prompt, output in zip(prompts, outputs, strict=True):
@@ -158,9 +167,7 @@ class TrainingDataAttributionPipeline(Pipeline):  # type: ignore[misc]
         settings = self._prepare_generate_kwargs(dict(generate))
         if len(prompt) == 0:
             raise QueryError("the prompt is empty: there is nothing to continue")
-        text = self.model.generate(
-            input_ids=prompt[None], attention_mask=torch.ones_like(prompt)[None], **settings
-        )
+        text = self.model.generate(input_ids=prompt[None], attention_mask=torch.ones_like(prompt)[None], **settings)
         text = text if isinstance(text, Tensor) else text.sequences
         if text.shape[0] > 1:
             raise QueryError("num_return_sequences is more than one; ask for one output at a time")
@@ -179,11 +186,17 @@ class TrainingDataAttributionPipeline(Pipeline):  # type: ignore[misc]
         for number, query in enumerate(queries):
             ids, labels = query["input_ids"], query["labels"]
             if len(ids) != len(labels):
-                raise QueryError(f"query {number} has {len(ids)} input_ids and {len(labels)} labels; one label per token")
+                raise QueryError(
+                    f"query {number} has {len(ids)} input_ids and {len(labels)} labels; one label per token"
+                )
             if not any(label != IGNORED for label in labels[1:]):
-                raise QueryError(f"query {number} has no supervised token (all labels are -100, or only its first token)")
+                raise QueryError(
+                    f"query {number} has no supervised token (all labels are -100, or only its first token)"
+                )
             if longest is not None and len(ids) > longest:
-                raise QueryError(f"query {number} has {len(ids)} tokens and the model reads at most {longest}; shorten it")
+                raise QueryError(
+                    f"query {number} has {len(ids)} tokens and the model reads at most {longest}; shorten it"
+                )
         width = max(len(query["input_ids"]) for query in queries)
 
         def padded(key: str, fill: int) -> Tensor:

@@ -62,7 +62,7 @@ def _tokenizer(texts: list[str], folder: Path) -> GPT2TokenizerFast:
 
 def _pretrain(tokenizer: GPT2TokenizerFast, texts: list[str], folder: Path) -> None:
     """A 0.9 M-parameter GPT-2 after 3 M tokens of `texts`."""
-    stream = [token for text in texts for token in tokenizer(text)["input_ids"]][: 3_000_000]
+    stream = [token for text in texts for token in tokenizer(text)["input_ids"]][:3_000_000]
     passages = torch.tensor(stream[: len(stream) // CONTEXT * CONTEXT]).view(-1, CONTEXT)
     set_seed(0)
     config = GPT2Config(
@@ -95,7 +95,9 @@ def _articles(tokenizer: GPT2TokenizerFast) -> list[dict]:
         shelf = shelves.setdefault(article["publisher"], [])
         if len(shelf) < SOURCES and len(tokenizer(article["text"])["input_ids"]) >= needed:
             shelf.append(article)
-    turns = [article for turn in itertools.zip_longest(*(shelves[name] for name in sorted(shelves))) for article in turn]
+    turns = [
+        article for turn in itertools.zip_longest(*(shelves[name] for name in sorted(shelves))) for article in turn
+    ]
     return [article for article in turns if article][:SOURCES]
 
 

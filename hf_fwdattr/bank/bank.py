@@ -39,7 +39,9 @@ class ResponseBank:
         self._keep: Any = None
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, subfolder: str = "fwdattr") -> "ResponseBank":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, subfolder: str = "fwdattr"
+    ) -> "ResponseBank":
         """Open the bank of a model folder (or a bank's own folder).
 
         Raises:
@@ -175,7 +177,15 @@ def write_bank(
         lines, width = sum(len(part) for part in probes), max(1, shard_size // (probes[0].shape[1] * dtype.itemsize))
         for number, start in enumerate(range(0, lines, width)):
             block = _lines(probes, start, min(start + width, lines)).to(dtype)
-            written.append(_shard(folder, f"probes-{tag}-{number:05d}.safetensors", "probes", start, {"probes": finite(block, "a probe")}))
+            written.append(
+                _shard(
+                    folder,
+                    f"probes-{tag}-{number:05d}.safetensors",
+                    "probes",
+                    start,
+                    {"probes": finite(block, "a probe")},
+                )
+            )
         width = max(1, shard_size // (coordinates.shape[1] * dtype.itemsize + 32))
         for number, start in enumerate(range(0, len(coordinates), width)):
             part = slice(start, start + width)
@@ -183,7 +193,9 @@ def write_bank(
                 "coordinates": finite(coordinates[part].to(dtype), "a coordinate"),
                 "row_ids": row_ids[part], "row_hashes": row_hashes[part], "sources": sources[part].to(torch.int32),
             }  # fmt: skip
-            written.append(_shard(folder, f"coordinates-{tag}-{number:05d}.safetensors", "coordinates", start, tensors))
+            written.append(
+                _shard(folder, f"coordinates-{tag}-{number:05d}.safetensors", "coordinates", start, tensors)
+            )
         manifest = Manifest.model_validate(described | {"files": written})
         write_atomically(folder / MANIFEST, manifest.to_json())
     except BaseException:
@@ -222,7 +234,11 @@ def _shard(folder: Path, name: str, kind: Any, first: int, tensors: dict[str, Te
 def _sweep(folder: Path, manifest: Manifest) -> None:
     """Remove shards of banks that were here before, and what killed runs left."""
     current = {file.name for file in manifest.files}
-    for path in [*folder.glob("probes-*.safetensors"), *folder.glob("coordinates-*.safetensors"), *folder.glob(".partial-*")]:
+    for path in [
+        *folder.glob("probes-*.safetensors"),
+        *folder.glob("coordinates-*.safetensors"),
+        *folder.glob(".partial-*"),
+    ]:
         if path.name not in current:
             path.unlink(missing_ok=True)
 
@@ -242,7 +258,7 @@ def _check_files(folder: Path, manifest: Manifest, verify: bool) -> None:
     stored = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[manifest.dtype]
     for file in manifest.files:
         path = inside(folder, file.name)
-        if path.is_symlink() and not _in_cache(path) or not path.is_file():
+        if (path.is_symlink() and not _in_cache(path)) or not path.is_file():
             raise BankError(f"{path} is missing; download the bank again")
         size = path.stat().st_size
         if size != file.size:

@@ -106,7 +106,9 @@ def check_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     try:
         return _header(path)
     except (ValueError, KeyError, TypeError, struct.error, RecursionError) as error:
-        raise BankError(f"{path.name} is not a sound safetensors file ({error}); download or build the bank again") from error
+        raise BankError(
+            f"{path.name} is not a sound safetensors file ({error}); download or build the bank again"
+        ) from error
 
 
 def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

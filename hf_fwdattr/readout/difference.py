@@ -52,7 +52,11 @@ def read(
         moved = []
         for side in (h, -h)[:sides]:
             pieces = zip(parameters.live, parameters.split(probe), strict=True)
-            moved.append(_log_likelihood(likelihood, {n: weights[n] + (side * u).to(weights[n].dtype) for n, u in pieces}, batch))
+            moved.append(
+                _log_likelihood(
+                    likelihood, {n: weights[n] + (side * u).to(weights[n].dtype) for n, u in pieces}, batch
+                )
+            )
         return (moved[0] - (moved[1] if centre is None else centre)) / (h * sides)
 
     norm = torch.cat([weight.reshape(-1).float() for weight in weights.values()]).norm()

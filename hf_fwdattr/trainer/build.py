@@ -194,7 +194,9 @@ def _hashes(rows: Rows, salt: bytes, quiet: bool) -> Tensor:
     with tqdm(total=len(rows), desc="row hashes", unit="row", disable=quiet, leave=False) as bar:
         for indices, batch in rows.batches():
             tokens = batch.get("input_ids", batch["labels"]).cpu()
-            mask = batch["attention_mask"].cpu().bool() if "attention_mask" in batch else torch.ones_like(tokens).bool()
+            mask = (
+                batch["attention_mask"].cpu().bool() if "attention_mask" in batch else torch.ones_like(tokens).bool()
+            )
             for index, line, keep in zip(indices.tolist(), tokens, mask, strict=True):
                 real = line[keep] if keep.shape == line.shape else line
                 result[index] = torch.frombuffer(bytearray(row_hash(real.reshape(-1), salt)), dtype=torch.uint8)

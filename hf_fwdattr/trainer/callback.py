@@ -154,7 +154,9 @@ def _trainer() -> Trainer | None:
 def _refuse(args: TrainingArguments, trainer: Trainer | None) -> None:
     """What would make the recorded losses differ from the attributed likelihood, or is not there yet."""
     if args.label_smoothing_factor:
-        raise UnsupportedError("label smoothing changes the loss away from the likelihood; set label_smoothing_factor=0")
+        raise UnsupportedError(
+            "label smoothing changes the loss away from the likelihood; set label_smoothing_factor=0"
+        )
     if trainer is not None and getattr(trainer, "compute_loss_func", None) is not None:
         raise UnsupportedError("a custom compute_loss_func is not the model's own likelihood; train without it")
     if args.world_size > 1:

@@ -85,7 +85,9 @@ class Record:
             natural: Horizon = NaturalHorizon(tau / (1.0 - self.momentum))
             segments.append(Segment(middle.theta, middle.diagonal, natural, exposure / tau, self.weight_decay))
         if not segments:
-            raise UnsupportedError("no optimizer step was recorded (or every learning rate was zero): nothing responds")
+            raise UnsupportedError(
+                "no optimizer step was recorded (or every learning rate was zero): nothing responds"
+            )
         return segments
 
     def _exposure(self, start: int, stop: int, total: int, rates: bool = True) -> tuple[Tensor, float]:

@@ -1,0 +1,128 @@
+"""The commands and their options; each is a few lines over the library."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import AttributionError
+
+
+app = typer.Typer(
+    name="hf-fwdattr",
+    help="Which training rows made a model say this? Response banks for fine-tuned Hugging Face models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+
+
+def _fail(error: Exception) -> None:
+    """One message, no traceback: what, where, and the cure."""
+    typer.echo(f"error: {error}", err=True)
+    raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the model, its bank, and the page.")] = Path("fwdattr-demo"),
+    model: Annotated[str | None, typer.Option(help="A causal language model: Hub id or local path.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="A dataset with a text column: Hub id or local file.")] = None,
+    text_column: Annotated[str, typer.Option(help="Column with the text of a row.")] = "text",
+    source_column: Annotated[str | None, typer.Option(help="Column with the source of a row.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="What to ask; may be given several times.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune a small model on facts, ask it, and show the rows and sources behind each answer."""
+    from ..demo.run import run_demo
+
+    try:
+        run_demo(
+            output, model=model, dataset=dataset, text_column=text_column, source_column=source_column,
+            prompts=prompt or None, quiet=quiet,
+        )  # fmt: skip
+    except (AttributionError, OSError, ValueError) as error:
+        _fail(error)
+
+
+@app.command()
+def build(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the fine-tuned model or adapter.")],
+    dataset: Annotated[
+        str, typer.Argument(help="The training set: Hub id, local JSON/CSV/parquet file, or saved dataset.")
+    ],
+    config: Annotated[Path | None, typer.Option(help="JSON file with ResponseConfig settings.")] = None,
+    record: Annotated[Path | None, typer.Option(help="Record that ResponseCallback left in a checkpoint.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where the bank's folder goes; beside a local model by default.")
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="Column with the text, if the dataset has no input_ids.")] = "text",
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
+    quiet: Quiet = False,
+) -> None:
+    """Make the response bank of a model that is already fine-tuned."""
+    from .work import build_for
+
+    try:
+        folder = build_for(model, dataset, config, record, output, text_column, split, quiet)
+    except (AttributionError, OSError, ValueError) as error:
+        _fail(error)
+    else:
+        typer.echo(f"wrote {folder}")
+
+
+@app.command()
+def attribute(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the model or adapter with its bank.")],
+    prompt: Annotated[str, typer.Argument(help="What the model is asked.")],
+    completion: Annotated[str | None, typer.Option(help="Attribute this output instead of generating one.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="The training set, to show the rows themselves.")] = None,
+    bank: Annotated[str | None, typer.Option(help="Where the bank is, if not beside the model.")] = None,
+    text_column: Annotated[str, typer.Option(help="Column to show of a row.")] = "text",
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
+    top_k: Annotated[int, typer.Option(help="Rows to name on either side.")] = 5,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the output.")] = 16,
+    readout: Annotated[str, typer.Option(help="jvp or difference.")] = "jvp",
+    as_json: Json = False,
+) -> None:
+    """Ask a model, and name the rows and sources behind what it says."""
+    from .tables import attribution_table
+    from .work import attribute_with
+
+    try:
+        result = attribute_with(
+            model, prompt, completion, dataset, bank, split, top_k, max_new_tokens, readout, text_column
+        )
+    except (AttributionError, OSError, ValueError) as error:
+        _fail(error)
+    else:
+        _show(result, as_json, lambda: attribution_table(prompt, result, text_column))
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder of a model with a bank, or of the bank itself.")],
+    as_json: Json = False,
+) -> None:
+    """Verify a bank and say what it holds."""
+    from ..bank.bank import ResponseBank
+    from .tables import bank_table
+
+    try:
+        bank = ResponseBank.from_pretrained(model)
+    except (AttributionError, OSError) as error:
+        _fail(error)
+    else:
+        _show(json.loads(bank.manifest.to_json()), as_json, lambda: bank_table(bank.manifest))
+
+
+def _show(value: Any, as_json: bool, table: Any) -> None:
+    if as_json:
+        json.dump(value, sys.stdout, indent=2, default=str)
+        sys.stdout.write("\n")
+    else:
+        table()

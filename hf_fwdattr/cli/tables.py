@@ -1,0 +1,61 @@
+"""Tables for people."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..bank.manifest import Manifest
+
+
+def attribution_table(prompt: str, result: dict[str, Any], text_column: str) -> None:
+    """Print an output with the rows and sources behind it."""
+    console = Console()
+    console.print(f"[bold]{escape(prompt)}[/bold][cyan]{escape(result['generated_text'])}[/cyan]")
+    rows = Table(title="rows, in nats of this output's log-likelihood", title_justify="left")
+    for name, side in (("score", "right"), ("row", "right"), ("source", "left"), ("text", "left")):
+        rows.add_column(name, justify=side)  # type: ignore[arg-type]
+    for example in result["examples"]:
+        shown = example["example"]
+        text = str(shown.get(text_column, shown))[:160] if shown is not None else ""
+        colour = "green" if example["score"] > 0 else "red"
+        rows.add_row(
+            f"[{colour}]{example['score']:+.4f}[/]",
+            str(example["row"]),
+            escape(str(example["source"] or "")),
+            escape(text),
+        )
+    console.print(rows)
+    if result["sources"]:
+        sources = Table(title="sources", title_justify="left")
+        sources.add_column("score", justify="right")
+        sources.add_column("source")
+        for line in result["sources"][:20]:
+            sources.add_row(f"{line['score']:+.4f}", escape(line["source"]))
+        console.print(sources)
+
+
+def bank_table(manifest: Manifest) -> None:
+    """Print what a bank holds."""
+    size = sum(file.size for file in manifest.files)
+    coordinates = sum(file.size for file in manifest.files if file.kind == "coordinates")
+    table = Table(show_header=False, title="response bank, verified", title_justify="left")
+    rows = manifest.dataset.rows
+    for name, value in (
+        ("model", f"{manifest.model} {manifest.revision or ''}"),
+        ("responding weights", f"{len(manifest.parameters)} matrices, {manifest.size:,} parameters"),
+        ("weights sha256", manifest.weights),
+        ("objective", manifest.objective),
+        ("optimizer", manifest.optimizer),
+        ("segments", ", ".join(f"{segment.length:.4g}" for segment in manifest.segments)),
+        ("curvature samples", f"{manifest.curvature_samples} per segment"),
+        ("probes", f"{manifest.probes}{' (exact)' if manifest.exact else ''} + {manifest.source_probes} for sources"),
+        ("kept variance", f"{manifest.kept_variance:.3f} of held-out scores"),
+        ("rows", f"{rows:,} from {manifest.dataset.repo or 'a local dataset'} {manifest.dataset.split or ''}"),
+        ("sources", f"{len(manifest.sources)}"),
+        ("size", f"{size / 2**20:.1f} MiB; {coordinates / max(rows, 1):.0f} bytes a row"),
+        ("quality", ", ".join(f"{key} {value}" for key, value in manifest.quality.items()) or "not measured"),
+    ):
+        table.add_row(name, escape(value))
+    Console().print(table)
