@@ -22,7 +22,7 @@ from .response.rows import row_hash
 TASK = "training-data-attribution"
 
 
-class AutoModelForAttribution(AutoModelForCausalLM):  # type: ignore[misc]
+class AutoModelForAttribution(AutoModelForCausalLM):
     """A causal language model that remembers where it came from: the bank lies beside the adapter, not the base."""
 
     @classmethod
@@ -33,7 +33,7 @@ class AutoModelForAttribution(AutoModelForCausalLM):  # type: ignore[misc]
         return model
 
 
-class TrainingDataAttributionPipeline(Pipeline):  # type: ignore[misc]
+class TrainingDataAttributionPipeline(Pipeline):
     """Which training rows, and which sources, made the model say this?
 
     ```python
@@ -76,7 +76,7 @@ class TrainingDataAttributionPipeline(Pipeline):  # type: ignore[misc]
         self.model.eval()
         source = bank if bank is not None else getattr(self.model, "attribution_source", None)
         if source is None:
-            source = getattr(self.model, "name_or_path", "")
+            source = str(getattr(self.model, "name_or_path", ""))
         self.bank = source if isinstance(source, ResponseBank) else ResponseBank.from_pretrained(source)
         self._parameters = self.bank.check_model(self.model)
         self._probes = self.bank.probes().to(self.device)

@@ -102,7 +102,7 @@ def query_ratios(attribute, world, probes: int) -> list[dict]:
                 "low": min(ratios),
                 "high": max(ratios),
                 "seconds": statistics.median(seconds),
-            }  # fmt: skip
+            }
         )
     return rows
 

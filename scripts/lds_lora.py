@@ -2,9 +2,10 @@
 
     python scripts/lds_lora.py [--halves 64] [--seeds 3] [--workers 2]
 
-Ground truth: random halves of the 480 rows, each fine-tuned three times with fresh batch order by the real Trainer, and
-the losses of 40 queries after it (about fifteen minutes on two cores, kept and resumed). Predicted: the rows' scores from
-banks made by the real callback and read by the real pipeline. Beside them the gradient dot product and BM25.
+Ground truth: random halves of the 480 rows, each fine-tuned three times with fresh batch order by the real Trainer,
+and the losses of 40 queries after it (about fifteen minutes on two cores, kept and resumed). Predicted: the rows'
+scores from banks made by the real callback and read by the real pipeline. Beside them the gradient dot product and
+BM25.
 """
 
 import argparse
@@ -108,7 +109,7 @@ def main() -> None:
                 "probes": cost.get("probes", "-"),
                 "kept": cost.get("kept", "-"),
                 "s / query": cost.get("query_s", "-"),
-            }  # fmt: skip
+            }
         )
         print(f"{method}: {against_mean.mean:.3f}", flush=True)
 

@@ -65,7 +65,7 @@ def main() -> None:
                 "slope": float(real @ said / (said @ said)),
                 "own query, measured": float(real[source]),
                 "own query, predicted": float(said[source]),
-            }  # fmt: skip
+            }
         )
     cosine, slope = (torch.tensor([row[key] for row in rows]).median().item() for key in ("cosine", "slope"))
     report(

@@ -141,7 +141,7 @@ def arguments(output_dir: str, seed: int, **changes) -> TrainingArguments:
 
 
 def fine_tune(world: World, rows: Dataset, seed: int, weights: list[float] | None = None, **changes) -> PeftModel:
-    """A fine-tuned copy of the world's model. `weights`: one factor per row on its loss, order of batches unchanged."""
+    """A fine-tuned copy of the world's model. `weights`: a factor per row on its loss, order of batches unchanged."""
     model = world.model()
     kind, rows = Trainer, rows.remove_columns(["source"])
     if weights is not None:

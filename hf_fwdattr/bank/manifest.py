@@ -62,7 +62,7 @@ class File(_Strict):
 class Manifest(_Strict):
     """The whole of `bank.json`."""
 
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[1] = 1
     libraries: dict[str, str]
     model: str | None
     revision: str | None

@@ -5,6 +5,8 @@ is chosen on the first probes, every derivative is taken at a step and at half o
 disagree are not reported: bf16 weights, for one, cannot resolve small steps at all.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -73,8 +75,8 @@ def read(
     reached = (errors / max(squares, 1e-300)) ** 0.5
     if not reached <= tolerance:
         raise NumericalError(
-            f"finite differences in {next(iter(weights.values())).dtype} disagree by {reached:.1%} between a step and its "
-            f"half (allowed: {tolerance:.1%}); load the model in float32, or use readout='jvp'"
+            f"finite differences in {next(iter(weights.values())).dtype} disagree by {reached:.1%} between a step and "
+            f"its half (allowed: {tolerance:.1%}); load the model in float32, or use readout='jvp'"
         )
     return torch.stack(columns, dim=-1).to(probes.dtype)
 
@@ -87,7 +89,7 @@ def _best_step(slope, probes: Tensor, steps: list[float]) -> float:  # type: ign
     slopes = [torch.stack([slope(probe, h) for probe in chosen]) for h in steps]
     changes = [
         float((fine - coarse).norm()) if bool(torch.isfinite(coarse).all()) else float("inf")
-        for coarse, fine in zip(slopes, slopes[1:], strict=False)
+        for coarse, fine in pairwise(slopes)
     ]
     # Steps that are lost in rounding change nothing at all; a real slope is never exactly zero everywhere.
     usable = [change if bool(fine.any()) else float("inf") for change, fine in zip(changes, slopes[1:], strict=True)]

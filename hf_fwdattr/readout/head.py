@@ -1,7 +1,7 @@
 """What lies between the last hidden state and a token's log-likelihood, done once per token instead of once per probe.
 
-With p the softmax at a position, d log p_y = (W_y - sum_v p_v W_v) . dh: the bracket is one vector per output token, so a
-probe's tangent need never visit the vocabulary.
+With p the softmax at a position, d log p_y = (W_y - sum_v p_v W_v) . dh: the bracket is one vector per output token,
+so a probe's tangent need never visit the vocabulary.
 """
 
 from collections.abc import Mapping
@@ -51,8 +51,10 @@ class Hidden(nn.Module):
 
 def output_layer(model: nn.Module, parameters: Parameters, objective: Objective) -> nn.Module | None:
     """The Linear that makes a causal language model's logits, if nothing in it responds; else None."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    unwrap = getattr(model, "get_base_model", None)  # PeftModel has it
+    inner = unwrap() if callable(unwrap) else model
+    find = getattr(inner, "get_output_embeddings", None)
+    head = find() if callable(find) else None
     if objective.name != "causal-lm" or type(head) is not nn.Linear:
         return None
     responding = {id(tensor) for tensor in parameters.tensors(model)}

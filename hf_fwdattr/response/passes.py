@@ -1,7 +1,8 @@
 """The passes over the training set that turn a recorded run into responses, probes and coordinates.
 
-Two per segment (sampled-label gradients for curvature, row gradients), and one at the end of training for the gradients
-that stand in for queries. Nothing of size rows x P is kept unless the bank is to be exact, and then it may be on disk.
+Two per segment (sampled-label gradients for curvature, row gradients), and one at the end of training for the
+gradients that stand in for queries. Nothing of size rows x P is kept unless the bank is to be exact, and then it may
+be on disk.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,8 +35,8 @@ class Responses:
     Attributes:
         probes (`Tensor`): (k, P).
         coordinates (`Tensor`): (rows, k), zero for rows that were never trained on.
-        sources (`Tensor`): (sources, P) exact responses of whole sources, scaled to equal norm; no lines where they were
-            not asked for.
+        sources (`Tensor`): (sources, P) exact responses of whole sources, scaled to equal norm; no lines where they
+            were not asked for.
         source_scales (`Tensor`): (sources,) what their scores must be multiplied with.
         kept (`float`): share of held-out score variance that the probes keep.
         exact (`bool`): whether the probes are the responses themselves.
@@ -168,8 +169,8 @@ class Passes:
         total, size = len(self.rows), self.parameters.size
         if min(total, size) > _MAX_EXACT:
             raise UnsupportedError(
-                f"an exact bank of {total} rows and {size} responding parameters would hold {min(total, size)} probes; "
-                f"at most {_MAX_EXACT} are kept: ask for a number of probes instead"
+                f"an exact bank of {total} rows and {size} responding parameters would hold {min(total, size)} "
+                f"probes; at most {_MAX_EXACT} are kept: ask for a number of probes instead"
             )
         responses = self.respond(torch.arange(total))
         sources = combine(member, responses)

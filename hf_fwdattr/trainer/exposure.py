@@ -1,8 +1,8 @@
 """Which rows each optimizer step saw, and with what weight; recorded without touching the training loop.
 
-The rows' positions travel inside the batches themselves, so prefetching, workers and sharding cannot misalign them: the
-dataset is wrapped to say each row's position, the collator turns positions into a tensor beside the batch, and a hook
-on the model takes that tensor out again before the forward pass sees it.
+The rows' positions travel inside the batches themselves, so prefetching, workers and sharding cannot misalign them:
+the dataset is wrapped to say each row's position, the collator turns positions into a tensor beside the batch, and a
+hook on the model takes that tensor out again before the forward pass sees it.
 """
 
 from collections.abc import Callable
@@ -110,8 +110,8 @@ class Exposure:
             else:  # it was a mean over the micro-batch, and then over micro-batches
                 if labels is None:
                     raise UnsupportedError(
-                        "the model was called without labels (a custom loss, or label smoothing), so what a row's loss "
-                        "was is unknown; train with the model's own loss"
+                        "the model was called without labels (a custom loss, or label smoothing), so what a row's "
+                        "loss was is unknown; train with the model's own loss"
                     )
                 counted = labels[:, 1:] if shifted and labels.ndim > 1 else labels
                 weight = 1.0 / max(int((counted != -100).sum()), 1) / len(self.micro)

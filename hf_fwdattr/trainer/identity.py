@@ -9,7 +9,8 @@ from torch import nn
 
 def model_identity(model: nn.Module) -> tuple[str | None, str | None]:
     """(name or path of the base model, its commit), as transformers and peft remember them."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap = getattr(model, "get_base_model", None)  # PeftModel has it
+    inner = unwrap() if callable(unwrap) else model
     config = getattr(inner, "config", None)
     name = getattr(config, "_name_or_path", None) or getattr(config, "name_or_path", None) or None
     return name, getattr(config, "_commit_hash", None)

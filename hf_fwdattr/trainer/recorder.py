@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ class Record:
         """First step and end of each segment; fewer segments than asked for if the run is shorter."""
         count = max(1, min(self.segments, self.steps))
         edges = [round(index * self.steps / count) for index in range(count + 1)]
-        return list(zip(edges, edges[1:], strict=False))
+        return list(pairwise(edges))
 
     def due(self, step: int) -> bool:
         """Whether a snapshot belongs after this many steps: half-way through a segment."""
