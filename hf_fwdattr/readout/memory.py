@@ -6,7 +6,10 @@ from torch import Tensor, nn
 from ..objective import Batch
 
 
-_CPU_BUDGET = 1 << 30  # bytes of tangents in flight on a CPU; more was not faster
+_CPU_BUDGET = 1 << 30  # bytes of tangents in flight on a CPU, at most
+# Tangents that leave the caches cost more than running the model once more for another handful of probes, so on a CPU
+# probes go in handfuls: at least this many (fewer do not amortise the model's own pass), or what fits these bytes.
+_CPU_HANDFUL, _CPU_CACHE = 16, 1 << 25
 _ALIVE = 6  # activations of the widest layer that live at the same time, as tangents
 
 
@@ -29,7 +32,7 @@ def probes_at_once(likelihood: nn.Module, batch: Batch, device: torch.device) ->
     rows, positions = batch["labels"].shape[0], batch["labels"][0].numel()
     heads = getattr(getattr(getattr(likelihood, "model", None), "config", None), "num_attention_heads", 1) or 1
     attention = rows * heads * positions * positions * 4
-    budget = _CPU_BUDGET
+    each = _ALIVE * max(widest, attention)
     if device.type == "cuda":
-        budget = int(torch.cuda.mem_get_info(device)[0] * 0.5)
-    return max(1, budget // (_ALIVE * max(widest, attention)))
+        return max(1, int(torch.cuda.mem_get_info(device)[0] * 0.5) // each)
+    return max(1, min(_CPU_BUDGET // each, max(_CPU_HANDFUL, _CPU_CACHE // each)))
