@@ -6,6 +6,12 @@ matrix Z Z^T = U L U^T is M x M, and any function f acts as
     f(H~) x = f(w) x + Z^T U (f(L + w) - f(w)) / L U^T Z x .
 
 Directions that no sample saw have no measured curvature and keep f(w): they stay plain gradients.
+
+Z has fewer lines than columns, so the eigenvalues of Z^T Z are too large in the directions that the samples happened to
+point in. How much can be read off the samples themselves (Ledoit and Wolf 2004, "A well-conditioned estimator for
+large-dimensional covariance matrices"): the shrinkage rho is the variance of the estimate over its distance from a
+multiple of the identity, and the measured curvature counts (1 - rho). The identity's own part, rho tr(H~) / P, is
+below a hundredth of the horizon wherever it was measured, and is left out.
 """
 
 from collections.abc import Callable
@@ -26,9 +32,15 @@ class Curvature:
     Args:
         factor (`Tensor`): Z, (M, P); M may be 0 (no curvature).
         weight_decay (`float`): w, decoupled decay in units of the learning rate.
+        sampled (`bool`): the lines of Z are random samples, so that eigenvalues are to be shrunk; otherwise Z^T Z is
+            taken as it is.
+
+    Attributes:
+        shrinkage (`float`): rho, between 0 and 1.
+        values (`Tensor`): the eigenvalues of Z^T Z as they are used, shrunk.
     """
 
-    def __init__(self, factor: Tensor, weight_decay: float = 0.0):
+    def __init__(self, factor: Tensor, weight_decay: float = 0.0, sampled: bool = False):
         self.factor, self.weight_decay = factor, weight_decay
         samples, size = factor.shape
         gram = torch.zeros(samples, samples, dtype=torch.float64)
@@ -39,12 +51,14 @@ class Curvature:
             raise NumericalError("the curvature samples are not finite: the model's loss is NaN or infinite")
         values, vectors = torch.linalg.eigh(gram)
         kept = values > values.max().clamp(min=0) * torch.finfo(factor.dtype).eps if samples else values > 0
-        self.values, self.vectors = values[kept], vectors[:, kept]
+        self.shrinkage = ledoit_wolf(gram, size) if sampled else 0.0
+        self._measured, self.vectors = values[kept], vectors[:, kept]
+        self.values = self._measured * (1.0 - self.shrinkage)
 
     def apply(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
         """f(H~) applied to each row of `vectors` (n, P); returns (n, P)."""
         floor = function(torch.tensor([self.weight_decay], dtype=torch.float64))
-        gain = (function(self.values + self.weight_decay) - floor) / self.values
+        gain = (function(self.values + self.weight_decay) - floor) / self._measured
         seen = torch.zeros(vectors.shape[0], self.factor.shape[0], dtype=torch.float64)
         columns = blocks(vectors.shape[1], _WIDTH)
         for block in columns:
@@ -54,3 +68,18 @@ class Curvature:
         for block in columns:
             result[:, block] += mixed @ self.factor[:, block]
         return result
+
+
+def ledoit_wolf(gram: Tensor, size: int) -> float:
+    """rho of the estimate Z^T Z from M independent samples in `size` dimensions, from its Gram matrix (M, M) alone.
+
+    With z_m the lines of Z, M z_m z_m^T are M estimates of one matrix, and Z^T Z is their mean: their squared spread
+    over M is sum |z_m|^4 - |Z^T Z|^2 / M, and the distance from a multiple of the identity is |Z^T Z|^2 - tr^2 / P.
+    """
+    samples = gram.shape[0]
+    square = float(gram.square().sum())
+    distance = square - float(gram.trace()) ** 2 / size
+    if samples < 2 or distance <= 0.0:
+        return 0.0
+    spread = float(gram.diagonal().square().sum()) - square / samples
+    return min(1.0, max(0.0, spread / distance))

@@ -149,7 +149,7 @@ class Passes:
                     tokens += count
             for lines in blocks(samples, _CHUNK):
                 factor[lines] /= max(tokens, 1) ** 0.5
-            segment.curvature = Curvature(factor, segment.weight_decay)
+            segment.curvature = Curvature(factor, segment.weight_decay, sampled=True)
         return samples
 
     def respond(self, rows: Tensor) -> Tensor:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from ..errors import QueryError, UnsupportedError
+from ..objective import IGNORED
 
 
 _WINDOW = 16  # batches that are sorted by length together, so that little padding is computed
+_READ = 1000  # rows whose tokens are read together
 
 
 class Rows:
@@ -22,10 +24,11 @@ class Rows:
         batch_size (`int`): rows per batch.
         device (`torch.device`): where batches go.
         context (`int`, *optional*): the longest row that the model can read, in tokens.
+        classes (`int`, *optional*): labels go from 0 to below this.
 
     Raises:
-        QueryError: an empty dataset.
-        UnsupportedError: a dataset without length, or a collator that returns something else each time.
+        QueryError: an empty dataset; while reading, a row that is too long or has labels that cannot be.
+        UnsupportedError: a dataset without length, a collator that packs rows or returns something else each time.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class Rows:
         batch_size: int,
         device: torch.device | str = "cpu",
         context: int | None = None,
+        classes: int | None = None,
     ):
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise UnsupportedError(
@@ -43,8 +47,8 @@ class Rows:
         if len(dataset) == 0:
             raise QueryError("the dataset is empty: there is no row to attribute to")
         self.dataset, self.collate, self.batch_size = dataset, collate, batch_size
-        self.device, self.context = device, context
-        first, second = self._batch([0]), self._batch([0])
+        self.device, self.context, self.classes = device, context, classes
+        first, second = self.batch([0]), self.batch([0])
         for key, value in first.items():
             if isinstance(value, Tensor) and not torch.equal(value, second[key]):
                 raise UnsupportedError(
@@ -72,7 +76,8 @@ class Rows:
             return list(self.dataset.__getitems__(indices))
         return [self.dataset[i] for i in indices]
 
-    def _batch(self, indices: list[int]) -> dict[str, Any]:
+    def batch(self, indices: list[int]) -> dict[str, Any]:
+        """One batch of the rows at these positions."""
         return self._collated(indices, self._features(indices))
 
     def _collated(self, indices: list[int], features: list[Any]) -> dict[str, Any]:
@@ -88,7 +93,24 @@ class Rows:
             raise QueryError(
                 f"the collator's batches have {sorted(batch)} but no 'labels': nothing says what the rows teach"
             )
+        self._check_labels(indices, batch["labels"])
         return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    def _check_labels(self, indices: list[int], labels: Tensor) -> None:
+        if len(labels) != len(indices):
+            raise UnsupportedError(
+                f"the collator makes {len(labels)} out of {len(indices)} rows: packed rows cannot be told apart; pack "
+                "the dataset itself, or train without packing"
+            )
+        wrong = (labels < 0) & (labels != IGNORED)
+        if self.classes is not None:
+            wrong |= labels >= self.classes
+        if bool(wrong.any()):
+            row = int(wrong.reshape(len(indices), -1).any(1).nonzero()[0])
+            raise QueryError(
+                f"row {indices[row]} has the label {int(labels[row][wrong[row]].flatten()[0])}; labels are -100 or "
+                f"from 0 to {'the number of classes' if self.classes is None else self.classes - 1}"
+            )
 
 
 def _length(feature: Any) -> int:
@@ -96,10 +118,42 @@ def _length(feature: Any) -> int:
     return len(tokens) if tokens is not None else 0
 
 
-def row_hash(tokens: Sequence[int], salt: bytes = b"") -> bytes:
+def row_hash(tokens: Sequence[int] | Tensor, salt: bytes = b"") -> bytes:
     """128-bit hash of a row's token ids, keyed by the bank's salt (16 bytes)."""
-    data = torch.as_tensor(tokens, dtype=torch.int64).numpy().astype("<i8").tobytes()
+    data = torch.as_tensor(tokens, dtype=torch.int64).cpu().numpy().astype("<i8").tobytes()
     return hashlib.blake2b(data, digest_size=16, key=salt).digest()
+
+
+def row_hashes(dataset: Any, salt: bytes) -> Iterator[bytes] | None:
+    """Hashes of the rows of a dataset in order, from their `input_ids` without padding; None if it has none.
+
+    Of a `datasets.Dataset` only the columns that are needed are read.
+    """
+    names = getattr(dataset, "column_names", None)
+    if names is None:
+        return _hashed(dataset, salt) if hasattr(dataset[0], "keys") and "input_ids" in dataset[0] else None
+    return _hashed_columns(dataset, salt) if "input_ids" in names else None
+
+
+def _hashed(dataset: Any, salt: bytes) -> Iterator[bytes]:
+    for index in range(len(dataset)):
+        row = dataset[index]
+        yield row_hash(_unpadded(row["input_ids"], row.get("attention_mask")), salt)
+
+
+def _hashed_columns(dataset: Any, salt: bytes) -> Iterator[bytes]:
+    columns = [name for name in ("input_ids", "attention_mask") if name in dataset.column_names]
+    plain = dataset.with_format(None).select_columns(columns)
+    for start in range(0, len(plain), _READ):
+        part = plain[start : start + _READ]
+        masks = part.get("attention_mask", [None] * len(part["input_ids"]))
+        for tokens, mask in zip(part["input_ids"], masks, strict=True):
+            yield row_hash(_unpadded(tokens, mask), salt)
+
+
+def _unpadded(tokens: Any, mask: Any) -> Tensor:
+    ids = torch.as_tensor(tokens, dtype=torch.int64)
+    return ids if mask is None else ids[torch.as_tensor(mask).bool()]
 
 
 def uniforms(indices: Tensor, positions: int, *key: int) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hf_fwdattr.errors import NumericalError
 from hf_fwdattr.response import curvature as room
-from hf_fwdattr.response.curvature import Curvature
+from hf_fwdattr.response.curvature import Curvature, ledoit_wolf
 from hf_fwdattr.response.horizon import ExplicitHorizon, Horizon, NaturalHorizon
 from tests.reference import agree, function_of
 
@@ -76,3 +76,31 @@ def test_samples_that_are_not_finite_are_refused() -> None:
     factor[0, 3] = math.nan
     with pytest.raises(NumericalError, match="not finite"):
         Curvature(factor)
+
+
+def test_shrinkage_is_that_of_ledoit_and_wolf_in_dense_matrices() -> None:
+    factor = factors()["wide"] if "wide" in factors() else next(iter(factors().values()))
+    samples, dense = len(factor), factor.T @ factor
+    spread = sum((samples * torch.outer(z, z) - dense).square().sum() for z in factor) / samples**2
+    mean = dense.trace() / SIZE * torch.eye(SIZE, dtype=torch.float64)
+    wanted = float(spread / (dense - mean).square().sum())
+    agree(torch.tensor(ledoit_wolf(factor @ factor.T, SIZE)), torch.tensor(min(wanted, 1.0)), 1e-6)
+
+
+def test_shrunk_curvature_is_nearer_to_the_truth_than_the_samples() -> None:
+    generator = torch.Generator().manual_seed(3)
+    truth = torch.diag(torch.logspace(0, -3, 40, dtype=torch.float64))
+    ahead = 0
+    for _ in range(20):
+        lines = torch.randn(12, 40, generator=generator, dtype=torch.float64) @ truth.sqrt() / 12**0.5
+        shrunk = Curvature(lines, sampled=True)
+        assert 0.0 < shrunk.shrinkage < 1.0
+        eye = torch.eye(40, dtype=torch.float64)
+        near = shrunk.apply(lambda sigma: sigma, eye)
+        ahead += bool((near - truth).norm() < (lines.T @ lines - truth).norm())
+    assert ahead >= 19
+
+
+def test_fewer_than_two_samples_are_not_shrunk() -> None:
+    assert ledoit_wolf(torch.ones(1, 1, dtype=torch.float64), SIZE) == 0.0
+    assert ledoit_wolf(torch.zeros(0, 0, dtype=torch.float64), SIZE) == 0.0
