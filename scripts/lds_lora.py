@@ -38,7 +38,7 @@ def train(kept: torch.Tensor, seed: int) -> torch.Tensor:
 
 def bank_scores(world: lora_world.World, queries: list[dict], **settings) -> tuple[torch.Tensor, dict]:
     """(queries, rows) of a bank made while training, and what it cost."""
-    callback = ResponseCallback(ResponseConfig(parameters="lora", source_column="source", **settings))
+    callback = ResponseCallback(ResponseConfig(parameters="lora", **settings))
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=world.model(), args=lora_world.arguments(folder, seed=0), train_dataset=world.rows,
@@ -48,7 +48,7 @@ def bank_scores(world: lora_world.World, queries: list[dict], **settings) -> tup
         trainer.save_model(folder)
         attribute = pipeline("training-data-attribution", model=folder, tokenizer=world.tokenizer(), device="cpu")
         began = time.time()
-        scores = attribute.scores(queries)
+        scores = attribute.scores(queries, batch_size=1)
         spent = time.time() - began
     manifest = callback.bank.manifest
     return scores, {"probes": manifest.probes, "kept": manifest.kept_variance, "query_s": spent / len(queries)}
