@@ -1,43 +1,84 @@
 """Leave whole sources out, for real: predicted against measured change of 40 queries' losses, in nats.
 
-    python scripts/leave_sources_out.py [--sources 8] [--segments 3]
+    python scripts/leave_sources_out.py [--sources 8] [--segments 3] [--ablate]
 
-The order of batches and the size of every step stay as they were; only the source's rows weigh nothing. Slopes are of
-measured on predicted change, so that 1 is a calibrated score.
+The order of batches and the size of every step stay as they were; only the source's rows weigh nothing. Beside the
+removal stands the exact derivative of real training: central differences of runs with the source's weight at 1.3 and 0.7.
+Slopes are of measured on predicted change, so that 1 is a calibrated score. --ablate repeats it without the shrinkage of
+the sampled curvature and with other weights of Adam's second-moment feedback: where the defaults come from.
 """
 
 import argparse
 import tempfile
 import time
+from pathlib import Path
+from unittest import mock
 
+import corpora
 import lora_world
 import torch
 from results import report
 from transformers import Trainer, default_data_collator, pipeline
 
 from hf_fwdattr import ResponseCallback, ResponseConfig
+from hf_fwdattr.evaluation.retrain import retrain
+from hf_fwdattr.response import curvature
+from hf_fwdattr.trainer import optimizer
 
 
 def predicted(world: lora_world.World, segments: int, parameters: str) -> torch.Tensor:
-    """(sources, queries): change of each query's loss if a source were left out, from the sources' exact scores."""
+    """(sources, queries): nats of each query owed to each source, from the sources' exact responses."""
     config = ResponseConfig(
-        parameters=parameters, source_column="source", segments=segments, probes=8, source_probes=len(world.sources)
+        parameters=parameters, source_column="source", segments=segments, probes=1, source_probes=len(world.sources)
     )
-    callback = ResponseCallback(config)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=world.model(), args=lora_world.arguments(folder, seed=0), train_dataset=world.rows,
-            data_collator=default_data_collator, callbacks=[callback],
+            data_collator=default_data_collator, callbacks=[ResponseCallback(config)],
         )  # fmt: skip
         trainer.train()
         trainer.save_model(folder)
         attribute = pipeline("training-data-attribution", model=folder, tokenizer=world.tokenizer(), device="cpu")
-        changes = torch.zeros(len(world.sources), len(world.queries), dtype=torch.float64)
-        for number, row in enumerate(world.queries):
-            readout = attribute.read([{"input_ids": row["input_ids"], "labels": row["input_ids"]}])
-            for entry in attribute._sources(readout[0]):
-                changes[int(entry["source"]), number] = entry["score"]
-    return changes
+        queries = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in world.queries]
+        scores = attribute.source_scores(queries)
+        order = [attribute.bank.manifest.sources.index(str(source)) for source in range(len(world.sources))]
+        return scores.T[order].double()
+
+
+def train(weights: torch.Tensor, seed: int) -> torch.Tensor:
+    """Losses of the queries after the same fine-tune with weighted rows."""
+    world = lora_world.load()
+    return lora_world.query_losses(
+        lora_world.fine_tune(world, world.rows, seed, weights.double().tolist()), world.queries
+    )
+
+
+def agreement(real: torch.Tensor, said: torch.Tensor) -> tuple[float, float]:
+    """Cosine, and slope of the real on the predicted change."""
+    return float(real @ said / (real.norm() * said.norm())), float(real @ said / (said @ said))
+
+
+def compare(world, sources: list[int], truth: dict[str, torch.Tensor], guess: torch.Tensor) -> list[dict]:
+    """One line per source."""
+    rows = []
+    for number, source in enumerate(sources):
+        removal = agreement(truth["removal"][number], guess[source])
+        derivative = agreement(truth["derivative"][number], -guess[source])
+        rows.append(
+            {
+                "source": world.sources[source][:50], "cosine": removal[0], "slope": removal[1],
+                "cosine, derivative": derivative[0], "slope, derivative": derivative[1],
+                "own query, measured": float(truth["removal"][number][source]),
+                "own query, predicted": float(guess[source][source]),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def medians(rows: list[dict]) -> dict[str, float]:
+    """Median over sources of each measure of agreement."""
+    keys = ("cosine", "slope", "cosine, derivative", "slope, derivative")
+    return {key: torch.tensor([row[key] for row in rows]).median().item() for key in keys}
 
 
 def main() -> None:
@@ -45,33 +86,32 @@ def main() -> None:
     parser.add_argument("--sources", type=int, default=8)
     parser.add_argument("--segments", type=int, default=3)
     parser.add_argument("--parameters", default="lora")
+    parser.add_argument("--ablate", action="store_true")
     options = parser.parse_args()
     started = time.time()
     world = lora_world.load()
-    guess = predicted(world, options.segments, options.parameters)
     owner = torch.tensor(world.rows["source"])
-    full = lora_world.query_losses(
-        lora_world.fine_tune(world, world.rows, seed=0, weights=[1.0] * len(owner)), world.queries
-    )
-    rows = []
-    for source in range(0, len(world.sources), len(world.sources) // options.sources)[: options.sources]:
-        weights = (owner != source).double().tolist()
-        without = lora_world.query_losses(lora_world.fine_tune(world, world.rows, 0, weights), world.queries)
-        real, said = without - full, guess[source]
-        rows.append(
-            {
-                "source": world.sources[source][:50],
-                "cosine": float(real @ said / (real.norm() * said.norm())),
-                "slope": float(real @ said / (said @ said)),
-                "own query, measured": float(real[source]),
-                "own query, predicted": float(said[source]),
-            }
-        )
-    cosine, slope = (torch.tensor([row[key] for row in rows]).median().item() for key in ("cosine", "slope"))
+    sources = list(range(0, len(world.sources), len(world.sources) // options.sources))[: options.sources]
+    weights = [torch.ones(len(owner))]
+    for source in sources:
+        weights += [torch.where(owner == source, factor, 1.0) for factor in (0.0, 1.3, 0.7)]
+    folder = Path(corpora.cache_folder()) / f"leave-sources-out-{lora_world.VERSION}"
+    losses = retrain(train, torch.stack(weights), [0], folder)[0]
+    truth = {"removal": losses[1::3] - losses[0], "derivative": (losses[2::3] - losses[3::3]) / 0.6}
+    rows = compare(world, sources, truth, predicted(world, options.segments, options.parameters))
     report(
-        "leave_sources_out", "Eight sources left out: change of 40 queries' losses, nats", rows, started,
-        median_cosine=round(cosine, 3), median_slope=round(slope, 3),
+        "leave_sources_out", f"{len(sources)} sources left out: change of 40 queries' losses, nats", rows, started,
+        medians={key: round(value, 3) for key, value in medians(rows).items()},
     )  # fmt: skip
+    if options.ablate:
+        table = [{"variant": "as shipped", **medians(rows)}]
+        for feedback, shrunk in ((0.0, False), (0.0, True), (1.0, True), (2.0, False), (3.0, True)):
+            keep = curvature.ledoit_wolf if shrunk else (lambda *_: 0.0)
+            with mock.patch.object(optimizer, "FEEDBACK", feedback), mock.patch.object(curvature, "ledoit_wolf", keep):
+                guess = predicted(world, options.segments, options.parameters)
+            name = f"feedback {feedback:g}, {'shrunk' if shrunk else 'unshrunk'} curvature"
+            table.append({"variant": name, **medians(compare(world, sources, truth, guess))})
+        report("leave_sources_out_ablation", "The same, other settings: medians over sources", table, started)
 
 
 if __name__ == "__main__":

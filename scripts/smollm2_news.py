@@ -84,9 +84,9 @@ def publishers_found(attribute, dataset: Dataset, test: list[dict]) -> list[dict
     hits = {"bank, exact source scores": [], "BM25, summed over a publisher's rows": []}
     for article in test:
         ids = attribute.tokenizer(article["text"], truncation=True, max_length=LENGTH)["input_ids"]
-        read = attribute.read([{"input_ids": ids, "labels": ids}])[0]
-        ranked = [entry["source"] for entry in attribute._sources(read)]
-        hits["bank, exact source scores"].append(ranked.index(article["publisher"]))
+        scores = attribute.source_scores([{"input_ids": ids, "labels": ids}])[0]
+        own = scores[attribute.bank.manifest.sources.index(article["publisher"])]
+        hits["bank, exact source scores"].append(int((scores > own).sum()))
         words = bm25s.tokenize([article["text"]], return_ids=False, show_progress=False)[0]
         totals = dict.fromkeys(names, 0.0)
         for owner, score in zip(owners, index.get_scores(words), strict=True):

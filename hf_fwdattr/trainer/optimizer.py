@@ -11,7 +11,7 @@ from ..parameters import Parameters
 
 
 # Weight of the share m^2 / v that the second moment takes back of a step, and the least that is left. For a steady
-# gradient the derivative says 1; measured against derivatives of real training (scripts/feedback.py), 2 gives the
+# gradient the derivative says 1; measured against real training (scripts/leave_sources_out.py --ablate), 2 gives the
 # better direction and the better calibration, and more changes little.
 FEEDBACK = 2.0
 _FLOOR = 0.02
