@@ -12,6 +12,7 @@ from .errors import UnsupportedError
 
 
 IGNORED = -100  # the label of a position that is not supervised, as everywhere in transformers
+_DRAWN = 1 << 21  # probabilities held in float64 while labels are drawn
 Batch = Mapping[str, Any]
 
 
@@ -104,10 +105,15 @@ def sampled_labels(logits: Tensor, labels: Tensor, uniforms: Tensor) -> Tensor:
     """Labels drawn from the model itself, for the Gauss-Newton matrix: (rows, positions), -100 where labels are.
 
     Drawn by inverse distribution from `uniforms` (rows, positions) in [0, 1), so that a row's draw depends on the row
-    and the seed alone and not on the batch that it happens to sit in.
+    and the seed alone and not on the batch that it happens to sit in. Some positions at a time, so that no second copy
+    of all logits is made.
     """
-    wide = logits.detach().double()
-    cumulative = wide.softmax(-1).cumsum(-1)
-    scaled = uniforms.to(cumulative).unsqueeze(-1) * cumulative[..., -1:]
-    drawn = torch.searchsorted(cumulative, scaled, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
-    return drawn.masked_fill(labels == IGNORED, IGNORED)
+    drawn = torch.full_like(labels, IGNORED)
+    supervised = (labels != IGNORED).nonzero()
+    for part in supervised.split(max(1, _DRAWN // logits.shape[-1])):
+        at = part.unbind(1)
+        cumulative = logits.detach()[at].double().softmax(-1).cumsum(-1)
+        scaled = uniforms[at].to(cumulative).unsqueeze(-1) * cumulative[:, -1:]
+        chosen = torch.searchsorted(cumulative, scaled, right=True).squeeze(-1)
+        drawn[at] = chosen.clamp(max=logits.shape[-1] - 1).to(drawn)
+    return drawn

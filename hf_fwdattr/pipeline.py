@@ -16,7 +16,7 @@ from .errors import QueryError
 from .objective import CAUSAL_LM, IGNORED
 from .readout import READOUTS
 from .readout.ranking import Ranked, rank, scores, source_coordinates
-from .response.rows import row_hash
+from .response.rows import row_hashes
 
 
 TASK = "training-data-attribution"
@@ -80,7 +80,7 @@ class TrainingDataAttributionPipeline(Pipeline):
         self.bank = source if isinstance(source, ResponseBank) else ResponseBank.from_pretrained(source)
         self._parameters = self.bank.check_model(self.model)
         self._probes = self.bank.probes().to(self.device)
-        self._verified: Any = None
+        self._verified: tuple[Any, str | None] = (None, None)
         if self.tokenizer is not None and self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
@@ -98,21 +98,20 @@ class TrainingDataAttributionPipeline(Pipeline):
 
     def _verify(self, dataset: Any) -> None:
         """Refuse a dataset that is not the one the bank was made of."""
-        if self._verified is dataset:
+        # A datasets.Dataset never changes: what makes another one of it gives it another fingerprint.
+        known = getattr(dataset, "_fingerprint", None)
+        seen, fingerprint = self._verified
+        if seen is dataset and known is not None and known == fingerprint:
             return
-        first = dataset[0] if len(dataset) else {}
-        if "input_ids" not in first:
+        self.bank.check_length(len(dataset))
+        hashes = row_hashes(dataset, self.bank.salt)
+        if hashes is None:
             raise QueryError(
-                f"the dataset has {sorted(first)} but no 'input_ids', so its rows cannot be checked against the bank; "
-                "pass the tokenized training set, or verify_dataset=False to take rows by their position"
+                "the dataset has no 'input_ids', so its rows cannot be checked against the bank; pass the tokenized "
+                "training set, or verify_dataset=False to take rows by their position"
             )
-        hashes = []
-        for row in dataset:
-            mask = row.get("attention_mask") or [1] * len(row["input_ids"])
-            tokens = [token for token, keep in zip(row["input_ids"], mask, strict=True) if keep]
-            hashes.append(row_hash(tokens, self.bank.salt))
-        self.bank.check_rows(hashes)
-        self._verified = dataset
+        self.bank.check_rows(list(hashes))
+        self._verified = (dataset, known)
 
     def preprocess(self, input_: Any) -> dict[str, Tensor]:
         """Token ids of the prompt, and of the completion if one is given, each (1, n)."""
@@ -176,8 +175,12 @@ class TrainingDataAttributionPipeline(Pipeline):
         ends = ends if isinstance(ends, list) else [ends]
         return output[:-1] if len(output) > 1 and int(output[-1]) in ends else output
 
-    def read(self, queries: Sequence[Mapping[str, Sequence[int]]]) -> Tensor:
+    def read(self, queries: Sequence[Mapping[str, Sequence[int]]], lines: slice = slice(None)) -> Tensor:
         """(queries, positions, probes + source probes): the readout of token lists, right-padded together.
+
+        Args:
+            queries: `input_ids` and `labels` of each.
+            lines (`slice`): the probes to read; all by default, the rows' before the sources'.
 
         Raises:
             QueryError: no supervised token, labels that do not fit, or too long for the model.
@@ -203,27 +206,50 @@ class TrainingDataAttributionPipeline(Pipeline):
             lines = [list(query[key]) + [fill] * (width - len(query[key])) for query in queries]
             return torch.tensor(lines, device=self.device)
 
-        ids, labels = padded("input_ids", 0), padded("labels", IGNORED)
         real = [[1] * len(query["input_ids"]) + [0] * (width - len(query["input_ids"])) for query in queries]
-        batch = {"input_ids": ids, "attention_mask": torch.tensor(real, device=self.device), "labels": labels}
-        return self._read(self.model, self._parameters, CAUSAL_LM, batch, self._probes)
+        batch = {
+            "input_ids": padded("input_ids", 0),
+            "attention_mask": torch.tensor(real, device=self.device),
+            "labels": padded("labels", IGNORED),
+        }
+        return self._read(self.model, self._parameters, CAUSAL_LM, batch, self._probes[lines])
 
     @torch.no_grad()
-    def scores(self, queries: Sequence[Mapping[str, Sequence[int]]], batch_size: int = 8) -> Tensor:
+    def scores(self, queries: Sequence[Mapping[str, Sequence[int]]], batch_size: int | None = None) -> Tensor:
         """Scores of all rows for tokenized queries: (queries, rows) in nats, float32, on the CPU.
 
         Args:
             queries: `input_ids` and `labels` of each, -100 where a token is not part of the output.
-            batch_size (`int`): queries that are read together.
+            batch_size (`int`, *optional*): queries that are read together; by default 8 on a GPU, and one at a time on
+                a CPU, where the tangents of several leave its caches.
         """
+        summed = self._summed(queries, slice(0, self.bank.manifest.probes), batch_size)
+        return scores(summed[:, None], self.bank.coordinates())
+
+    @torch.no_grad()
+    def source_scores(self, queries: Sequence[Mapping[str, Sequence[int]]], batch_size: int | None = None) -> Tensor:
+        """Scores of all sources, in the order of `bank.manifest.sources`: (queries, sources) in nats, float32, CPU.
+
+        Only the sources' own probes are read, where they have them.
+        """
+        k, exact = self.bank.manifest.probes, self.bank.manifest.source_probes
+        summed = self._summed(queries, slice(k, None) if exact else slice(0, k), batch_size)
+        return self._per_source(summed).float()
+
+    def _summed(self, queries: Sequence[Mapping[str, Sequence[int]]], lines: slice, batch_size: int | None) -> Tensor:
+        """(queries, probes in `lines`): readouts summed over output tokens, float64, on the CPU."""
         if not queries:
             raise QueryError("there are no queries to score")
-        k = self.bank.manifest.probes
-        parts = [
-            self.read(queries[at : at + batch_size])[..., :k].sum(1, keepdim=True)
-            for at in range(0, len(queries), batch_size)
-        ]
-        return scores(torch.cat(parts), self.bank.coordinates())
+        step = batch_size or (8 if self.device.type == "cuda" else 1)
+        parts = [self.read(queries[at : at + step], lines).sum(1) for at in range(0, len(queries), step)]
+        return torch.cat(parts).double().cpu()
+
+    def _per_source(self, summed: Tensor) -> Tensor:
+        """(queries, sources): exact where sources have probes, else from the sum of their rows' coordinates."""
+        manifest = self.bank.manifest
+        if manifest.source_probes:
+            return summed * torch.tensor(manifest.source_scales, dtype=torch.float64)
+        return summed @ source_coordinates(self.bank.coordinates(), len(manifest.sources)).T
 
     def postprocess(self, model_outputs: dict[str, Any], dataset: Any = None, top_k: int = 5) -> dict[str, Any]:
         """The result as plain Python values."""
@@ -250,15 +276,13 @@ class TrainingDataAttributionPipeline(Pipeline):
         }
 
     def _sources(self, readout: Tensor) -> list[dict[str, Any]]:
-        """Every source with its score; exact where sources have probes, else the sum over their rows."""
+        """Every source with its score, highest first, from (positions, probes + source probes)."""
         manifest = self.bank.manifest
         if not manifest.sources:
             return []
-        summed = readout.sum(0).double().cpu()
-        if manifest.source_probes:
-            values = summed[manifest.probes :] * torch.tensor(manifest.source_scales, dtype=torch.float64)
-        else:
-            values = source_coordinates(self.bank.coordinates(), len(manifest.sources)) @ summed[: manifest.probes]
+        summed = readout.sum(0, keepdim=True).double().cpu()
+        k = manifest.probes
+        values = self._per_source(summed[:, k:] if manifest.source_probes else summed[:, :k])[0]
         order = torch.argsort(values, descending=True, stable=True).tolist()
         return [{"source": manifest.sources[i], "score": float(values[i])} for i in order]
 

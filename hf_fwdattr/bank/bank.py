@@ -1,5 +1,6 @@
 """The response bank: probes, coordinates, and what they belong to. It lives on disk and is read as it is needed."""
 
+import re
 import secrets
 import shutil
 import tempfile
@@ -14,12 +15,23 @@ from torch import Tensor, nn
 
 from ..errors import BankError, MismatchError
 from ..parameters import Parameters
-from .files import check_header, digest, finite, inside, slices, write_atomically, write_tensors
+from .files import (
+    check_header,
+    copy_atomically,
+    digest,
+    finite,
+    inside,
+    slices,
+    write_atomically,
+    write_tensors,
+)
 from .manifest import MANIFEST, File, Manifest, read_manifest
 
 
 _SHARD = 1 << 30  # bytes per shard: few and large
 _STREAM = 1 << 14  # rows that are scored together
+# Nothing else in the folder is ever deleted: shards under the names that `write_bank` gives, and unfinished files.
+_OURS = re.compile(r"(?:probes|coordinates)-[0-9a-f]{8}-[0-9]{5}\.safetensors|\.partial-.+")
 
 
 class ResponseBank:
@@ -57,9 +69,7 @@ class ResponseBank:
         if target.resolve() == self.folder.resolve():
             return target
         for file in self.manifest.files:
-            scratch = target / f".partial-{file.name}"
-            shutil.copyfile(self.folder / file.name, scratch)
-            scratch.replace(target / file.name)
+            copy_atomically(self.folder / file.name, target / file.name)
         write_atomically(target / MANIFEST, self.manifest.to_json())
         _sweep(target, self.manifest)
         return target
@@ -103,23 +113,29 @@ class ResponseBank:
             )
         return parameters
 
+    def check_length(self, rows: int) -> None:
+        """Compare a dataset's number of rows with the bank's.
+
+        Raises:
+            MismatchError: they differ.
+        """
+        if rows != len(self):
+            raise MismatchError(f"the bank has {len(self)} rows and the dataset {rows}; pass the training set")
+
     def check_rows(self, hashes: Sequence[bytes]) -> None:
-        """Compare hashes of a dataset's rows, in order, with the bank's.
+        """Compare hashes of a dataset's rows, in order, with the bank's; see `response.rows.row_hashes`.
 
         Raises:
             MismatchError: another number of rows, or the first row that differs.
         """
-        if len(hashes) != len(self):
-            raise MismatchError(f"the bank has {len(self)} rows and the dataset {len(hashes)}; pass the training set")
-        at = 0
-        for block in self.row_hashes():
-            for line in block:
-                if bytes(line.tolist()) != hashes[at]:
-                    raise MismatchError(
-                        f"row {at} of the dataset is not the row that was trained on (token hash {hashes[at].hex()}, "
-                        f"bank {bytes(line.tolist()).hex()}); pass the training set, in its order, tokenized as then"
-                    )
-                at += 1
+        self.check_length(len(hashes))
+        own = (bytes(line.tolist()) for block in self.row_hashes() for line in block)
+        for at, (mine, theirs) in enumerate(zip(own, hashes, strict=True)):
+            if mine != theirs:
+                raise MismatchError(
+                    f"row {at} of the dataset is not the row that was trained on (token hash {theirs.hex()}, bank "
+                    f"{mine.hex()}); pass the training set, in its order, tokenized as then"
+                )
 
     @property
     def salt(self) -> bytes:
@@ -140,6 +156,8 @@ class ResponseBank:
             path = self.folder / file.name
             parts = (slices(path, name, _STREAM) for name in ("row_ids", "sources", "coordinates"))
             for ids, sources, block in zip(*parts, strict=True):
+                if len(sources) and not -1 <= int(sources.min()) <= int(sources.max()) < len(self.manifest.sources):
+                    raise BankError(f"{file.name} names sources beyond the {len(self.manifest.sources)} of bank.json")
                 yield ids, sources, finite(block.float(), file.name)
 
     def row_hashes(self) -> Iterator[Tensor]:
@@ -183,14 +201,14 @@ def write_bank(
                     f"probes-{tag}-{number:05d}.safetensors",
                     "probes",
                     start,
-                    {"probes": finite(block, "a probe")},
+                    {"probes": finite(block, f"a probe in {described['dtype']}")},
                 )
             )
         width = max(1, shard_size // (coordinates.shape[1] * dtype.itemsize + 32))
         for number, start in enumerate(range(0, len(coordinates), width)):
             part = slice(start, start + width)
             tensors = {
-                "coordinates": finite(coordinates[part].to(dtype), "a coordinate"),
+                "coordinates": finite(coordinates[part].to(dtype), f"a coordinate in {described['dtype']}"),
                 "row_ids": row_ids[part], "row_hashes": row_hashes[part], "sources": sources[part].to(torch.int32),
             }  # fmt: skip
             written.append(
@@ -234,12 +252,8 @@ def _shard(folder: Path, name: str, kind: Any, first: int, tensors: dict[str, Te
 def _sweep(folder: Path, manifest: Manifest) -> None:
     """Remove shards of banks that were here before, and what killed runs left."""
     current = {file.name for file in manifest.files}
-    for path in [
-        *folder.glob("probes-*.safetensors"),
-        *folder.glob("coordinates-*.safetensors"),
-        *folder.glob(".partial-*"),
-    ]:
-        if path.name not in current:
+    for path in folder.iterdir():
+        if _OURS.fullmatch(path.name) and path.name not in current:
             path.unlink(missing_ok=True)
 
 
@@ -258,7 +272,9 @@ def _check_files(folder: Path, manifest: Manifest, verify: bool) -> None:
     stored = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[manifest.dtype]
     for file in manifest.files:
         path = inside(folder, file.name)
-        if (path.is_symlink() and not _in_cache(path)) or not path.is_file():
+        if path.is_symlink() and not _in_cache(path):
+            raise BankError(f"{path} is a link that leads out of the bank's folder; put the file itself there")
+        if not path.is_file():
             raise BankError(f"{path} is missing; download the bank again")
         size = path.stat().st_size
         if size != file.size:
@@ -289,4 +305,4 @@ def _check_files(folder: Path, manifest: Manifest, verify: bool) -> None:
 def _in_cache(path: Path) -> bool:
     """Whether a link is the kind that the Hub's cache makes: from snapshots into the blobs beside them."""
     target = path.resolve()
-    return target.parent.name == "blobs" and target.parent.parent in path.absolute().parents
+    return target.parent.name == "blobs" and target.parent.parent in path.parent.resolve().parents

@@ -6,13 +6,14 @@ Only safetensors and JSON. Every size is checked against the file's own length b
 import hashlib
 import json
 import os
+import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -70,6 +71,20 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def copy_atomically(source: Path, path: Path) -> None:
+    """Copy a file under a temporary name, flush it to disk, then rename it into place."""
+    scratch = path.parent / f".partial-{path.name}"
+    try:
+        shutil.copyfile(source, scratch)
+        with open(scratch, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
 def digest(path: Path) -> str:
     """sha256 of a file, hexadecimal."""
     result = hashlib.sha256()
@@ -104,8 +119,10 @@ def check_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         BankError: not a safetensors file, a header that is too long or lies about sizes, or a truncated file.
     """
     try:
-        return _header(path)
-    except (ValueError, KeyError, TypeError, struct.error, RecursionError) as error:
+        table = _header(path)
+        with safe_open(path, framework="pt"):  # maps the file; its own parser must agree too
+            return table
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError, SafetensorError) as error:
         raise BankError(
             f"{path.name} is not a sound safetensors file ({error}); download or build the bank again"
         ) from error
@@ -118,7 +135,7 @@ def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         if size > min(_MAX_HEADER, length - 8):
             raise ValueError(f"its header claims {size} bytes")
         header = json.loads(file.read(size), object_pairs_hook=_unique)
-    table, end = {}, 0
+    table, extents = {}, []
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -131,7 +148,12 @@ def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         if type(first) is not int or type(last) is not int or not 0 <= first <= last or last - first != wanted:
             raise ValueError(f"tensor {name} declares {wanted} bytes at {first}..{last}")
         table[name] = (entry["dtype"], tuple(entry["shape"]))
-        end = max(end, last)
+        extents.append((first, last))
+    end = 0
+    for first, last in sorted(extents):
+        if first != end:
+            raise ValueError(f"its data has a gap or an overlap at {end}")
+        end = last
     if 8 + size + end != length:
         raise ValueError(f"it should be {8 + size + end} bytes long and is {length}")
     return table

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import BankError
 from .files import unique_json
@@ -13,6 +13,7 @@ SCHEMA = 1
 MANIFEST = "bank.json"
 _MAX_MANIFEST = 1 << 26
 Count = Annotated[int, Field(ge=0, le=1 << 48)]
+Some = Annotated[int, Field(ge=1, le=1 << 48)]
 Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -29,16 +30,17 @@ class Parameter(_Strict):
 
 
 class Stretch(_Strict):
-    """A segment: its length in optimizer time (the sum of its learning rates)."""
+    """A segment: its length in optimizer time, the sum of its rates, and how far its curvature was shrunk."""
 
     length: float
     weight_decay: Positive = 0.0
+    shrinkage: Positive = 0.0
 
 
 class DatasetIdentity(_Strict):
     """What is known of the training set; rows themselves are known by their hashes."""
 
-    rows: Count
+    rows: Some
     repo: str | None = None
     config: str | None = None
     split: str | None = None
@@ -73,7 +75,7 @@ class Manifest(_Strict):
     segments: list[Stretch]
     config: dict[str, Any]
     curvature_samples: Count
-    probes: Count
+    probes: Some
     source_probes: Count
     source_scales: list[Positive]
     exact: bool
@@ -84,6 +86,22 @@ class Manifest(_Strict):
     salt: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     quality: dict[str, Any] = {}
     files: list[File]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Manifest":
+        for what, values in (
+            ("parameters", [parameter.name for parameter in self.parameters]),
+            ("sources", self.sources),
+            ("files", [file.name for file in self.files]),
+        ):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{what} names something twice")
+        if self.source_probes not in (0, len(self.sources)) or len(self.source_scales) != self.source_probes:
+            raise ValueError(
+                f"source_probes={self.source_probes} and {len(self.source_scales)} source_scales do not fit "
+                f"{len(self.sources)} sources"
+            )
+        return self
 
     @property
     def size(self) -> int:

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..errors import NumericalError
+from ..errors import NumericalError, UnsupportedError
 from ..objective import Batch, Likelihood, Objective, log_probabilities
 from ..parameters import Parameters
 
@@ -45,7 +45,10 @@ def read(
 
     Raises:
         NumericalError: the arithmetic does not have the digits; the message says what was reached.
+        UnsupportedError: the model is in training mode.
     """
+    if any(module.training for module in model.modules()):
+        raise UnsupportedError("the model is in training mode, where dropout is random; call model.eval()")
     likelihood = Likelihood(model, objective)
     weights = dict(zip(parameters.live, (p.detach() for p in parameters.tensors(model)), strict=True))
     centre = _log_likelihood(likelihood, weights, batch) if sides == 1 else None

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..objective import IGNORED, Batch, Likelihood, Objective, log_probabilities
+from ..objective import IGNORED, Batch, Likelihood, Objective
 from ..parameters import Parameters
+
+
+_ROUNDING = 64  # roundings by which two products with the output layer's weight may differ, relative to the largest
 
 
 class _Reached(Exception):
@@ -82,8 +85,9 @@ def covectors(head: nn.Module, hidden: Tensor, logits: Tensor, labels: Tensor) -
         return None
     weight = head.weight
     assert isinstance(weight, Tensor)
-    plain = log_probabilities(head(hidden[:, : labels.shape[1]]), labels)
-    if not torch.allclose(plain, log_probabilities(logits, labels), rtol=1e-3, atol=1e-3):
+    plain = head(hidden)[:, : labels.shape[1]].to(logits.dtype)
+    rounding = _ROUNDING * torch.finfo(hidden.dtype).eps * float(logits.abs().amax())
+    if not float((plain - logits).abs().amax()) <= rounding:
         return None
     wide = logits if logits.dtype == torch.float64 else logits.float()
     bracket = weight[labels.clamp(min=0)] - wide.softmax(-1).to(weight.dtype) @ weight

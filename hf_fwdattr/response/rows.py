@@ -48,7 +48,8 @@ class Rows:
             raise QueryError("the dataset is empty: there is no row to attribute to")
         self.dataset, self.collate, self.batch_size = dataset, collate, batch_size
         self.device, self.context, self.classes = device, context, classes
-        first, second = self.batch([0]), self.batch([0])
+        some = list(range(min(batch_size, len(dataset))))
+        first, second = self.batch(some), self.batch(some)
         for key, value in first.items():
             if isinstance(value, Tensor) and not torch.equal(value, second[key]):
                 raise UnsupportedError(

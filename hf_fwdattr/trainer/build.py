@@ -1,5 +1,6 @@
 """From a record to a bank on disk: respond, factorise, write. Also for a model that was fine-tuned before."""
 
+import inspect
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +15,12 @@ from transformers import default_data_collator
 
 from ..bank.bank import ResponseBank, temporary_bank_folder, write_bank
 from ..config import ResponseConfig
-from ..errors import NumericalError, UnsupportedError
+from ..errors import MismatchError, NumericalError, UnsupportedError
 from ..gradients import at_rest
 from ..objective import objective_of
 from ..parameters import Parameters
 from ..response.passes import Passes, Responses
-from ..response.rows import Rows, row_hash
+from ..response.rows import Rows, row_hash, row_hashes
 from ..response.segment import Segment
 from ..response.storage import Storage
 from .identity import dataset_identity, model_identity, tokenizer_hash
@@ -48,7 +49,8 @@ def build_bank(
 
     Args:
         model (`nn.Module`): the fine-tuned model, with its adapter.
-        dataset: the rows it was trained on, tokenized as they were: `input_ids` and `labels`.
+        dataset: the rows it was trained on, tokenized as they were: `input_ids` and `labels`. Columns that the model
+            does not take are left out, as Trainer leaves them out.
         config (`ResponseConfig`, *optional*): settings. `horizon` says how far the responses reach: without a record
             of the run it must be given, for example {'steps': 100, 'step_size': 0.01, 'damping': 0.0}.
         data_collator (`Callable`, *optional*): the one it was trained with.
@@ -60,9 +62,13 @@ def build_bank(
 
     Returns:
         The bank.
+
+    Raises:
+        MismatchError: the record is of another run than this model's.
     """
     config = config or ResponseConfig()
     parameters = Parameters.of(model, config.parameters)
+    collate = _taken_columns(model, config, data_collator or default_data_collator)
     if record is not None:
         kept = Record.load(Path(record))
     elif config.horizon is not None:
@@ -76,15 +82,29 @@ def build_bank(
     if folder is None:
         folder, keeper = temporary_bank_folder()
     theta = parameters.read(model).cpu()
-    end = Snapshot(len(kept.rates) or 1, theta, torch.ones_like(theta))
+    end = kept.end or Snapshot(len(kept.rates) or 1, theta, torch.ones_like(theta))
+    if bool(torch.isfinite(theta).all()) and not torch.equal(end.theta, theta):
+        raise MismatchError(
+            f"the record in {record} ended with other weights than the model has (or with other responding "
+            f"parameters: {len(end.theta)} then, {len(theta)} now); load the model that this run saved"
+        )
     if not kept.rates:
-        kept.add(1.0, *_equal_shares(model, dataset, config, data_collator))
+        kept.add(1.0, *_equal_shares(model, dataset, config, collate))
     bank = respond(
-        kept, end, model, parameters, dataset, data_collator or default_data_collator, config, Path(folder),
-        original=dataset, tokenizer=processing_class,
+        kept, end, model, parameters, dataset, collate, config, Path(folder), original=dataset,
+        tokenizer=processing_class,
     )  # fmt: skip
     bank._keep = keeper
     return bank
+
+
+def check(model: nn.Module, dataset: Any, collate: Any, config: ResponseConfig, original: Any) -> None:
+    """Refuse before the first step, as far as one row shows it, what the passes would refuse after the last one."""
+    random_state = torch.get_rng_state()
+    rows = _rows(model, dataset, collate, config)
+    _sources(original, config.source_column, len(rows))
+    _row_ids(original, config.row_id_column, len(rows))
+    torch.set_rng_state(random_state)
 
 
 def respond(
@@ -99,7 +119,6 @@ def respond(
     *,
     original: Any = None,
     tokenizer: Any = None,
-    optimizer: str = "none",
 ) -> ResponseBank:
     """The passes over the training set and the bank they end in; the model is left exactly as it was.
 
@@ -113,8 +132,11 @@ def respond(
         raise NumericalError("the trained weights are not finite (was the loss NaN?): no bank can be made of them")
     objective = objective_of(model, config.objective)
     live = [tensor.detach().clone() for tensor in parameters.tensors(model)]
-    device = parameters.tensors(model)[0].device
-    rows = Rows(dataset, collate, config.batch_size, device, _context(model))
+    rows = _rows(model, dataset, collate, config, parameters.tensors(model)[0].device)
+    if record.total not in (0, len(rows)):
+        raise MismatchError(
+            f"the run was recorded on {record.total} rows and the dataset has {len(rows)}; pass the training set"
+        )
     sources = _sources(original if original is not None else dataset, config.source_column, len(rows))
     random_state = torch.get_rng_state()
     try:
@@ -128,8 +150,8 @@ def respond(
                 config.probes, config.curvature_samples, config.sample_rows, sources.of, exact_sources
             )
             return _write(
-                folder, responses, segments, model, parameters, rows, sources, config, original, tokenizer, optimizer,
-                live,
+                folder, responses, segments, model, parameters, rows, sources, config, original, tokenizer,
+                record.optimizer, live,
             )  # fmt: skip
     finally:
         with torch.no_grad():
@@ -167,7 +189,7 @@ def _write(
         ],
         "objective": objective_of(model, config.objective).name,
         "optimizer": optimizer,
-        "segments": [{"length": s.horizon.length, "weight_decay": s.weight_decay} for s in segments],
+        "segments": [_stretch(segment) for segment in segments],
         "config": config.to_dict(),
         "curvature_samples": responses.curvature_samples,
         "probes": len(responses.probes),
@@ -189,24 +211,43 @@ def _write(
 
 
 def _hashes(rows: Rows, salt: bytes, quiet: bool) -> Tensor:
-    """(rows, 16) bytes: each row's tokens without padding."""
+    """(rows, 16) bytes: each row's tokens without padding, or its labels where the dataset has no tokens."""
+    found = row_hashes(rows.dataset, salt)
+    if found is None:
+        batches = (rows.batch([index]) for index in range(len(rows)))
+        found = (row_hash(batch.get("input_ids", batch["labels"]).reshape(-1), salt) for batch in batches)
     result = torch.zeros(len(rows), 16, dtype=torch.uint8)
-    with tqdm(total=len(rows), desc="row hashes", unit="row", disable=quiet, leave=False) as bar:
-        for indices, batch in rows.batches():
-            tokens = batch.get("input_ids", batch["labels"]).cpu()
-            mask = (
-                batch["attention_mask"].cpu().bool() if "attention_mask" in batch else torch.ones_like(tokens).bool()
-            )
-            for index, line, keep in zip(indices.tolist(), tokens, mask, strict=True):
-                real = line[keep] if keep.shape == line.shape else line
-                result[index] = torch.frombuffer(bytearray(row_hash(real.reshape(-1), salt)), dtype=torch.uint8)
-            bar.update(len(indices))
+    for index, line in enumerate(tqdm(found, "row hashes", len(rows), unit="row", disable=quiet, leave=False)):
+        result[index] = torch.frombuffer(bytearray(line), dtype=torch.uint8)
     return result
+
+
+def _rows(
+    model: nn.Module, dataset: Any, collate: Any, config: ResponseConfig, device: torch.device | str = "cpu"
+) -> Rows:
+    classes = {"causal-lm": "vocab_size", "sequence-classification": "num_labels"}
+    field = classes.get(objective_of(model, config.objective).name, "")
+    count = getattr(getattr(model, "config", None), field, None)
+    return Rows(dataset, collate, config.batch_size, device, _context(model), count)
+
+
+def _taken_columns(model: nn.Module, config: ResponseConfig, collate: Callable[[list[Any]], Any]) -> Any:
+    """The collator, shown only columns that the model's forward takes; all of them with an objective of one's own."""
+    if callable(config.objective):
+        return collate
+    unwrap = getattr(model, "get_base_model", None)  # PeftModel has it
+    inner = unwrap() if callable(unwrap) else model
+    known = {*inspect.signature(inner.forward).parameters, "label", "label_ids", "labels"}
+
+    def collate_taken(features: list[Any]) -> Any:
+        return collate([{k: v for k, v in f.items() if k in known} if isinstance(f, dict) else f for f in features])
+
+    return collate_taken
 
 
 def _equal_shares(model: nn.Module, dataset: Any, config: ResponseConfig, collate: Any) -> tuple[Tensor, Tensor]:
     """Every row seen once in one step: rows (n,), and one over the supervised tokens of all of them (n,)."""
-    rows = Rows(dataset, collate or default_data_collator, config.batch_size, "cpu", _context(model))
+    rows = _rows(model, dataset, collate, config)
     shifted = objective_of(model, config.objective).name == "causal-lm"
     tokens = 0
     for _, batch in rows.batches():
@@ -215,11 +256,20 @@ def _equal_shares(model: nn.Module, dataset: Any, config: ResponseConfig, collat
     return torch.arange(len(rows)), torch.full((len(rows),), 1.0 / max(tokens, 1), dtype=torch.float64)
 
 
+def _stretch(segment: Segment) -> dict[str, float]:
+    assert segment.curvature is not None
+    return {
+        "length": segment.horizon.length,
+        "weight_decay": segment.weight_decay,
+        "shrinkage": segment.curvature.shrinkage,
+    }
+
+
 def _sources(dataset: Any, column: str | None, total: int) -> Sources:
     """Names of sources in sorted order, and which one each row belongs to."""
     if column is None:
         return Sources([], torch.full((total,), -1))
-    values = [None if value is None else str(value) for value in _column(dataset, column, "source_column")]
+    values = [None if value is None else str(value) for value in _column(dataset, column, "source_column", total)]
     names = sorted({value for value in values if value is not None})
     place = {name: index for index, name in enumerate(names)}
     return Sources(names, torch.tensor([-1 if value is None else place[value] for value in values]))
@@ -228,13 +278,18 @@ def _sources(dataset: Any, column: str | None, total: int) -> Sources:
 def _row_ids(dataset: Any, column: str | None, total: int) -> Tensor:
     if column is None:
         return torch.arange(total)
-    values = list(_column(dataset, column, "row_id_column"))
+    values = list(_column(dataset, column, "row_id_column", total))
     if not all(isinstance(value, int) for value in values) or len(set(values)) < len(values):
         raise UnsupportedError(f"row_id_column={column!r}: row ids must be whole numbers, each used once")
     return torch.tensor(values)
 
 
-def _column(dataset: Any, column: str, setting: str) -> list[Any]:
+def _column(dataset: Any, column: str, setting: str, total: int) -> list[Any]:
+    if len(dataset) != total:
+        raise MismatchError(
+            f"{setting}={column!r} is read from a dataset of {len(dataset)} rows and {total} were trained on; give "
+            "ResponseCallback(dataset=...) the rows that the trainer ends up with"
+        )
     names = getattr(dataset, "column_names", None)
     if names is None and len(dataset) and hasattr(dataset[0], "keys"):
         names = list(dataset[0].keys())

@@ -59,24 +59,31 @@ class MarkedCollate:
         return batch
 
 
+def loader_of(dataloader: Any) -> DataLoader:
+    """The DataLoader inside the trainer's prepared one.
+
+    Raises:
+        UnsupportedError: a dataset without random access.
+    """
+    loader: DataLoader = getattr(dataloader, "base_dataloader", dataloader)
+    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
+        raise UnsupportedError(
+            "the training set is a stream: rows have no position to attribute to. Use a map-style dataset "
+            "(for example `Dataset.from_generator`), or train without ResponseCallback"
+        )
+    return loader
+
+
 class Exposure:
     """Attached to a prepared dataloader and a model; collects (rows, weight) of every micro-batch until taken.
 
     Args:
         model (`nn.Module`): the trainer's model.
-        dataloader: the trainer's prepared dataloader.
-
-    Raises:
-        UnsupportedError: a dataset without random access.
+        loader (`DataLoader`): see `loader_of`.
     """
 
-    def __init__(self, model: nn.Module, dataloader: Any):
-        self.loader: DataLoader = getattr(dataloader, "base_dataloader", dataloader)
-        if isinstance(self.loader.dataset, IterableDataset) or not hasattr(self.loader.dataset, "__len__"):
-            raise UnsupportedError(
-                "the training set is a stream: rows have no position to attribute to. Use a map-style dataset "
-                "(for example `Dataset.from_generator`), or train without ResponseCallback"
-            )
+    def __init__(self, model: nn.Module, loader: DataLoader):
+        self.loader = loader
         self.dataset, self.collate = self.loader.dataset, self.loader.collate_fn
         self.micro: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
         # DataLoader forbids assigning .dataset after construction, although it only reads it when iteration begins.

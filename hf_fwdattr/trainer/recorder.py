@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..bank.files import read_tensors, write_atomically, write_tensors
-from ..errors import UnsupportedError
+from ..errors import BankError, UnsupportedError
 from ..response.horizon import ExplicitHorizon, Horizon, NaturalHorizon
 from ..response.segment import Segment
 
@@ -34,6 +34,9 @@ class Record:
         rates (`list[float]`): learning rate of each step; 0 for a step that was skipped.
         rows, weights (`list[Tensor]`): per step, (n,) row positions and the weight of each one's summed loss.
         snapshots (`list[Snapshot]`): one per segment reached so far.
+        total (`int`): rows of the training set; 0 where nobody counted.
+        optimizer (`str`): its kind.
+        end (`Snapshot`, *optional*): the parameters that the run ended with, or was saved with.
     """
 
     steps: int
@@ -44,6 +47,9 @@ class Record:
     rows: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
     snapshots: list[Snapshot] = field(default_factory=list)
+    total: int = 0
+    optimizer: str = "none"
+    end: Snapshot | None = None
 
     def bounds(self) -> list[tuple[int, int]]:
         """First step and end of each segment; fewer segments than asked for if the run is shorter."""
@@ -110,25 +116,38 @@ class Record:
             "rows": torch.cat(self.rows) if self.rows else torch.zeros(0, dtype=torch.int64),
             "weights": torch.cat(self.weights) if self.weights else torch.zeros(0, dtype=torch.float64),
         }
-        for index, snapshot in enumerate(self.snapshots):
+        snapshots = [*self.snapshots, *([] if self.end is None else [self.end])]
+        for index, snapshot in enumerate(snapshots):
             tensors |= {f"theta.{index}": snapshot.theta, f"diagonal.{index}": snapshot.diagonal}
         write_tensors(folder / "record.safetensors", tensors)
         settings = {
             "steps": self.steps, "segments": self.segments, "momentum": self.momentum,
-            "weight_decay": self.weight_decay, "snapshots": [snapshot.step for snapshot in self.snapshots],
+            "weight_decay": self.weight_decay, "total": self.total, "optimizer": self.optimizer,
+            "taken": len(self.rates), "ended": self.end is not None, "snapshots": [s.step for s in snapshots],
         }  # fmt: skip
         write_atomically(folder / "record.json", json.dumps(settings, indent=2).encode())
 
     @classmethod
     def load(cls, folder: Path) -> "Record":
-        """Read what `save` wrote."""
+        """Read what `save` wrote.
+
+        Raises:
+            BankError: there is no whole record.
+        """
+        if not (folder / "record.json").is_file() or not (folder / "record.safetensors").is_file():
+            raise BankError(f"no record of a run in {folder}: it needs record.json and record.safetensors")
         settings = json.loads((folder / "record.json").read_text())
         tensors = read_tensors(folder / "record.safetensors")
         counts = tensors["counts"].tolist()
-        steps = settings.pop("snapshots")
+        steps, taken, ended = (settings.pop(name) for name in ("snapshots", "taken", "ended"))
+        if taken != len(counts):
+            raise BankError(
+                f"{folder} was cut off while it was written: {taken} steps in one file, {len(counts)} in another"
+            )
         snapshots = [Snapshot(s, tensors[f"theta.{i}"], tensors[f"diagonal.{i}"]) for i, s in enumerate(steps)]
         return cls(
             **settings,
+            end=snapshots.pop() if ended else None,
             rates=tensors["rates"].tolist(),
             rows=list(tensors["rows"].split(counts)),
             weights=list(tensors["weights"].split(counts)),

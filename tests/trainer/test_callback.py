@@ -1,0 +1,417 @@
+"""The callback beside the real Trainer: it changes nothing, refuses early, and loses nothing when it fails late."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import Trainer
+
+import hf_fwdattr.bank.files
+from hf_fwdattr import ResponseBank, ResponseCallback, ResponseConfig, build_bank
+from hf_fwdattr.errors import BankError, MismatchError, NumericalError, QueryError, UnsupportedError
+from hf_fwdattr.trainer.callback import RECORD
+from tests.cases import adapted, gpt2, padded, token_rows
+from tests.reference import agree
+from tests.runs import ROWS, ask, base, config, fine_tune, queries, trainer_for, training_set, weights
+
+
+def scores(model: nn.Module, bank: Any) -> Tensor:
+    return ask(model, bank).scores(queries())
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, dict(optim="sgd", gradient_accumulation_steps=2), dict(dataloader_num_workers=1)],
+    ids=["AdamW", "SGD, accumulated", "workers"],
+)
+def test_training_is_the_same_to_the_last_bit(tmp_path: Path, how: dict[str, Any]) -> None:
+    """With dropout on, so that one random number more or less would show."""
+    ends, losses, states = [], [], []
+    for callback in (None, ResponseCallback(config())):
+        torch.manual_seed(5)
+        model = adapted(gpt2(torch.float32)).train()
+        trainer = trainer_for(tmp_path, model, training_set(), callback, **how)
+        losses.append(trainer.train().training_loss)
+        ends.append(weights(model))
+        states.append(torch.get_rng_state())
+    assert torch.equal(ends[0], ends[1])
+    assert losses[0] == losses[1]
+    assert torch.equal(states[0], states[1])
+
+
+def test_the_bank_lies_beside_the_model_and_nothing_else_is_left(tmp_path: Path) -> None:
+    model = adapted(base()).train()
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    callback = fine_tune(tmp_path, model)
+    assert {path.name for path in tmp_path.iterdir()} == {"fwdattr"}
+    assert len(list((tmp_path / "fwdattr").iterdir())) == 3
+    bank = ResponseBank.from_pretrained(tmp_path)
+    assert bank.manifest == callback.bank.manifest  # type: ignore[union-attr]
+    assert bank.manifest.weights == callback._parameters.fingerprint(model)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert model.training
+    assert not model._forward_pre_hooks
+
+
+def test_row_ids_and_sources_are_the_users_own(tmp_path: Path) -> None:
+    data = training_set()
+    bank = fine_tune(tmp_path, adapted(base()), config(row_id_column="number")).bank
+    assert bank is not None
+    ids, sources, _ = next(bank.coordinates())
+    assert ids.tolist() == data["number"]
+    assert [None if s < 0 else bank.manifest.sources[s] for s in sources.tolist()] == data["source"]
+
+
+def test_rows_of_plain_dictionaries_do_as_well(tmp_path: Path) -> None:
+    data = training_set()
+    model = adapted(base())
+    one = scores(model, fine_tune(tmp_path / "a", model, dataset=data).bank)
+    model = adapted(base())
+    other = scores(model, fine_tune(tmp_path / "b", model, dataset=data.to_list()).bank)
+    assert torch.equal(one, other)
+
+
+class Stop(Exception):
+    """What a test raises inside training."""
+
+
+@pytest.mark.parametrize(
+    ("settings", "how", "error", "message"),
+    [
+        ({}, dict(optim="adagrad"), UnsupportedError, "AdamW, Adam and SGD"),
+        ({}, dict(label_smoothing_factor=0.1), UnsupportedError, "label_smoothing_factor=0"),
+        ({}, dict(compute_loss_func=lambda *_, **__: 0), UnsupportedError, "compute_loss_func"),
+        (dict(parameters="nothing_like_it"), {}, UnsupportedError, "selects no weight"),
+        (dict(parameters=[r"wte"]), {}, UnsupportedError, "is not trained by the optimizer"),
+        (dict(source_column="publisher"), {}, UnsupportedError, "source_column='publisher'"),
+        (dict(row_id_column="source"), {}, UnsupportedError, "whole numbers"),
+        (dict(objective="sequence"), {}, UnsupportedError, "fits no known likelihood"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_the_first_step(
+    tmp_path: Path, settings: dict[str, Any], how: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    model = adapted(base())
+    before = weights(model)
+    with pytest.raises(error, match=message):
+        fine_tune(tmp_path, model, config(**settings), **how)
+    assert torch.equal(weights(model), before)
+
+
+def test_adam_with_coupled_decay_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    model = adapted(base())
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], weight_decay=0.1)
+    with pytest.raises(UnsupportedError, match="use AdamW"):
+        fine_tune(tmp_path, model, optimizers=(optimizer, None))
+
+
+def test_a_stream_is_refused(tmp_path: Path) -> None:
+    stream = training_set().select_columns(["input_ids", "labels"]).to_iterable_dataset()
+    with pytest.raises(UnsupportedError, match="the training set is a stream"):
+        fine_tune(tmp_path, adapted(base()), config(source_column=None), stream, max_steps=3)
+
+
+def test_a_collator_that_draws_is_refused(tmp_path: Path) -> None:
+    def masked(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = padded(rows)
+        return batch | {"input_ids": torch.where(torch.rand(batch["input_ids"].shape) < 0.3, 1, batch["input_ids"])}
+
+    with pytest.raises(UnsupportedError, match="another 'input_ids' each time"):
+        fine_tune(tmp_path, adapted(base()), collate=masked)
+
+
+def test_a_dataset_for_sources_must_have_the_rows_that_were_trained_on(tmp_path: Path) -> None:
+    callback = ResponseCallback(config(), dataset=training_set(ROWS + 1))
+    with pytest.raises(MismatchError, match=f"{ROWS + 1} rows and {ROWS} were trained on"):
+        trainer_for(tmp_path, adapted(base()), training_set(), callback).train()
+
+
+def test_several_processes_and_devices_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, message in (("n_gpu", "DataParallel"), ("world_size", "2 processes")):
+        trainer = trainer_for(tmp_path, adapted(base()), training_set(), None)
+        callback = ResponseCallback(config())
+        arguments = type("Arguments", (type(trainer.args),), {name: 2})
+        object.__setattr__(trainer.args, "__class__", arguments)
+        with pytest.raises(UnsupportedError, match=message):
+            callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
+def test_a_diverged_run_keeps_its_result_and_its_record_and_makes_no_bank(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = adapted(base(torch.float32))
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_B" in n).fill_(float("nan"))
+    callback = ResponseCallback(config())
+    result = trainer_for(tmp_path, model, training_set(), callback, max_grad_norm=0).train()
+    assert result.global_step == 12
+    assert {path.name for path in tmp_path.iterdir()} == {f"_{RECORD}"}
+    with pytest.raises(NumericalError, match="was the loss NaN"):
+        callback.bank  # noqa: B018
+    (message,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert "was the loss NaN" in message
+    assert f"record='{tmp_path}/_{RECORD}'" in message
+    with pytest.raises(NumericalError, match="was the loss NaN"):
+        build_bank(model, training_set(), config(), data_collator=padded, record=tmp_path / f"_{RECORD}")
+
+
+def test_a_full_disk_leaves_the_old_bank_and_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = fine_tune(tmp_path, adapted(base())).bank
+    assert old is not None
+    model, callback = adapted(base()), ResponseCallback(config())
+    trainer = trainer_for(tmp_path, model, training_set(), callback, learning_rate=2e-2)
+    real = hf_fwdattr.bank.files.save_file
+
+    def full(tensors: dict[str, Tensor], path: str, **more: Any) -> None:
+        if "coordinates" in tensors:
+            Path(path).write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        real(tensors, path, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_fwdattr.bank.files, "save_file", full)
+        trainer.train()
+    with pytest.raises(OSError, match="No space left"):
+        callback.bank  # noqa: B018
+    assert ResponseBank.from_pretrained(tmp_path).manifest == old.manifest
+    assert len(list((tmp_path / "fwdattr").iterdir())) == 3
+    finished = build_bank(
+        model, training_set(), config(), data_collator=padded, record=tmp_path / f"_{RECORD}", folder=tmp_path / "b"
+    )
+    undisturbed = adapted(base())
+    bank = fine_tune(tmp_path / "undisturbed", undisturbed, learning_rate=2e-2).bank
+    assert torch.equal(scores(model, finished), scores(undisturbed, bank))
+    assert finished.manifest.optimizer == "adamw"
+
+
+class Interrupting:
+    """A collator that presses Ctrl-C after some batches."""
+
+    def __init__(self) -> None:
+        self.left = 10**9
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return padded(rows)
+
+
+@pytest.mark.parametrize("batches", [1, 4, 15])
+def test_a_bank_interrupted_in_its_passes_can_be_finished(tmp_path: Path, batches: int) -> None:
+    collate, settings = Interrupting(), config(segments=2, probes=8)
+    model = adapted(base()).train()
+    trainer = trainer_for(tmp_path, model, training_set(), None, collate)
+
+    class Press(ResponseCallback):
+        """Counts only batches of the passes."""
+
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            self.before = weights(model), torch.get_rng_state()
+            collate.left = batches
+            super().on_train_end(*args, **kwargs)
+
+    callback = Press(settings)
+    trainer.add_callback(callback)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert torch.equal(weights(model), callback.before[0])
+    assert torch.equal(torch.get_rng_state(), callback.before[1])
+    assert model.training
+    assert {p.requires_grad for n, p in model.named_parameters() if "lora" in n} == {True}
+    assert not (tmp_path / "fwdattr" / "bank.json").exists()
+    bank = build_bank(model, training_set(), settings, data_collator=padded, record=tmp_path / f"_{RECORD}")
+    again = adapted(base())
+    undisturbed = fine_tune(tmp_path / "undisturbed", again, settings).bank
+    assert torch.equal(scores(model, bank), scores(again, undisturbed))
+
+
+def test_a_run_interrupted_while_training_can_start_again(tmp_path: Path) -> None:
+    collate = Interrupting()
+    callback, model = ResponseCallback(config()), adapted(base())
+    trainer = trainer_for(tmp_path, model, training_set(), callback, collate)
+    collate.left = 8
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    fresh = adapted(base())
+    trainer_for(tmp_path, fresh, training_set(), callback, collate).train()
+    again = adapted(base())
+    assert torch.equal(scores(fresh, callback.bank), scores(again, fine_tune(tmp_path / "b", again).bank))
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_resumed_run_ends_with_the_same_bank(tmp_path: Path, moved: bool) -> None:
+    """Stopped at step 5 of 12, in the middle of a segment, and resumed by another process's objects."""
+    whole = adapted(base())
+    expected = scores(whole, fine_tune(tmp_path / "whole", whole).bank)
+    how: dict[str, Any] = dict(save_strategy="steps", save_steps=5)
+
+    class Killed(ResponseCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            super().on_step_end(args, state, control, **kwargs)
+            if state.global_step == 6:
+                raise Stop
+
+    folder = tmp_path / "run"
+    with pytest.raises(Stop):
+        trainer_for(folder, adapted(base()), training_set(), Killed(config()), **how).train()
+    checkpoint = folder / "checkpoint-5"
+    if moved:
+        checkpoint = checkpoint.rename(tmp_path / "elsewhere")
+    model, callback = adapted(base()), ResponseCallback(config())
+    trainer = trainer_for(folder, model, training_set(), callback, **how)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if moved else True)
+    assert torch.equal(weights(model), weights(whole))
+    assert torch.equal(scores(model, callback.bank), expected)
+
+
+def test_a_checkpoint_without_a_record_is_not_resumed(tmp_path: Path) -> None:
+    how: dict[str, Any] = dict(save_strategy="steps", save_steps=5)
+    trainer_for(tmp_path, adapted(base()), training_set(), None, **how).train()
+    trainer = trainer_for(tmp_path, adapted(base()), training_set(), ResponseCallback(config()), **how)
+    with pytest.raises(UnsupportedError, match="nobody knows which rows the earlier steps saw"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+def test_another_plan_or_another_number_of_rows_is_not_resumed(tmp_path: Path) -> None:
+    how: dict[str, Any] = dict(save_strategy="steps", save_steps=5)
+    trainer_for(tmp_path, adapted(base()), training_set(), ResponseCallback(config()), **how).train()
+    path = str(tmp_path / "checkpoint-5")
+    trainer = trainer_for(tmp_path, adapted(base()), training_set(), ResponseCallback(config()), max_steps=20, **how)
+    with pytest.raises(UnsupportedError, match="planned for 12 steps and now for 20"):
+        trainer.train(resume_from_checkpoint=path)
+    trainer = trainer_for(tmp_path, adapted(base()), training_set(11), ResponseCallback(config()), **how)
+    with pytest.raises(UnsupportedError, match="began with 12 rows and is resumed with 11"):
+        trainer.train(resume_from_checkpoint=path)
+
+
+def test_a_checkpoints_record_makes_the_checkpoints_bank(tmp_path: Path) -> None:
+    """The record in a checkpoint is whole: it gives the bank of a run that ended there by itself."""
+    constant: dict[str, Any] = dict(lr_scheduler_type="constant")
+    settings = config(segments=1)
+    model = adapted(base())
+    fine_tune(tmp_path, model, settings, save_strategy="steps", save_steps=8, **constant)
+    record = tmp_path / "checkpoint-8" / RECORD
+    with pytest.raises(MismatchError, match="ended with other weights than the model has"):
+        build_bank(model, training_set(), settings, data_collator=padded, record=record)
+    early = adapted(base())
+    state = torch.load(tmp_path / "checkpoint-8" / "optimizer.pt", weights_only=True)
+    assert state["state"]
+    early.load_adapter(str(tmp_path / "checkpoint-8"), "saved")
+    early.set_adapter("saved")
+    early.delete_adapter("default")
+    bank = build_bank(early, training_set(), settings, data_collator=padded, record=record)
+    (segment,) = bank.manifest.segments
+    assert segment.length == pytest.approx(8 * 1e-2)
+    assert len(bank) == ROWS
+
+
+def test_the_best_models_bank_is_of_the_steps_up_to_it(tmp_path: Path) -> None:
+    """The evaluation loss is made to rise after the first epoch, so the model of step 4 is loaded back."""
+
+    class Rising(Trainer):
+        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            metrics = {"eval_loss": float(self.state.global_step)}
+            self.log(metrics)
+            self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+
+    model, callback = adapted(base()), ResponseCallback(config())
+    reference = trainer_for(
+        tmp_path, model, training_set(), callback, eval_strategy="epoch", save_strategy="epoch",
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
+        eval_dataset=training_set(), lr_scheduler_type="constant",
+    )  # fmt: skip
+    reference.__class__ = Rising
+    reference.train()
+    assert reference.state.best_global_step == 4
+    bank = callback.bank
+    assert bank is not None
+    assert [segment.length for segment in bank.manifest.segments] == [pytest.approx(4e-2)]
+    assert bank.manifest.weights == callback._parameters.fingerprint(model)
+    short = adapted(base())
+    end = fine_tune(tmp_path / "short", short, config(segments=1), lr_scheduler_type="constant", num_train_epochs=1)
+    agree(scores(model, bank), scores(short, end.bank), 1e-6)
+
+
+def test_build_bank_makes_a_bank_of_a_finished_model(tmp_path: Path) -> None:
+    """All rows count alike, columns that the model does not take are left out, and the folder goes with the bank."""
+    model = adapted(base())
+    settings = config(horizon={"steps": 100, "step_size": 0.05}, row_id_column="number")
+    bank = build_bank(model, training_set(), settings, data_collator=padded)
+    assert scores(model, bank).shape == (4, ROWS)
+    assert bank.manifest.optimizer == "none"
+    kept = bank.save_pretrained(tmp_path)
+    folder = bank.folder
+    del bank
+    assert not folder.exists()
+    assert ResponseBank(kept).manifest.sources == ["east", "north", "south"]
+
+
+def test_build_bank_takes_rows_of_one_length_without_a_collator() -> None:
+    rows = [row for row in training_set(60).to_list() if len(row["input_ids"]) == 8]
+    data = Dataset.from_list(rows).remove_columns(["labels"])
+    data = data.add_column("labels", data["input_ids"])
+    model = adapted(base())
+    bank = build_bank(model, data, config(horizon={"steps": 10, "step_size": 0.1}))
+    assert scores(model, bank).shape == (4, len(rows))
+
+
+@pytest.mark.parametrize(
+    ("data", "settings", "error", "message"),
+    [
+        ([], {}, QueryError, "the dataset is empty"),
+        ([*token_rows(1), {"input_ids": [1] * 20, "labels": [1] * 20}], {}, QueryError, "row 1 has 20 tokens"),
+        ([*token_rows(2), {"input_ids": [1, 2, 3], "labels": [1, -7, 3]}], {}, QueryError, "row 2 has the label -7"),
+        ([*token_rows(2), {"input_ids": [1, 2, 3], "labels": [1, 23, 3]}], {}, QueryError, "row 2 has the label 23"),
+        (iter(token_rows(2)), {}, UnsupportedError, "has no length or no random access"),
+        (token_rows(3), dict(horizon=None), UnsupportedError, "neither was given"),
+    ],
+    ids=["empty", "too long", "negative label", "label beyond", "stream", "no horizon"],
+)
+def test_bad_rows_are_named(data: Any, settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    given = dict(horizon={"steps": 10, "step_size": 0.1}, source_column=None) | settings
+    model = adapted(base())
+    before = weights(model)
+    with pytest.raises(error, match=message):
+        build_bank(model, data, config(**given), data_collator=padded)
+    assert torch.equal(weights(model), before)
+
+
+def test_a_record_of_other_rows_or_other_weights_is_refused(tmp_path: Path) -> None:
+    model, callback = adapted(base()), ResponseCallback(config())
+    trainer = trainer_for(tmp_path, model, training_set(), callback, Interrupting())
+    trainer.train()
+    record = tmp_path / "kept"
+    callback._record.save(record)
+    with pytest.raises(MismatchError, match="recorded on 12 rows and the dataset has 11"):
+        build_bank(model, training_set(11), config(), data_collator=padded, record=record)
+    with pytest.raises(MismatchError, match="other weights"):
+        build_bank(adapted(base()), training_set(), config(), data_collator=padded, record=record)
+    with pytest.raises(MismatchError, match="other responding parameters"):
+        build_bank(model, training_set(), config(parameters="lora"), data_collator=padded, record=record)
+    with pytest.raises(BankError, match="no record of a run in"):
+        build_bank(model, training_set(), config(), data_collator=padded, record=tmp_path / "nowhere")
+    settings = json.loads((record / "record.json").read_text())
+    (record / "record.json").write_text(json.dumps(settings | {"taken": 3}))
+    with pytest.raises(BankError, match="cut off while it was written"):
+        build_bank(model, training_set(), config(), data_collator=padded, record=record)
+
+
+def test_a_callback_may_be_used_twice(tmp_path: Path) -> None:
+    callback = ResponseCallback(config())
+    trainer_for(tmp_path / "a", adapted(base()), training_set(), callback).train()
+    second = adapted(base())
+    trainer_for(tmp_path / "b", second, training_set(9), callback).train()
+    assert callback.bank is not None
+    assert len(callback.bank) == 9
+    assert callback.bank.folder == tmp_path / "b" / "fwdattr"
+
+
+def test_before_training_there_is_no_bank() -> None:
+    assert ResponseCallback(ResponseConfig()).bank is None
