@@ -241,8 +241,8 @@ class TrainingDataAttributionPipeline(Pipeline):
         if not queries:
             raise QueryError("there are no queries to score")
         step = batch_size or (8 if self.device.type == "cuda" else 1)
-        parts = [self.read(queries[at : at + step], lines).sum(1) for at in range(0, len(queries), step)]
-        return torch.cat(parts).double().cpu()
+        parts = [self.read(queries[at : at + step], lines).double().sum(1) for at in range(0, len(queries), step)]
+        return torch.cat(parts).cpu()
 
     def _per_source(self, summed: Tensor) -> Tensor:
         """(queries, sources): exact where sources have probes, else from the sum of their rows' coordinates."""
@@ -280,7 +280,7 @@ class TrainingDataAttributionPipeline(Pipeline):
         manifest = self.bank.manifest
         if not manifest.sources:
             return []
-        summed = readout.sum(0, keepdim=True).double().cpu()
+        summed = readout.double().sum(0, keepdim=True).cpu()
         k = manifest.probes
         values = self._per_source(summed[:, k:] if manifest.source_probes else summed[:, :k])[0]
         order = torch.argsort(values, descending=True, stable=True).tolist()

@@ -90,5 +90,6 @@ def covectors(head: nn.Module, hidden: Tensor, logits: Tensor, labels: Tensor) -
     if not float((plain - logits).abs().amax()) <= rounding:
         return None
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    bracket = weight[labels.clamp(min=0)] - wide.softmax(-1).to(weight.dtype) @ weight
+    mean = wide.softmax(-1).to(weight.dtype) @ weight
+    bracket = weight[labels.clamp(min=0)].to(wide.dtype) - mean.to(wide.dtype)
     return bracket.masked_fill((labels == IGNORED).unsqueeze(-1), 0.0)

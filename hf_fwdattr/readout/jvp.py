@@ -59,9 +59,11 @@ def read(
 
         try:
             parts = [vmap(derivative)(probes[at : at + chunk]) for at in range(0, len(probes), chunk)]
-        except NotImplementedError as error:
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # its plain forward pass has run, so it is the derivative or the batching
             raise UnsupportedError(
-                f"{type(model).__name__} has an operation without forward-mode derivative "
+                f"{type(model).__name__} has an operation without batched forward-mode derivative "
                 f"({str(error).splitlines()[0]}); use readout='difference', or attn_implementation='eager'"
             ) from error
     result = torch.cat(parts).permute(1, 2, 0)
@@ -85,7 +87,7 @@ def _value(
         bracket = covectors(head, hidden, logits, labels)
         if bracket is not None:
             body, positions = Hidden(model, objective, head), labels.shape[1]
-            return lambda weights: (body.at(weights, batch)[:, :positions] * bracket).sum(-1)
+            return lambda weights: (body.at(weights, batch)[:, :positions].to(bracket.dtype) * bracket).sum(-1)
 
     def whole(weights: dict[str, Tensor]) -> Tensor:
         return log_probabilities(*likelihood.at(weights, batch))

@@ -36,7 +36,7 @@ def scores(readout: Tensor, blocks: Iterable[Block]) -> Tensor:
         readout (`Tensor`): (queries, positions, k).
         blocks: of a bank's coordinates.
     """
-    summed = readout.sum(1).double().cpu()
+    summed = readout.double().sum(1).cpu()
     return torch.cat([(summed @ block.double().T).float() for _, _, block in blocks], dim=1)
 
 
