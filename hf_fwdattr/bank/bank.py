@@ -217,8 +217,11 @@ def write_bank(
         manifest = Manifest.model_validate(described | {"files": written})
         write_atomically(folder / MANIFEST, manifest.to_json())
     except BaseException:
+        # An interrupt may come just after bank.json was renamed into place: what it names must stay.
+        named = (folder / MANIFEST).read_text() if (folder / MANIFEST).is_file() else ""
         for file in folder.glob(f"*-{tag}-*.safetensors"):
-            file.unlink(missing_ok=True)
+            if file.name not in named:
+                file.unlink(missing_ok=True)
         raise
     _sweep(folder, manifest)
     return ResponseBank(folder)

@@ -1,0 +1,275 @@
+"""The bank on disk: what is written is what is read, whole or not at all."""
+
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hf_fwdattr.bank.bank
+import hf_fwdattr.bank.files
+from hf_fwdattr.bank.bank import ResponseBank, write_bank
+from hf_fwdattr.bank.manifest import read_manifest
+from hf_fwdattr.errors import BankError, MismatchError
+from hf_fwdattr.parameters import Parameters
+from tests.cases import adapted, gpt2, llama
+from tests.reference import agree
+
+
+P, K, SOURCES, ROWS = 6, 3, 2, 10
+
+
+def described(**changes: Any) -> dict[str, Any]:
+    """A manifest without its files."""
+    return {
+        "libraries": {"torch": torch.__version__}, "model": "base", "revision": None, "weights": "0" * 64,
+        "parameters": [{"name": "a.weight", "shape": [2, 2]}, {"name": "b.weight", "shape": [2]}],
+        "objective": "causal-lm", "optimizer": "adamw", "segments": [{"length": 0.1}], "config": {},
+        "curvature_samples": 4, "probes": K, "source_probes": SOURCES, "source_scales": [1.0, 2.0], "exact": False,
+        "kept_variance": 0.9, "dtype": "float32", "dataset": {"rows": ROWS}, "sources": ["one", "two"],
+        "salt": "0" * 32,
+    } | changes  # fmt: skip
+
+
+def parts(seed: int = 0) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "probes": [torch.randn(K, P, generator=generator), torch.randn(SOURCES, P, generator=generator)],
+        "coordinates": torch.randn(ROWS, K, generator=generator),
+        "row_ids": torch.arange(ROWS) + 100,
+        "row_hashes": torch.randint(0, 256, (ROWS, 16), generator=generator).to(torch.uint8),
+        "sources": torch.arange(ROWS) % 3 - 1,
+    }
+
+
+def written(folder: Path, seed: int = 0, shard_size: int = 1 << 30, **changes: Any) -> ResponseBank:
+    return write_bank(folder, described(**changes), **parts(seed), shard_size=shard_size)
+
+
+def contents(bank: ResponseBank) -> dict[str, Tensor]:
+    blocks = list(bank.coordinates())
+    return {
+        "probes": bank.probes(),
+        "row_ids": torch.cat([ids for ids, _, _ in blocks]),
+        "sources": torch.cat([sources for _, sources, _ in blocks]),
+        "coordinates": torch.cat([coordinates for _, _, coordinates in blocks]),
+        "row_hashes": torch.cat(list(bank.row_hashes())),
+    }
+
+
+def is_seed(bank: ResponseBank, seed: int) -> bool:
+    return torch.equal(bank.probes(), torch.cat(parts(seed)["probes"]))
+
+
+@pytest.mark.parametrize("shard_size", [1 << 30, 3 * 4 * P, 1])
+def test_what_is_written_is_read(tmp_path: Path, shard_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_fwdattr.bank.bank, "_STREAM", 4)
+    written(tmp_path, shard_size=shard_size)
+    bank = ResponseBank.from_pretrained(tmp_path)
+    found, expected = contents(bank), parts()
+    expected["probes"] = torch.cat(expected["probes"])
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert len(bank) == ROWS
+    assert len(list(tmp_path.glob("*.safetensors"))) == len(bank.manifest.files) >= (2 if shard_size > 1000 else 4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_stored_as_such_and_read_as_float32(tmp_path: Path, dtype: str) -> None:
+    bank = written(tmp_path, dtype=dtype)
+    found = contents(bank)
+    assert found["coordinates"].dtype == found["probes"].dtype == torch.float32
+    assert torch.equal(found["coordinates"], parts()["coordinates"].to(getattr(torch, dtype)).float())
+    agree(found["probes"], torch.cat(parts()["probes"]), 1e-2)
+
+
+def test_a_folder_with_the_bank_in_it_and_the_bank_itself_both_open(tmp_path: Path) -> None:
+    written(tmp_path / "model" / "fwdattr")
+    one, other = ResponseBank.from_pretrained(tmp_path / "model"), ResponseBank(tmp_path / "model" / "fwdattr")
+    assert one.manifest == other.manifest
+    written(tmp_path / "model" / "elsewhere", seed=1)
+    assert is_seed(ResponseBank.from_pretrained(str(tmp_path / "model"), subfolder="elsewhere"), 1)
+    with pytest.raises(BankError, match=r"no bank in .*nothing"):
+        ResponseBank.from_pretrained(tmp_path / "nothing")
+
+
+def test_a_copy_is_the_bank(tmp_path: Path) -> None:
+    bank = written(tmp_path / "a")
+    written(tmp_path / "b" / "fwdattr", seed=1)
+    target = bank.save_pretrained(tmp_path / "b")
+    copy = ResponseBank.from_pretrained(tmp_path / "b")
+    assert target == copy.folder
+    assert copy.manifest == bank.manifest
+    assert is_seed(copy, 0)
+    assert len(list(target.iterdir())) == 3
+    assert copy.save_pretrained(tmp_path / "b") == target  # onto itself
+    assert is_seed(ResponseBank(target), 0)
+
+
+def test_only_its_own_old_shards_are_swept_away(tmp_path: Path) -> None:
+    folder = tmp_path / "fwdattr"
+    written(folder)
+    mine = ["probes-best.safetensors", "coordinates.safetensors", "notes.txt", "README.md", "probes-00000000-x.txt"]
+    for name in mine:
+        (folder / name).write_text("mine")
+    (folder / ".partial-killed").write_text("half")
+    (folder / "probes-0123abcd-00000.safetensors").write_text("of a run that was killed")
+    bank = written(folder, seed=1)
+    ours = {"bank.json", *(file.name for file in bank.manifest.files)}
+    assert {path.name for path in folder.iterdir()} == ours | set(mine)
+    assert {(folder / name).read_text() for name in mine} == {"mine"}
+
+
+class Killed(BaseException):
+    """As sudden as a signal."""
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Killed(), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("old", [False, True])
+def test_a_write_that_fails_anywhere_leaves_the_old_bank_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, old: bool
+) -> None:
+    """Every call that touches the disk fails in turn, from the first to the last."""
+    if old:
+        written(tmp_path, seed=1)
+    real = {name: getattr(os, name) for name in ("fsync", "replace", "chmod")} | {
+        "save_file": hf_fwdattr.bank.files.save_file
+    }
+    for step in range(100):
+        left = [step]
+
+        def failing(name: str, left: list[int] = left) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise error
+                return real[name](*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("fsync", "replace", "chmod"):
+                patch.setattr(os, name, failing(name))
+            patch.setattr(hf_fwdattr.bank.files, "save_file", failing("save_file"))
+            with suppress(type(error)):
+                written(tmp_path, shard_size=4 * P * 3)
+                break
+        if (tmp_path / "bank.json").exists():
+            bank = ResponseBank(tmp_path)
+            assert is_seed(bank, 1 if old else 0) or is_seed(bank, 0)
+            complete = is_seed(bank, 0)
+            assert {path.name for path in tmp_path.iterdir()} >= {file.name for file in bank.manifest.files}
+            if complete:  # only the sync of the folder failed, after everything was in place
+                written(tmp_path, seed=1)
+        else:
+            assert not old
+            assert list(tmp_path.iterdir()) == []
+    assert 15 < step < 99
+    assert is_seed(ResponseBank(tmp_path), 0)
+
+
+WRITER = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+import torch
+torch.set_num_threads(1)
+from contextlib import suppress
+from pathlib import Path
+from tests.bank.test_bank import written
+for number in range({kills}):
+    folder = Path(sys.argv[1]) / str(number)
+    written(folder)
+    child = os.fork()
+    seed = 1
+    while child == 0:
+        written(folder, seed=seed, shard_size=1)
+        seed += 1
+    time.sleep(0.003 + 0.0071 * number)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
+
+
+def test_a_real_kill_leaves_a_bank_that_loads(tmp_path: Path) -> None:
+    """A process that writes one bank after the other is killed at twelve different times."""
+    kills = 12
+    script = WRITER.format(root=str(Path(__file__).parents[2]), kills=kills)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    left = 0
+    for number in range(kills):
+        folder = tmp_path / str(number)
+        bank = ResponseBank(folder)
+        assert any(is_seed(bank, seed) for seed in range(200))
+        left += len(list(folder.iterdir())) - 1 - len(bank.manifest.files)
+        bank = written(folder, seed=2)
+        assert len(list(folder.iterdir())) == 1 + len(bank.manifest.files)
+    assert left > 0, "no process was killed in the middle of its work"
+
+
+def test_nan_is_not_written(tmp_path: Path) -> None:
+    written(tmp_path, seed=1)
+    for name in ("probes", "coordinates"):
+        bad = parts()
+        (bad[name][1] if name == "probes" else bad[name])[0, 0] = float("nan")
+        with pytest.raises(BankError, match="holds NaN or infinity"):
+            write_bank(tmp_path, described(), **bad)
+    huge = parts() | {"coordinates": torch.full((ROWS, K), 1e6)}
+    with pytest.raises(BankError, match="a coordinate in float16 holds NaN or infinity"):
+        write_bank(tmp_path, described(dtype="float16"), **huge)
+    assert is_seed(ResponseBank(tmp_path), 1)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def belonging(folder: Path, model: Any) -> ResponseBank:
+    """A bank that belongs to a model."""
+    parameters = Parameters.of(model)
+    spelled = [{"name": n, "shape": list(s)} for n, s in zip(parameters.names, parameters.shapes, strict=True)]
+    made = parts() | {"probes": [torch.zeros(K, parameters.size), torch.zeros(SOURCES, parameters.size)]}
+    return write_bank(folder, described(parameters=spelled, weights=parameters.fingerprint(model)), **made)
+
+
+def test_a_bank_knows_its_model_whatever_it_wears(tmp_path: Path) -> None:
+    model = adapted(gpt2())
+    bank = belonging(tmp_path, model)
+    assert bank.check_model(model).names == Parameters.of(model).names
+    assert bank.check_model(model.base_model.model).live[0].startswith("transformer.")
+    assert bank.check_model(torch.nn.parallel.DataParallel(model)).names == Parameters.of(model).names
+
+
+def test_another_model_is_refused_by_name_shape_and_weights(tmp_path: Path) -> None:
+    model = adapted(gpt2())
+    bank = belonging(tmp_path, model)
+    with pytest.raises(MismatchError, match=r"c_attn\.lora_B\.weight, are not in this model; .*made for \(base\)"):
+        bank.check_model(adapted(llama()))
+    with pytest.raises(MismatchError, match=r"has shape \(36, 2\) in the bank and \(36, 3\) in the model"):
+        bank.check_model(adapted(gpt2(), r=3))
+    with pytest.raises(MismatchError, match=r"has shape .* in the bank and no place in the model"):
+        bank.check_model(adapted(gpt2(), target_modules=["c_attn"]))
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_B" in n).view(-1)[0] += 1e-6
+    with pytest.raises(MismatchError, match=r"sha256 [0-9a-f]{16}\.\.\. and the model's responding weights have"):
+        bank.check_model(model)
+
+
+def test_rows_are_compared_one_by_one(tmp_path: Path) -> None:
+    bank = written(tmp_path, shard_size=1)
+    own = [bytes(line.tolist()) for line in parts()["row_hashes"]]
+    bank.check_rows(own)
+    with pytest.raises(MismatchError, match="the bank has 10 rows and the dataset 9"):
+        bank.check_rows(own[:-1])
+    with pytest.raises(MismatchError, match=f"row 3 of the dataset .*token hash {own[4].hex()}, bank {own[3].hex()}"):
+        bank.check_rows([*own[:3], own[4], own[3], *own[5:]])
+
+
+def test_the_manifest_is_readable(tmp_path: Path) -> None:
+    bank = written(tmp_path)
+    assert read_manifest(tmp_path) == bank.manifest
+    text = (tmp_path / "bank.json").read_text()
+    assert text.endswith("}\n")
+    assert '"rows": 10' in text
+    assert bank.manifest.size == P
+    assert (tmp_path / "bank.json").stat().st_mode & 0o777 == 0o644

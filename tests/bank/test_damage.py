@@ -1,0 +1,296 @@
+"""Banks from elsewhere: whatever is wrong with one is said, and nothing of it is believed or allocated."""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hf_fwdattr.bank.bank import ResponseBank
+from hf_fwdattr.bank.files import check_header
+from hf_fwdattr.errors import BankError
+from tests.bank.test_bank import ROWS, SOURCES, K, P, described, written
+
+
+Damage = Callable[[Path], object]
+
+
+def shard(folder: Path, kind: str) -> Path:
+    (path,) = folder.glob(f"{kind}-*.safetensors")
+    return path
+
+
+def edited(change: Callable[[dict[str, Any]], Any]) -> Damage:
+    """bank.json with a field changed."""
+
+    def damage(folder: Path) -> None:
+        values = json.loads((folder / "bank.json").read_text())
+        change(values)
+        (folder / "bank.json").write_text(json.dumps(values))
+
+    return damage
+
+
+def sealed(folder: Path, path: Path) -> None:
+    """Write a file's real size and hash into bank.json, as whoever forges a bank would."""
+
+    def seal(values: dict[str, Any]) -> None:
+        for file in values["files"]:
+            if file["name"] == path.name:
+                file |= {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+    edited(seal)(folder)
+
+
+def forged(kind: str, change: Damage) -> Damage:
+    """A shard that was changed together with its hash."""
+
+    def damage(folder: Path) -> None:
+        change(shard(folder, kind))
+        sealed(folder, shard(folder, kind))
+
+    return damage
+
+
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def header(text: bytes, data: bytes = b"", claimed: int | None = None) -> Damage:
+    return lambda path: path.write_bytes(struct.pack("<Q", len(text) if claimed is None else claimed) + text + data)
+
+
+def tensors(path: Path, **changes: Any) -> None:
+    """A coordinate shard with tensors replaced, or left out where None."""
+    whole = {
+        "coordinates": torch.zeros(ROWS, K), "row_ids": torch.arange(ROWS),
+        "row_hashes": torch.zeros(ROWS, 16, dtype=torch.uint8), "sources": torch.zeros(ROWS, dtype=torch.int32),
+    } | changes  # fmt: skip
+    save_file({name: value for name, value in whole.items() if value is not None}, path)
+
+
+def put(key: str, value: Any) -> Damage:
+    return edited(lambda values: values.update({key: value}))
+
+
+def renamed(name: str) -> Damage:
+    return edited(lambda values: values["files"][0].update(name=name))
+
+
+def linked(folder: Path) -> None:
+    path = shard(folder, "probes")
+    outside = folder.parent / "outside"
+    path.rename(outside)
+    path.symlink_to(outside)
+
+
+def as_folder(folder: Path) -> None:
+    path = shard(folder, "probes")
+    path.unlink()
+    path.mkdir()
+
+
+def truncated(folder: Path) -> None:
+    with shard(folder, "coordinates").open("r+b") as file:
+        file.truncate(shard(folder, "coordinates").stat().st_size - 1)
+
+
+ENTRY = '{"probes":{"dtype":"F32","shape":[%s],"data_offsets":[0,%d]}}'
+BYTES = (K + SOURCES) * P * 4
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "no manifest": (lambda f: (f / "bank.json").unlink(), r"no bank in .*: there is no bank\.json"),
+    "no JSON": (lambda f: (f / "bank.json").write_text("{"), r"bank\.json is not sound JSON"),
+    "not UTF-8": (lambda f: (f / "bank.json").write_bytes(b"\xff"), r"bank\.json is not sound JSON"),
+    "a list": (
+        lambda f: (f / "bank.json").write_text("[]"),
+        "schema_version is None and this package reads 1",
+    ),
+    "deep": (lambda f: (f / "bank.json").write_text("[" * 10**5), r"bank\.json is not sound JSON"),
+    "doubled key": (
+        lambda f: (f / "bank.json").write_text('{"schema_version": 1, "schema_version": 1}'),
+        "a key appears twice",
+    ),
+    "huge manifest": (lambda f: os.truncate(f / "bank.json", 1 << 27), "a manifest has at most"),
+    "other schema": (put("schema_version", 2), "schema_version is 2 and this package reads 1; update hf-fwdattr"),
+    "extra key": (put("run_this", "rm"), r"run_this: Extra inputs are not permitted \(found 'rm'\)"),
+    "missing key": (edited(lambda v: v.pop("weights")), "weights: Field required"),
+    "wrong kind": (put("probes", "3"), r"probes: Input should be a valid integer \(found '3'\)"),
+    "no probes": (put("probes", 0), "probes: Input should be greater than or equal to 1"),
+    "no rows": (edited(lambda v: v["dataset"].update(rows=0)), r"dataset\.rows: Input should be greater"),
+    "NaN in JSON": (put("kept_variance", float("nan")), "kept_variance: Input should be"),
+    "no hash": (put("weights", "../../etc"), "weights: String should match pattern"),
+    "unknown dtype": (put("dtype", "float64"), "dtype: Input should be 'float32', 'bfloat16' or 'float16'"),
+    "sources twice": (put("sources", ["one", "one"]), "sources names something twice"),
+    "parameters twice": (
+        edited(lambda v: v["parameters"].append(v["parameters"][0])),
+        "parameters names something twice",
+    ),
+    "scales": (put("source_scales", [1.0]), "source_probes=2 and 1 source_scales do not fit 2 sources"),
+    "absolute path": (renamed("/etc/passwd"), "'/etc/passwd', which is not a plain file name"),
+    "parent path": (renamed("../probes.safetensors"), r"'\.\./probes\.safetensors', which is not a plain file name"),
+    "sub-folder": (renamed("a/b.safetensors"), "which is not a plain file name"),
+    "backslash": (renamed("..\\b.safetensors"), "which is not a plain file name"),
+    "file twice": (edited(lambda v: v["files"].append(v["files"][0])), "files names something twice"),
+    "missing file": (lambda f: shard(f, "probes").unlink(), r"probes-.* is missing; download the bank again"),
+    "folder as file": (as_folder, "is missing; download the bank again"),
+    "link": (linked, "is a link that leads out of the bank's folder"),
+    "truncated": (truncated, r"has \d+ bytes and bank\.json says \d+; download the bank again"),
+    "flipped bit": (lambda f: flipped(shard(f, "coordinates")), "was changed: its sha256 is not"),
+    "lines": (edited(lambda v: v["files"][0].update(lines=4)), r"holds .* and bank\.json says"),
+    "wrong order": (edited(lambda v: v["files"][0].update(first=1)), "begins at line 1 and should begin at 0"),
+    "fewer rows": (edited(lambda v: v["dataset"].update(rows=9)), "10 rows; bank.json says 5 and 9"),
+    "no shards": (put("files", []), "the shards hold 0 probes and 0 rows; bank.json says 5 and 10"),
+    "other shapes": (
+        edited(lambda v: v["parameters"][0].update(shape=[2, 3])),
+        r"'probes': \('F32', \(5, 6\)\).* and bank\.json says .*\(5, 8\)",
+    ),
+    "empty file": (forged("probes", header(b"", claimed=0)), "is not a sound safetensors file"),
+    "8 bytes": (forged("probes", lambda p: p.write_bytes(b"12")), "is not a sound safetensors file"),
+    "header beyond the file": (forged("probes", header(b"{}", claimed=1 << 62)), "its header claims"),
+    "header is a list": (forged("probes", header(b"[]")), "is not a sound safetensors file"),
+    "entry is a list": (forged("probes", header(b'{"probes":[]}')), "is not a sound safetensors file"),
+    "data not there": (
+        forged("probes", header((ENTRY % ("1000000000,1000000000", 4 * 10**18)).encode())),
+        "it should be 4000000000000000",
+    ),
+    "offsets that lie": (
+        forged("probes", header((ENTRY % (f"{K + SOURCES},{P}", 8)).encode(), b"\0" * 8)),
+        f"declares {BYTES} bytes at 0..8",
+    ),
+    "negative extent": (forged("probes", header((ENTRY % ("-5,-6", BYTES)).encode(), b"\0" * BYTES)), "has shape"),
+    "fractional extent": (forged("probes", header((ENTRY % ("5.0,6", BYTES)).encode(), b"\0" * BYTES)), "has shape"),
+    "tensor twice": (
+        forged("probes", header(b'{"probes":1,"probes":2}')),
+        "a key appears twice",
+    ),
+    "overlap": (
+        forged(
+            "probes",
+            header(
+                b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"U8","shape":[4],"data_offsets":[2,6]}}',
+                b"\0" * 6,
+            ),
+        ),
+        "a gap or an overlap",
+    ),
+    "odd metadata": (forged("probes", header(b'{"__metadata__":{"a":1}}')), "is not a sound safetensors file"),
+    "unknown dtype in a shard": (
+        forged("probes", header(b'{"probes":{"dtype":"C64","shape":[0],"data_offsets":[0,0]}}')),
+        "is not a sound safetensors file",
+    ),
+    "other dtype": (
+        forged("coordinates", lambda p: tensors(p, coordinates=torch.zeros(ROWS, K).half())),
+        r"'coordinates': \('F16'",
+    ),
+    "other shape": (
+        forged("coordinates", lambda p: tensors(p, row_ids=torch.arange(ROWS + 1))),
+        r"'row_ids': \('I64', \(11,",
+    ),
+    "tensor missing": (forged("coordinates", lambda p: tensors(p, sources=None)), "and bank.json says"),
+    "tensor too many": (forged("coordinates", lambda p: tensors(p, more=torch.zeros(1))), "'more'"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_every_damage_has_its_message(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "fwdattr"
+    written(folder)
+    damage, message = DAMAGES[name]
+    damage(folder)
+    before = sorted((path.name, path.lstat().st_size) for path in folder.iterdir())
+    with pytest.raises(BankError, match=message):
+        ResponseBank.from_pretrained(tmp_path)
+    assert sorted((path.name, path.lstat().st_size) for path in folder.iterdir()) == before
+
+
+def test_every_byte_of_a_shard_counts(tmp_path: Path) -> None:
+    written(tmp_path)
+    path = shard(tmp_path, "coordinates")
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        with pytest.raises(BankError, match="was changed: its sha256"):
+            ResponseBank(tmp_path)
+    path.write_bytes(whole)
+    assert len(ResponseBank(tmp_path)) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("probes", lambda p: save_file({"probes": torch.full((K + SOURCES, P), float("nan"))}, p), "holds NaN"),
+        (
+            "coordinates",
+            lambda p: tensors(p, coordinates=torch.full((ROWS, K), float("inf"))),
+            "holds NaN or infinity",
+        ),
+        (
+            "coordinates",
+            lambda p: tensors(p, sources=torch.full((ROWS,), 2, dtype=torch.int32)),
+            "sources beyond the 2",
+        ),
+        (
+            "coordinates",
+            lambda p: tensors(p, sources=torch.full((ROWS,), -2, dtype=torch.int32)),
+            "sources beyond the 2",
+        ),
+    ],
+    ids=["NaN probes", "infinite coordinates", "source beyond", "source below"],
+)
+def test_values_are_checked_as_they_are_read(tmp_path: Path, kind: str, change: Damage, message: str) -> None:
+    """A bank may be larger than memory, so its values are not looked at when it is opened."""
+    written(tmp_path)
+    forged(kind, change)(tmp_path)
+    bank = ResponseBank(tmp_path)
+    with pytest.raises(BankError, match=message):
+        bank.probes() if kind == "probes" else list(bank.coordinates())
+
+
+def test_a_header_that_lies_allocates_nothing(tmp_path: Path) -> None:
+    """A sparse file of a terabyte whose header is as long: refused after eight bytes."""
+    path = tmp_path / "probes.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", (1 << 40) - 8))
+        file.truncate(1 << 40)
+    with pytest.raises(BankError, match="its header claims"):
+        check_header(path)
+
+
+def test_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
+    """The cache keeps files in blobs/ and links to them from snapshots/, also where the cache itself is a link."""
+    real = tmp_path / "disk" / "models--me--adapter"
+    snapshot, blobs = real / "snapshots" / "abc" / "fwdattr", real / "blobs"
+    blobs.mkdir(parents=True)
+    written(snapshot)
+    for path in list(snapshot.iterdir()):
+        blob = blobs / hashlib.sha256(path.name.encode()).hexdigest()
+        path.rename(blob)
+        path.symlink_to(os.path.relpath(blob, snapshot))
+    (tmp_path / "cache").symlink_to(tmp_path / "disk")
+    for root in ("disk", "cache"):
+        bank = ResponseBank.from_pretrained(tmp_path / root / "models--me--adapter" / "snapshots" / "abc")
+        assert bank.probes().shape == (K + SOURCES, P)
+
+
+def test_verification_can_be_left_out_where_it_was_done(tmp_path: Path) -> None:
+    written(tmp_path)
+    flipped(shard(tmp_path, "coordinates"))
+    assert len(ResponseBank(tmp_path, verify=False)) == ROWS
+    with pytest.raises(BankError):
+        ResponseBank(tmp_path)
+
+
+def test_a_manifest_that_does_not_hold_together_is_not_written_either(tmp_path: Path) -> None:
+    written(tmp_path, seed=1)
+    with pytest.raises(ValueError, match="source_scales do not fit"):
+        written(tmp_path, source_scales=[])
+    assert ResponseBank(tmp_path).manifest.source_scales == described()["source_scales"]
+    assert len(list(tmp_path.iterdir())) == 3
