@@ -1,0 +1,68 @@
+"""Attribution results as tables in the terminal."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from .asking import Answer, Named, Recall
+
+
+def said(answer: Answer) -> Text:
+    """Prompt and answer, every token of the answer coloured by the score of the row that is named first."""
+    text = Text(answer.prompt, style="dim")
+    rows = answer.proponents or answer.opponents
+    scores = rows[0].token_scores if rows else [0.0] * len(answer.tokens)
+    most = max((abs(score) for score in scores), default=0.0) or 1.0
+    for token, score in zip(answer.tokens, scores, strict=True):
+        strength = "bold " if abs(score) > most / 2 else ""
+        text.append(token, style=strength + ("blue" if score > 0 else "yellow"))
+    if answer.correct is False and answer.question is not None:
+        text.append(f"   (expected: {answer.question.answer})", style="red")
+    return text
+
+
+def _lines(table: Table, rows: Sequence[Named], style: str) -> None:
+    for row in rows:
+        mark = "[green]teaches this[/]" if row.teaches else ""
+        table.add_row(f"[{style}]{row.score:+.2f}[/]", escape(row.text), escape(row.source or ""), mark)
+
+
+def print_answer(console: Console, answer: Answer, rows: int = 3) -> None:
+    """The answer, the first rows of either side, and the sources that moved it most."""
+    console.print()
+    console.print(said(answer))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("nats", justify="right")
+    table.add_column("row", overflow="fold")
+    table.add_column("source")
+    table.add_column("")
+    _lines(table, answer.proponents[:rows], "blue")
+    _lines(table, answer.opponents[: max(1, rows - 2)], "yellow")
+    console.print(table)
+    if answer.sources:
+        first = sorted(answer.sources, key=lambda line: -abs(line[1]))[:4]
+        sources = ", ".join(f"{escape(source)} {score:+.2f}" for source, score in first)
+        console.print(f"[dim]sources: {sources}[/]")
+
+
+def print_recall(console: Console, lines: Sequence[Recall], k: int = 5) -> None:
+    """How often a row that teaches the fact is ranked first and in the top k, for every method."""
+    if not lines:
+        return
+    methods = list(lines[-1].first)
+    console.print()
+    console.print("[bold]How often is a row that taught the fact named?[/] (correct answers only)")
+    table = Table()
+    table.add_column("question worded")
+    table.add_column("correct", justify="right")
+    for method in methods:
+        table.add_column(f"{method}\nfirst / top {k}", justify="right")
+    for line in lines:
+        shares = [
+            f"{100 * line.first[m]:.0f} % / {100 * line.top[m]:.0f} %" if m in line.first else "" for m in methods
+        ]
+        table.add_row(line.wording, f"{line.correct} of {line.asked}", *shares)
+    console.print(table)
