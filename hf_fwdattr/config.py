@@ -60,7 +60,10 @@ class ResponseConfig:
     quiet: bool = _help("No progress bars.", default=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.probes, str) and self.probes != "exact":
+        for name in ("segments", "batch_size", "sample_rows", "source_probes", "seed"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be a whole number")
+        if type(self.probes) not in (int, float, str) or (isinstance(self.probes, str) and self.probes != "exact"):
             raise ValueError(f"probes={self.probes!r}: a number of probes, a kept variance below 1, or 'exact'")
         if isinstance(self.probes, float) and not 0 < self.probes < 1:
             raise ValueError(f"probes={self.probes}: as a float it is the variance to keep, between 0 and 1")

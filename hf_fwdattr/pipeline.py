@@ -7,19 +7,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from peft import load_peft_weights
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .bank.bank import ResponseBank
 from .errors import QueryError
 from .objective import CAUSAL_LM, IGNORED
+from .parameters import canonical_name
 from .readout import READOUTS
 from .readout.ranking import Ranked, rank, scores, source_coordinates
 from .response.rows import row_hashes
 
 
 TASK = "training-data-attribution"
+_HUB = ("token", "revision", "cache_dir", "local_files_only", "force_download", "subfolder")
 
 
 class AutoModelForAttribution(AutoModelForCausalLM):
@@ -30,7 +33,21 @@ class AutoModelForAttribution(AutoModelForCausalLM):
         """As `AutoModelForCausalLM.from_pretrained`."""
         model = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model.attribution_source = str(pretrained_model_name_or_path)
+        if getattr(model, "_hf_peft_config_loaded", False):
+            where = {name: kwargs[name] for name in _HUB if kwargs.get(name) is not None}
+            _restore_precision(model, load_peft_weights(model.attribution_source, device="cpu", **where))
         return model
+
+
+def _restore_precision(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
+    """Give adapter weights the digits that they were saved with.
+
+    On a half-precision base peft trains and saves adapters in float32; transformers loads them in the base's dtype.
+    """
+    for name, parameter in model.named_parameters():
+        value = stored.get(canonical_name(name))
+        if value is not None and value.dtype.itemsize > parameter.dtype.itemsize:
+            parameter.data = value.to(parameter.device)
 
 
 class TrainingDataAttributionPipeline(Pipeline):
@@ -93,6 +110,8 @@ class TrainingDataAttributionPipeline(Pipeline):
             if verify_dataset is not False:
                 self._verify(dataset)
         if top_k is not None:
+            if top_k < 0:
+                raise ValueError(f"top_k={top_k}: the number of rows to name on either side cannot be negative")
             after["top_k"] = top_k
         return {}, generate, after
 
@@ -185,7 +204,26 @@ class TrainingDataAttributionPipeline(Pipeline):
         Raises:
             QueryError: no supervised token, labels that do not fit, or too long for the model.
         """
-        longest = getattr(self.model.config, "max_position_embeddings", None)
+        self._check(queries)
+        width = max(len(query["input_ids"]) for query in queries)
+
+        def padded(key: str, fill: int) -> Tensor:
+            lines = [list(query[key]) + [fill] * (width - len(query[key])) for query in queries]
+            return torch.tensor(lines, device=self.device)
+
+        real = [[1] * len(query["input_ids"]) + [0] * (width - len(query["input_ids"])) for query in queries]
+        batch = {
+            "input_ids": padded("input_ids", 0),
+            "attention_mask": torch.tensor(real, device=self.device),
+            "labels": padded("labels", IGNORED),
+        }
+        return self._read(self.model, self._parameters, CAUSAL_LM, batch, self._probes[lines])
+
+    def _check(self, queries: Sequence[Mapping[str, Sequence[int]]]) -> None:
+        settings = self.model.config
+        longest, known = getattr(settings, "max_position_embeddings", None), getattr(settings, "vocab_size", None)
+        if not queries:
+            raise QueryError("there are no queries to score")
         for number, query in enumerate(queries):
             ids, labels = query["input_ids"], query["labels"]
             if len(ids) != len(labels):
@@ -200,19 +238,10 @@ class TrainingDataAttributionPipeline(Pipeline):
                 raise QueryError(
                     f"query {number} has {len(ids)} tokens and the model reads at most {longest}; shorten it"
                 )
-        width = max(len(query["input_ids"]) for query in queries)
-
-        def padded(key: str, fill: int) -> Tensor:
-            lines = [list(query[key]) + [fill] * (width - len(query[key])) for query in queries]
-            return torch.tensor(lines, device=self.device)
-
-        real = [[1] * len(query["input_ids"]) + [0] * (width - len(query["input_ids"])) for query in queries]
-        batch = {
-            "input_ids": padded("input_ids", 0),
-            "attention_mask": torch.tensor(real, device=self.device),
-            "labels": padded("labels", IGNORED),
-        }
-        return self._read(self.model, self._parameters, CAUSAL_LM, batch, self._probes[lines])
+            for what, values in (("token", ids), ("label", [label for label in labels if label != IGNORED])):
+                strange = [v for v in values if v < 0 or (known is not None and v >= known)]
+                if strange:
+                    raise QueryError(f"query {number} has the {what} {strange[0]}, which is not in the vocabulary")
 
     @torch.no_grad()
     def scores(self, queries: Sequence[Mapping[str, Sequence[int]]], batch_size: int | None = None) -> Tensor:
@@ -238,8 +267,7 @@ class TrainingDataAttributionPipeline(Pipeline):
 
     def _summed(self, queries: Sequence[Mapping[str, Sequence[int]]], lines: slice, batch_size: int | None) -> Tensor:
         """(queries, probes in `lines`): readouts summed over output tokens, float64, on the CPU."""
-        if not queries:
-            raise QueryError("there are no queries to score")
+        self._check(queries)
         step = batch_size or (8 if self.device.type == "cuda" else 1)
         parts = [self.read(queries[at : at + step], lines).double().sum(1) for at in range(0, len(queries), step)]
         return torch.cat(parts).cpu()

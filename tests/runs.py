@@ -101,6 +101,7 @@ def saved_base(folder: Path, dtype: torch.dtype = torch.float64) -> PreTrainedMo
 def saved_adapter(folder: Path, settings: ResponseConfig | None = None, **changes: Any) -> PeftModel:
     """A fine-tuned adapter in `folder` with its bank and tokenizer, on a base that lies beside it."""
     model = adapted(saved_base(folder.parent / f"{folder.name}-base"))
+    tokenizer().save_pretrained(folder.parent / f"{folder.name}-base")  # where transformers looks for an adapter's
     fine_tune(folder, model, settings, **changes)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)

@@ -65,10 +65,11 @@ def build(
     quiet: Quiet = False,
 ) -> None:
     """Make the response bank of a model that is already fine-tuned."""
-    from .work import build_for
+    from .work import build_for, silence
 
     try:
-        folder = build_for(model, dataset, config, record, output, text_column, split, quiet)
+        with silence(quiet):
+            folder = build_for(model, dataset, config, record, output, text_column, split, quiet)
     except (AttributionError, OSError, ValueError) as error:
         _fail(error)
     else:

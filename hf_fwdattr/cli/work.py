@@ -1,11 +1,21 @@
 """What the commands do between their options and the library: open models and datasets by name."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset, load_from_disk
-from transformers import AutoTokenizer, DataCollatorForLanguageModeling, pipeline
+from datasets import (
+    Dataset,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    load_dataset,
+    load_from_disk,
+)
+from transformers import AutoTokenizer, DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, pipeline
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from ..bank.bank import ResponseBank
 from ..config import ResponseConfig
@@ -71,17 +81,27 @@ def build_for(
     tokenizer = open_tokenizer(model)
     length = getattr(loaded.config, "max_position_embeddings", None)
     rows = tokenized(open_dataset(dataset, split), tokenizer, text_column, length)
-    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    keep = [c for c in ("input_ids", "attention_mask", "labels") if c in rows.column_names]
-
-    def features(batch: list[dict[str, Any]]) -> Any:
-        return collate([{key: row[key] for key in keep} for row in batch])
-
+    own = "labels" in rows.column_names  # the other collator would make labels of all tokens, masked ones too
+    collate = DataCollatorForSeq2Seq(tokenizer) if own else DataCollatorForLanguageModeling(tokenizer, mlm=False)
     folder = (output or Path(model)) / settings.folder
-    build_bank(
-        loaded, rows, settings, data_collator=features, processing_class=tokenizer, record=record, folder=folder
-    )
+    build_bank(loaded, rows, settings, data_collator=collate, processing_class=tokenizer, record=record, folder=folder)
     return folder
+
+
+@contextmanager
+def silence(wanted: bool) -> Iterator[None]:
+    """No progress bars of transformers and datasets either."""
+    loud = wanted and is_progress_bar_enabled(), wanted and not are_progress_bars_disabled()
+    if wanted:
+        disable_progress_bar()
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if loud[0]:
+            enable_progress_bar()
+        if loud[1]:
+            enable_progress_bars()
 
 
 def attribute_with(

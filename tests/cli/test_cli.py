@@ -1,0 +1,167 @@
+"""The command line, run as a user would."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from hf_fwdattr.cli import app
+from hf_fwdattr.trainer.callback import RECORD
+from tests.cases import adapted
+from tests.runs import ROWS, config, fine_tune, saved_adapter, saved_base, tokenizer, training_set
+
+
+SETTINGS = {"horizon": {"steps": 50, "step_size": 0.05}, "source_column": "source", "probes": 6, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter with its bank; beside it the training set, tokenized and as text."""
+    path = tmp_path_factory.mktemp("saved") / "adapter"
+    saved_adapter(path, config(row_id_column="number"))
+    training_set().save_to_disk(path.parent / "tokenized")
+    training_set().select_columns(["text", "source"]).to_json(path.parent / "text.jsonl")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+def call(*words: Any) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def attributed(folder: Path, *more: Any) -> Result:
+    return call("attribute", folder, "w3 w4", "--completion", "w5 w6", *more)
+
+
+def test_attribute_prints_rows_and_sources(folder: Path) -> None:
+    result = attributed(folder, "--dataset", folder.parent / "tokenized", "--top-k", 2)
+    assert result.exit_code == 0, result.output
+    values = json.loads(attributed(folder, "--top-k", 2, "--json").stdout)
+    data = training_set()
+    for example in values["examples"]:
+        row = data[data["number"].index(example["row"])]
+        line = next(line for line in result.stdout.splitlines() if f" {example['row']} " in line)
+        assert f"{example['score']:+.4f}" in line
+        assert row["text"] in line
+        assert (row["source"] or "") in line
+    for source in values["sources"]:
+        assert re.search(rf"{re.escape(format(source['score'], '+.4f'))}\W+{source['source']}", result.stdout)
+
+
+def test_attribute_prints_json_and_nothing_else(folder: Path) -> None:
+    result = attributed(folder, "--json", "--dataset", folder.parent / "tokenized", "--top-k", 3)
+    values = json.loads(result.stdout)
+    assert set(values) == {"generated_text", "tokens", "examples", "sources"}
+    assert values["generated_text"] == "w5 w6"
+    assert all(len(example["token_scores"]) == 2 for example in values["examples"])
+    assert values["examples"][0]["example"]["text"].startswith("w")
+
+
+def test_attribute_generates_where_no_completion_is_given(folder: Path) -> None:
+    result = call("attribute", folder, "w3 w4", "--max-new-tokens", 3, "--json", "--readout", "difference")
+    assert result.exit_code == 0, result.output
+    assert 1 <= len(json.loads(result.stdout)["tokens"]) <= 3
+
+
+def test_build_makes_a_bank_that_attribute_finds(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SETTINGS))
+    given = ("--config", tmp_path / "config.json", "--output", tmp_path, "--quiet")
+    result = call("build", folder, folder.parent / "text.jsonl", *given)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"wrote {tmp_path / 'fwdattr'}\n"
+    assert result.stderr == ""
+    values = json.loads(call("inspect", tmp_path, "--json").stdout)
+    assert (values["dataset"]["rows"], values["probes"], values["sources"]) == (ROWS, 6, ["east", "north", "south"])
+    found = attributed(folder, "--bank", tmp_path, "--dataset", folder.parent / "text.jsonl", "--json")
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.stdout)["examples"]
+
+
+def test_build_finishes_what_a_record_began(tmp_path: Path) -> None:
+    model = adapted(saved_base(tmp_path / "base"))
+    tokenizer().save_pretrained(tmp_path / "base")
+    data = training_set().remove_columns(["labels"])
+    data = data.add_column("labels", data["input_ids"])
+    fine_tune(tmp_path / "run", model, config(), data, save_strategy="steps", save_steps=12)
+    checkpoint = tmp_path / "run" / "checkpoint-12"
+    tokenizer().save_pretrained(checkpoint)
+    data.save_to_disk(tmp_path / "rows")
+    result = call("build", checkpoint, tmp_path / "rows", "--record", checkpoint / RECORD, "--quiet")
+    assert result.exit_code == 0, result.output
+    one, other = (attributed(checkpoint, "--bank", place, "--json") for place in (tmp_path / "run", checkpoint))
+    one, other = json.loads(one.stdout)["examples"], json.loads(other.stdout)["examples"]
+    assert [line["row"] for line in one] == [line["row"] for line in other]
+    assert [line["score"] for line in one] == pytest.approx([line["score"] for line in other], rel=1e-4)
+
+
+def test_progress_is_shown_unless_it_is_not_wanted(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SETTINGS))
+    words = ("build", folder, folder.parent / "tokenized", "--config", tmp_path / "config.json", "--output", tmp_path)
+    loud, quiet = call(*words), call(*words, "--quiet")
+    assert (loud.exit_code, quiet.exit_code) == (0, 0)
+    for title in ("curvature 1/1", "responses 1/1", "gradients at the end", "row hashes"):
+        assert title in loud.stderr
+    assert quiet.stderr == ""
+
+
+def test_inspect_says_what_a_bank_holds(folder: Path) -> None:
+    table = call("inspect", folder)
+    assert table.exit_code == 0
+    for words in ("response bank, verified", "12 (exact) + 3 for sources", "adamw", "12 from a local dataset"):
+        assert words in table.stdout
+    values = json.loads(call("inspect", folder / "fwdattr", "--json").stdout)
+    assert values["schema_version"] == 1
+    assert values["weights"] in table.stdout
+
+
+def test_every_mistake_is_one_message_without_traceback(tmp_path: Path, folder: Path) -> None:
+    text = folder.parent / "text.jsonl"
+    configs = {"bad": "{", "unknown": '{"probe": 3}', "range": '{"probes": -1}', "kind": '{"segments": "3"}'}
+    for name, settings in configs.items():
+        (tmp_path / f"{name}.json").write_text(settings)
+    (tmp_path / "table.xls").write_text("")
+    (tmp_path / "damaged" / "fwdattr").mkdir(parents=True)
+    (tmp_path / "damaged" / "fwdattr" / "bank.json").write_text("{")
+    mistakes: list[tuple[tuple[Any, ...], str]] = [
+        (("inspect", tmp_path), "no bank in"),
+        (("inspect", tmp_path / "damaged"), "is not sound JSON"),
+        (("build", folder, text), "neither was given"),
+        (("build", folder, text, "--config", tmp_path / "bad.json"), "Expecting property name"),
+        (("build", folder, text, "--config", tmp_path / "unknown.json"), "unknown setting(s) probe"),
+        (("build", folder, text, "--config", tmp_path / "range.json"), "probes=-1: must be at least 1"),
+        (("build", folder, text, "--config", tmp_path / "kind.json"), "segments='3'"),
+        (("build", folder, text, "--config", tmp_path / "none.json"), "none.json"),
+        (("build", folder, tmp_path / "table.xls"), "cannot read"),
+        (("build", folder, text, "--text-column", "body"), "neither 'input_ids' nor 'body'"),
+        (("build", "nobody/nothing", text), "is no local folder to put the bank into; say --output"),
+        (("build", folder, text, "--record", tmp_path), "no record of a run in"),
+        (("attribute", folder, "w3", "--completion", ""), "the completion is empty"),
+        (("attribute", folder, "w3", "--readout", "reverse"), "one of jvp, difference"),
+        (("attribute", folder, "w3", "--bank", tmp_path), "no bank in"),
+        (("attribute", folder, "w3", "--top-k", "-1"), "top_k=-1"),
+        (("attribute", tmp_path / "damaged", "w3"), "tokenizer"),
+    ]
+    for words, message in mistakes:
+        result = call(*words)
+        assert result.exit_code == 1, (words, result.output)
+        assert isinstance(result.exception, SystemExit), (words, result.exception)
+        assert result.stderr.count("error: ") == 1, (words, result.stderr)
+        assert message in result.stderr, (words, result.stderr)
+        assert "Traceback" not in result.output
+        assert result.stdout == ""
+
+
+def test_without_words_there_is_help() -> None:
+    result = call()
+    for command in ("demo", "build", "attribute", "inspect"):
+        assert command in result.stdout
+    for command in ("build", "attribute", "inspect", "demo"):
+        assert call(command, "--help").exit_code == 0

@@ -1,0 +1,368 @@
+"""The attribution pipeline, as users call it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, pipeline
+
+from hf_fwdattr import ResponseBank, TrainingDataAttributionPipeline
+from hf_fwdattr.errors import BankError, MismatchError, QueryError
+from hf_fwdattr.pipeline import TASK
+from hf_fwdattr.response.rows import row_hash
+from tests.cases import CONTEXT, adapted
+from tests.reference import agree
+from tests.runs import ROWS, ask, base, config, fine_tune, oracle, queries, saved_adapter, tokenizer, training_set
+
+
+GREEDY: dict[str, Any] = dict(max_new_tokens=4, do_sample=False)
+PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w2 w2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "adapter"
+    saved_adapter(path, config(row_id_column="number"))
+    return path
+
+
+@pytest.fixture
+def attribute(folder: Path) -> TrainingDataAttributionPipeline:
+    return pipeline(TASK, model=str(folder), device="cpu")
+
+
+def same(one: Any, other: Any) -> None:
+    """Two results that differ by rounding at most."""
+    assert one["generated_text"] == other["generated_text"]
+    assert one["tokens"] == other["tokens"]
+    for name in ("examples", "sources"):
+        assert [{**line, "score": 0, "token_scores": 0} for line in one[name]] == [
+            {**line, "score": 0, "token_scores": 0} for line in other[name]
+        ]
+        assert [line["score"] for line in one[name]] == pytest.approx(
+            [line["score"] for line in other[name]], rel=1e-5
+        )
+
+
+def test_a_prompt_is_continued_and_attributed(attribute: TrainingDataAttributionPipeline) -> None:
+    result = attribute(PROMPTS[0], top_k=20, dataset=training_set(), **GREEDY)
+    assert set(result) == {"generated_text", "tokens", "examples", "sources"}
+    words = tokenizer()(PROMPTS[0], return_tensors="pt")
+    said = attribute.model.generate(**words, **GREEDY, pad_token_id=0)[0, 3:].tolist()
+    assert result["tokens"] == [tokenizer().decode([token]) for token in said]
+    assert result["generated_text"] == tokenizer().decode(said, skip_special_tokens=True)
+    ids = words["input_ids"][0].tolist() + said
+    (line,) = attribute.scores([{"input_ids": ids, "labels": [-100] * 3 + said}])
+    data = training_set()
+    assert len(result["examples"]) == ROWS
+    values = [example["score"] for example in result["examples"]]
+    assert values == sorted(values, reverse=True)
+    for example in result["examples"]:
+        place = data["number"].index(example["row"])
+        assert example["score"] == pytest.approx(float(line[place]), rel=1e-5)
+        assert example["example"] == data[place]
+        assert example["source"] == data[place]["source"]
+        assert len(example["token_scores"]) == len(result["tokens"])
+        assert sum(example["token_scores"]) == pytest.approx(example["score"], rel=1e-4, abs=1e-6)
+
+
+def test_token_scores_are_those_of_each_token_alone(attribute: TrainingDataAttributionPipeline) -> None:
+    result = attribute({"prompt": "w3 w4", "completion": "w5 w6 w7"}, top_k=20)
+    assert result["tokens"] == ["w5", "w6", "w7"]
+    ids = [3, 4, 5, 6, 7]
+    alone = [
+        {"input_ids": ids, "labels": [t if place == at else -100 for at, t in enumerate(ids)]} for place in (2, 3, 4)
+    ]
+    lines = attribute.scores(alone)
+    for example in result["examples"]:
+        expected = lines[:, 100 - example["row"]]
+        assert example["token_scores"] == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_many_prompts_are_prompts_one_by_one(attribute: TrainingDataAttributionPipeline, batch_size: int) -> None:
+    together = attribute(PROMPTS, batch_size=batch_size, **GREEDY)
+    assert len(together) == len(PROMPTS)
+    for prompt, result in zip(PROMPTS, together, strict=True):
+        same(attribute(prompt, **GREEDY), result)
+
+
+def test_given_and_generated_outputs_mix_in_a_batch(attribute: TrainingDataAttributionPipeline) -> None:
+    given = {"prompt": "w9", "completion": "w1 w2"}
+    one, other = attribute([PROMPTS[0], given], batch_size=2, **GREEDY)
+    same(one, attribute(PROMPTS[0], **GREEDY))
+    same(other, attribute(given))
+
+
+def test_what_was_generated_can_be_given(attribute: TrainingDataAttributionPipeline) -> None:
+    said = attribute(PROMPTS[1], **GREEDY)
+    same(said, attribute({"prompt": PROMPTS[1], "completion": said["generated_text"]}))
+    same(said, attribute({"prompt": PROMPTS[1]}, **GREEDY))
+
+
+def test_a_stream_of_prompts_is_answered_as_it_comes(attribute: TrainingDataAttributionPipeline) -> None:
+    def prompts() -> Iterator[str]:
+        yield from PROMPTS[:2]
+
+    results = list(attribute(prompts(), **GREEDY))
+    assert len(results) == 2
+    same(results[0], attribute(PROMPTS[0], **GREEDY))
+
+
+def test_chats_go_through_the_template(attribute: TrainingDataAttributionPipeline) -> None:
+    chat = [{"role": "user", "content": "w2 w3"}, {"role": "assistant", "content": "w4"}]
+    same(attribute(chat, **GREEDY), attribute("w2 w3 w4 w1", **GREEDY))
+    one, other = attribute([chat, chat[:1]], **GREEDY)
+    same(one, attribute(chat, **GREEDY))
+    same(other, attribute("w2 w3 w1", **GREEDY))
+    given = {"prompt": chat, "completion": "w7 w8"}
+    same(attribute(given), attribute({"prompt": "w2 w3 w4 w1", "completion": "w7 w8"}))
+
+
+def test_top_k_counts_each_side(attribute: TrainingDataAttributionPipeline) -> None:
+    query = {"prompt": "w3 w4", "completion": "w5 w6"}
+    everything = [example["score"] for example in attribute(query, top_k=20)["examples"]]
+    positive = sum(value > 0 for value in everything)
+    assert 2 < positive < ROWS - 2
+    for k in (0, 1, 2):
+        found = [example["score"] for example in attribute(query, top_k=k)["examples"]]
+        assert found == pytest.approx(everything[:k] + everything[len(everything) - k :])
+    assert len(attribute(query)["examples"]) == min(5, positive) + min(5, ROWS - positive)
+    with pytest.raises(ValueError, match="top_k=-1"):
+        attribute(query, top_k=-1)
+
+
+def test_a_live_model_needs_only_its_tokenizer_and_its_bank(tmp_path: Path, folder: Path) -> None:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(f"{folder}-base"), folder)
+    bank = ResponseBank.from_pretrained(folder)
+    expected = pipeline(TASK, model=str(folder), device="cpu").scores(queries())
+    for given in (bank, folder, str(folder), folder / "fwdattr"):
+        attribute = pipeline(TASK, model=model, tokenizer=tokenizer(), bank=given, device="cpu")
+        agree(attribute.scores(queries()), expected, 1e-6)
+    with pytest.raises(BankError, match="no bank in"):
+        pipeline(TASK, model=model, tokenizer=tokenizer(), bank=tmp_path, device="cpu")
+
+
+def test_scores_are_additive_over_tokens_and_do_not_depend_on_the_batch(
+    attribute: TrainingDataAttributionPipeline,
+) -> None:
+    asked = queries(5)
+    whole = attribute.scores(asked, batch_size=5)
+    for size in (1, 2):
+        agree(attribute.scores(asked, batch_size=size), whole, 1e-5)
+    query = asked[1]
+    halves = [
+        query | {"labels": [label if at % 2 == side else -100 for at, label in enumerate(query["labels"])]}
+        for side in (0, 1)
+    ]
+    agree(attribute.scores(halves).sum(0), whole[1], 1e-5)
+
+
+@pytest.mark.parametrize("readout", ["jvp", "difference"])
+def test_both_readouts_are_the_oracle(folder: Path, readout: str) -> None:
+    attribute = pipeline(TASK, model=str(folder), device="cpu", readout=readout)
+    agree(attribute.scores(queries()), oracle(attribute.model, attribute.bank, queries()), 1e-5)
+
+
+@pytest.mark.parametrize("limit", [0, 64])
+def test_source_scores_with_and_without_probes_of_their_own(tmp_path: Path, limit: int) -> None:
+    model = adapted(base())
+    bank = fine_tune(tmp_path, model, config(source_probes=limit)).bank
+    assert bank is not None
+    assert bank.manifest.source_probes == (3 if limit else 0)
+    attribute = ask(model, bank)
+    sources = training_set()["source"]
+    by_row = attribute.scores(queries())
+    expected = torch.stack(
+        [by_row[:, [i for i, s in enumerate(sources) if s == name]].sum(1) for name in bank.manifest.sources], 1
+    )
+    agree(attribute.source_scores(queries()), expected, 1e-5)
+    result = attribute({"prompt": "w3", "completion": "w4"})
+    assert [line["score"] for line in result["sources"]] == sorted(
+        (s["score"] for s in result["sources"]), reverse=True
+    )
+
+
+class Backwards(AssertionError):
+    """Somebody ran a backward pass."""
+
+
+def test_no_query_runs_a_backward_pass(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise Backwards
+
+    monkeypatch.setattr(torch.Tensor, "backward", forbidden)
+    monkeypatch.setattr(torch.autograd, "backward", forbidden)
+    monkeypatch.setattr(torch.autograd, "grad", forbidden)
+    # Whatever way is taken, the engine is entered here; functorch's grad and vjp come through it as well.
+    monkeypatch.setattr(torch.autograd.graph, "_engine_run_backward", forbidden)
+    monkeypatch.setattr(torch.autograd, "_engine_run_backward", forbidden)
+    x = torch.ones(1, requires_grad=True)
+    for attempt in (
+        lambda: x.sum().backward(),
+        lambda: torch.func.grad(lambda y: y.sum())(x),
+        lambda: torch.func.jacrev(lambda y: y * y)(x),
+    ):
+        with pytest.raises(Backwards):
+            attempt()
+    for readout in ("jvp", "difference"):
+        attribute = pipeline(TASK, model=str(folder), device="cpu", readout=readout)
+        assert not any(parameter.grad is not None for parameter in attribute.model.parameters())
+        with torch.enable_grad():  # nor is a graph kept, whatever mode the user is in
+            result = attribute(PROMPTS[0], dataset=training_set(), **GREEDY)
+            table = attribute.scores(queries())
+        assert result["examples"]
+        assert not table.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("", "the prompt is empty"),
+        ({"prompt": "w1", "completion": ""}, "the completion is empty"),
+        ({"prompt": "", "completion": "w1"}, "no supervised token"),
+        ({"prompt": "w1 " * 12, "completion": "w2 " * 5}, f"17 tokens and the model reads at most {CONTEXT}"),
+        (17, "cannot attribute a int"),
+        ({"text": "w1"}, "cannot attribute a dict"),
+    ],
+)
+def test_a_query_that_cannot_be_attributed_is_named(
+    attribute: TrainingDataAttributionPipeline, query: Any, message: str
+) -> None:
+    with pytest.raises(QueryError, match=message):
+        attribute(query, **GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ([], "there are no queries"),
+        ([{"input_ids": [1, 2], "labels": [-100, -100]}], "query 0 has no supervised token"),
+        ([{"input_ids": [1, 2], "labels": [1, -100]}], "query 0 has no supervised token"),
+        ([{"input_ids": [1, 2], "labels": [1]}], "2 input_ids and 1 labels"),
+        ([*queries(2), {"input_ids": [1] * 17, "labels": [1] * 17}], "query 2 has 17 tokens"),
+        ([{"input_ids": [1, 2], "labels": [1, 23]}], "query 0 has the label 23"),
+        ([{"input_ids": [1, 2], "labels": [1, -5]}], "query 0 has the label -5"),
+        ([{"input_ids": [1, 99], "labels": [1, 2]}], "query 0 has the token 99"),
+    ],
+)
+def test_token_lists_that_cannot_be_scored_are_named(
+    attribute: TrainingDataAttributionPipeline, asked: Any, message: str
+) -> None:
+    with pytest.raises(QueryError, match=message):
+        attribute.scores(asked)
+
+
+def test_other_settings_that_make_no_sense_are_refused(
+    attribute: TrainingDataAttributionPipeline, folder: Path
+) -> None:
+    with pytest.raises(QueryError, match="num_return_sequences is more than one"):
+        attribute("w1", num_return_sequences=2, do_sample=True, max_new_tokens=2)
+    with pytest.raises(ValueError, match="readout='reverse': one of jvp, difference"):
+        pipeline(TASK, model=str(folder), device="cpu", readout="reverse")
+
+
+def test_a_bank_of_other_weights_is_refused(tmp_path: Path, folder: Path) -> None:
+    other = adapted(base())
+    fine_tune(tmp_path, other, learning_rate=2e-2)
+    other.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(MismatchError, match="belongs to weights with sha256"):
+        pipeline(TASK, model=other, tokenizer=tokenizer(), bank=folder, device="cpu")
+
+
+def changed(data: Dataset, row: int, **values: Any) -> Dataset:
+    rows = data.to_list()
+    rows[row] |= values
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (training_set(ROWS - 1), MismatchError, "the bank has 12 rows and the dataset 11"),
+        (Dataset.from_list([]), MismatchError, "the bank has 12 rows and the dataset 0"),
+        (training_set().select(range(ROWS - 1, -1, -1)), MismatchError, "row 0 of the dataset is not the row"),
+        (
+            changed(training_set(), 7, input_ids=[1, 2]),
+            MismatchError,
+            r"row 7 of the dataset .*token hash [0-9a-f]{32}, bank",
+        ),
+        (training_set().remove_columns(["input_ids"]), QueryError, "has no 'input_ids'"),
+        (training_set().remove_columns(["input_ids"]).to_list(), QueryError, "has no 'input_ids'"),
+    ],
+    ids=["fewer", "empty", "reversed", "one differs", "no tokens", "a list without tokens"],
+)
+def test_another_dataset_is_refused(
+    attribute: TrainingDataAttributionPipeline, data: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        attribute(PROMPTS[0], dataset=data, **GREEDY)
+
+
+def test_verification_reads_each_dataset_once_and_a_changed_list_again(
+    attribute: TrainingDataAttributionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query = {"prompt": "w3 w4", "completion": "w5 w6"}
+    hashed = []
+
+    def counted(*given: Any) -> bytes:
+        hashed.append(1)
+        return row_hash(*given)
+
+    monkeypatch.setattr("hf_fwdattr.response.rows.row_hash", counted)
+    data = training_set()
+    for _ in range(3):
+        attribute(query, dataset=data)
+    assert len(hashed) == ROWS
+    rows = data.to_list()
+    attribute(query, dataset=rows)
+    rows[0]["input_ids"] = [9, 9]
+    with pytest.raises(MismatchError, match="row 0"):
+        attribute(query, dataset=rows)
+    attribute(query, dataset=rows, verify_dataset=False)
+
+
+def test_verification_reads_tokens_only(attribute: TrainingDataAttributionPipeline) -> None:
+    """A column that cannot be read does no harm: only the rows that are shown are read whole."""
+    data = training_set()
+    shown: list[Any] = []
+
+    def look(rows: dict[str, Any]) -> dict[str, Any]:
+        shown.append(len(rows["input_ids"]))
+        return rows
+
+    lazy = data.with_transform(look)
+    attribute({"prompt": "w3 w4", "completion": "w5 w6"}, dataset=lazy, top_k=1)
+    assert shown == [1, 1]
+
+
+def test_padded_rows_are_the_rows(attribute: TrainingDataAttributionPipeline) -> None:
+    rows = training_set().to_list()
+    for row in rows:
+        pad = CONTEXT - len(row["input_ids"])
+        row["attention_mask"] = [0] * pad + [1] * len(row["input_ids"])
+        row["input_ids"] = [0] * pad + row["input_ids"]
+    for data in (rows, Dataset.from_list(rows), Dataset.from_list(rows).with_format("torch")):
+        assert attribute({"prompt": "w3", "completion": "w5"}, dataset=data)["examples"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weights_hash_survives_saving_and_loading(tmp_path: Path, dtype: torch.dtype) -> None:
+    """A base in either dtype, an adapter in float32 on it, as peft trains it."""
+    raw = base(dtype)
+    raw.save_pretrained(tmp_path / "base")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert loaded.dtype == dtype
+    model = get_peft_model(loaded, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    fine_tune(tmp_path / "run", model)
+    model.save_pretrained(tmp_path / "run")
+    tokenizer().save_pretrained(tmp_path / "run")
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    attribute = pipeline(TASK, model=str(tmp_path / "run"), device="cpu")
+    assert attribute.model.dtype == dtype
+    agree(attribute.scores(queries()), ask(model, tmp_path / "run").scores(queries()), 1e-5)
