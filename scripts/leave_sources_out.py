@@ -3,9 +3,10 @@
     python scripts/leave_sources_out.py [--sources 8] [--segments 3] [--ablate]
 
 The order of batches and the size of every step stay as they were; only the source's rows weigh nothing. Beside the
-removal stands the exact derivative of real training: central differences of runs with the source's weight at 1.3 and 0.7.
-Slopes are of measured on predicted change, so that 1 is a calibrated score. --ablate repeats it without the shrinkage of
-the sampled curvature and with other weights of Adam's second-moment feedback: where the defaults come from.
+removal stands the exact derivative of real training: central differences of runs with the source's weight at 1.3 and
+0.7. Slopes are of measured on predicted change, so that 1 is a calibrated score. --ablate repeats it without the
+shrinkage of the sampled curvature and with other weights of Adam's second-moment feedback: where the defaults come
+from.
 """
 
 import argparse

@@ -111,6 +111,18 @@ def test_sampled_labels_depend_on_the_row_alone() -> None:
     assert drawn([2], 5)[2] == drawn([2, 0], 13)[2]
 
 
+@pytest.mark.parametrize("held", [1, VOCABULARY * 3, 10**9])
+def test_labels_drawn_a_few_positions_at_a_time_are_the_same(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, labels = CAUSAL_LM.forward(gpt2(), padded(token_rows()))
+    uniforms = torch.rand(labels.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    cumulative = logits.softmax(-1).cumsum(-1)
+    expected = (
+        (cumulative < uniforms.unsqueeze(-1) * cumulative[..., -1:]).sum(-1).masked_fill(labels == IGNORED, IGNORED)
+    )
+    monkeypatch.setattr("hf_fwdattr.objective._DRAWN", held)
+    assert torch.equal(sampled_labels(logits, labels, uniforms), expected)
+
+
 def test_a_class_without_probability_is_never_drawn() -> None:
     logits = torch.tensor([[[-5000.0, 0.0, -5000.0, 1.0, -5000.0]]]).expand(3, -1, -1)
     uniforms = torch.tensor([[0.0], [0.2], [1 - 1e-16]], dtype=torch.float64)

@@ -31,7 +31,8 @@ def test_the_example_runs_as_it_stands(tmp_path: Path, capsys: pytest.CaptureFix
     }
     exec(compile(code.replace("The capital of Chad is", "w3 w5 w7"), "README.md", "exec"), given)
     printed = capsys.readouterr().out
-    assert given["result"]["examples"] and given["result"]["sources"]
+    assert given["result"]["examples"]
+    assert given["result"]["sources"]
     assert all(str(entry["row"]) in printed for entry in given["result"]["examples"])
 
 
@@ -46,7 +47,8 @@ def test_the_file_tree_names_what_is_there() -> None:
         elif path:
             named += [folder / entry for entry in path.replace(",", " ").split()]
     missing = [str(path.relative_to(ROOT)) for path in named if not path.exists()]
-    assert len(named) > 10 and not missing
+    assert len(named) > 10
+    assert missing == []
 
 
 def test_every_figure_names_the_command_that_prints_it() -> None:

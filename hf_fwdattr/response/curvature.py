@@ -7,8 +7,8 @@ matrix Z Z^T = U L U^T is M x M, and any function f acts as
 
 Directions that no sample saw have no measured curvature and keep f(w): they stay plain gradients.
 
-Z has fewer lines than columns, so the eigenvalues of Z^T Z are too large in the directions that the samples happened to
-point in. How much can be read off the samples themselves (Ledoit and Wolf 2004, "A well-conditioned estimator for
+Z has fewer lines than columns, so the eigenvalues of Z^T Z are too large in the directions that the samples happened
+to point in. How much can be read off the samples themselves (Ledoit and Wolf 2004, "A well-conditioned estimator for
 large-dimensional covariance matrices"): the shrinkage rho is the variance of the estimate over its distance from a
 multiple of the identity, and the measured curvature counts (1 - rho). The identity's own part, rho tr(H~) / P, is
 below a hundredth of the horizon wherever it was measured, and is left out.

@@ -1,0 +1,113 @@
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_fwdattr.bank.files import read_tensors
+from hf_fwdattr.errors import BankError, UnsupportedError
+from hf_fwdattr.trainer.recorder import Record, Snapshot
+
+
+def recorded(steps: int = 6, segments: int = 2, **changes: float) -> Record:
+    """Step t has rate (t + 1) / 10 and sees rows t and t + 1, each with weight 1 / 4."""
+    record = Record(steps, segments, total=steps + 1, **changes)  # type: ignore[arg-type]
+    for step in range(steps):
+        record.add((step + 1) / 10, torch.tensor([step, step + 1]), torch.full((2,), 0.25, dtype=torch.float64))
+        if record.due(step + 1):
+            record.snapshots.append(Snapshot(step + 1, torch.full((3,), float(step + 1)), torch.ones(3)))
+    return record
+
+
+def end(step: int) -> Snapshot:
+    return Snapshot(step, torch.full((3,), 99.0), torch.full((3,), 2.0))
+
+
+@given(st.integers(1, 200), st.integers(1, 12))
+def test_segments_cover_a_run_once_and_each_has_one_snapshot(steps: int, segments: int) -> None:
+    record = Record(steps, segments)
+    bounds = record.bounds()
+    assert [step for start, stop in bounds for step in range(start, stop)] == list(range(steps))
+    assert len(bounds) == min(steps, segments)
+    due = [step for step in range(1, steps + 1) if record.due(step)]
+    assert [sum(start < step <= stop for step in due) for start, stop in bounds] == [1] * len(bounds)
+
+
+def test_a_segment_has_its_own_rates_rows_and_snapshot() -> None:
+    first, second = recorded().build(7, end(6))
+    assert first.horizon.length == pytest.approx(0.1 + 0.2 + 0.3)
+    assert second.horizon.length == pytest.approx(0.4 + 0.5 + 0.6)
+    exposure = torch.tensor([0.1, 0.3, 0.5, 0.3, 0, 0, 0], dtype=torch.float64) / 4
+    torch.testing.assert_close(first.share, exposure / 0.6)
+    assert (float(first.theta[0]), float(second.theta[0])) == (1.0, 4.0)
+    assert bool((first.share[4:] == 0).all())
+
+
+def test_momentum_lengthens_every_push() -> None:
+    plain, heavy = recorded().build(7, end(6)), recorded(momentum=0.75).build(7, end(6))
+    assert [s.horizon.length for s in heavy] == pytest.approx([4 * s.horizon.length for s in plain])
+    assert all(torch.equal(a.share, b.share) for a, b in zip(plain, heavy, strict=True))
+
+
+def test_a_run_that_ended_early_ends_there() -> None:
+    """Stopped after step 4 of 6 (a best model, or early stopping): the second segment is one step long."""
+    first, second = recorded().build(7, end(4))
+    assert first.horizon.length == pytest.approx(0.6)
+    assert second.horizon.length == pytest.approx(0.4)
+    assert float(second.theta[0]) == 4.0
+    (only,) = recorded().build(7, end(2))
+    assert only.horizon.length == pytest.approx(0.3)
+    ((lone),) = recorded(segments=1).build(7, end(1))
+    assert float(lone.theta[0]) == 99.0  # its snapshot was never reached: the end stands for it
+    assert float(lone.diagonal[0]) == 2.0
+
+
+def test_a_repeated_row_counts_as_often_as_it_was_seen() -> None:
+    record = Record(1, 1)
+    record.add(0.5, torch.tensor([2, 2, 0]), torch.full((3,), 0.1, dtype=torch.float64))
+    (segment,) = record.build(3, end(1))
+    assert segment.share.tolist() == pytest.approx([0.1, 0.0, 0.2])
+
+
+def test_steps_without_a_rate_are_no_run() -> None:
+    record = Record(2, 1)
+    for _ in range(2):
+        record.add(0.0, torch.tensor([0]), torch.ones(1, dtype=torch.float64))
+    with pytest.raises(UnsupportedError, match="no optimizer step was recorded"):
+        record.build(1, end(2))
+
+
+def test_the_papers_horizon_takes_the_mean_weight_of_every_step() -> None:
+    (segment,) = recorded().build(7, end(6), {"steps": 5, "step_size": 0.1})
+    assert segment.horizon.length == 0.5
+    assert segment.share.tolist() == pytest.approx([0.25 / 6] + [0.5 / 6] * 5 + [0.25 / 6])
+    assert float(segment.theta[0]) == 99.0
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_record_survives_the_disk(tmp_path: Path, ended: bool) -> None:
+    record = recorded(momentum=0.9, weight_decay=0.1)
+    record.optimizer = "sgd"
+    record.end = end(6) if ended else None
+    record.save(tmp_path / "deep" / "record")
+    again = Record.load(tmp_path / "deep" / "record")
+    assert (again.steps, again.segments, again.momentum, again.weight_decay) == (6, 2, 0.9, 0.1)
+    assert (again.total, again.optimizer, again.rates) == (7, "sgd", record.rates)
+    for name in ("rows", "weights"):
+        assert all(torch.equal(a, b) for a, b in zip(getattr(record, name), getattr(again, name), strict=True))
+    assert [snapshot.step for snapshot in again.snapshots] == [1, 4]
+    assert (again.end is not None) == ended
+    built, rebuilt = record.build(7, end(6)), again.build(7, again.end or end(6))
+    for one, other in zip(built, rebuilt, strict=True):
+        assert torch.equal(one.share, other.share)
+        assert torch.equal(one.theta, other.theta)
+    assert len(read_tensors(tmp_path / "deep" / "record" / "record.safetensors")) == 4 + 2 * (3 if ended else 2)
+
+
+def test_an_empty_record_survives_too(tmp_path: Path) -> None:
+    Record(5, 2).save(tmp_path)
+    assert Record.load(tmp_path) == Record(5, 2)
+    (tmp_path / "record.safetensors").write_bytes(b"12345678")
+    with pytest.raises(BankError, match="not a sound safetensors file"):
+        Record.load(tmp_path)
