@@ -64,7 +64,7 @@ class Answer:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        values = asdict(self)
+        values = asdict(self) | {"sources": [list(line) for line in self.sources]}
         if self.question is not None:
             values["question"]["rows"] = sorted(self.question.rows)
         return values

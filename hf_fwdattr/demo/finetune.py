@@ -1,7 +1,7 @@
 """The fine-tune whose rows are attributed: LoRA with the real Trainer, and the response callback beside it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,10 @@ class FineTuneSettings:
     batch_size: int = 16
     learning_rate: float = 5e-3
     seed: int = 0
+
+    def changed(self, **values: Any) -> "FineTuneSettings":
+        """A copy with other values; None leaves a value as it is."""
+        return replace(self, **{name: value for name, value in values.items() if value is not None})
 
 
 class Bar(TrainerCallback):

@@ -1,7 +1,7 @@
 """Attribution results as one self-contained HTML page: no network, no script from elsewhere, everything escaped."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from .asking import Answer, Named, Recall
+from .removal import Removal
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Story:
         numbers: (value, what it counts), shown in a line.
         recall: Lines of the table that compares methods; none for free prompts.
         within: The k of the table's second half.
+        notes: Paragraphs under the table.
+        removal: Lines of the table about retraining without the named rows, if that was done.
     """
 
     title: str
@@ -28,7 +31,8 @@ class Story:
     numbers: Sequence[tuple[str, str]] = ()
     recall: Sequence[Recall] = ()
     within: int = 5
-    notes: Sequence[str] = field(default=())
+    notes: Sequence[str] = ()
+    removal: Sequence[Removal] = ()
 
 
 def shade(score: float, largest: float) -> Markup:

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .asking import Answer, Named, Recall
+from .removal import Removal
 
 
 def said(answer: Answer) -> Text:
@@ -65,4 +66,18 @@ def print_recall(console: Console, lines: Sequence[Recall], k: int = 5) -> None:
             f"{100 * line.first[m]:.0f} % / {100 * line.top[m]:.0f} %" if m in line.first else "" for m in methods
         ]
         table.add_row(line.wording, f"{line.correct} of {line.asked}", *shares)
+    console.print(table)
+
+
+def print_removal(console: Console, lines: Sequence[Removal]) -> None:
+    """What is left of the answers after a fine-tune without the rows that a method ranks first."""
+    if not lines:
+        return
+    console.print()
+    console.print("[bold]Fine-tuned again without the row ranked first for every answer[/]")
+    table = Table("left out")
+    for column in ("rows", "answers still given", "change of log-likelihood"):
+        table.add_column(column, justify="right")
+    for line in lines:
+        table.add_row(line.method, str(line.removed), f"{line.kept} of {line.asked}", f"{line.change:+.2f} nats")
     console.print(table)
