@@ -100,11 +100,10 @@ def build_bank(
 
 def check(model: nn.Module, dataset: Any, collate: Any, config: ResponseConfig, original: Any) -> None:
     """Refuse before the first step, as far as one row shows it, what the passes would refuse after the last one."""
-    random_state = torch.get_rng_state()
-    rows = _rows(model, dataset, collate, config)
+    with torch.random.fork_rng(devices=[]):
+        rows = _rows(model, dataset, collate, config)
     _sources(original, config.source_column, len(rows))
     _row_ids(original, config.row_id_column, len(rows))
-    torch.set_rng_state(random_state)
 
 
 def respond(
@@ -130,6 +129,7 @@ def respond(
     """
     if not bool(torch.isfinite(end.theta).all()):
         raise NumericalError("the trained weights are not finite (was the loss NaN?): no bank can be made of them")
+    random_state = torch.get_rng_state()
     objective = objective_of(model, config.objective)
     live = [tensor.detach().clone() for tensor in parameters.tensors(model)]
     rows = _rows(model, dataset, collate, config, parameters.tensors(model)[0].device)
@@ -138,7 +138,6 @@ def respond(
             f"the run was recorded on {record.total} rows and the dataset has {len(rows)}; pass the training set"
         )
     sources = _sources(original if original is not None else dataset, config.source_column, len(rows))
-    random_state = torch.get_rng_state()
     try:
         with at_rest(model), Storage(config.memory_budget) as storage:
             segments = record.build(len(rows), end, config.horizon)

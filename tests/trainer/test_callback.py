@@ -24,10 +24,15 @@ def scores(model: nn.Module, bank: Any) -> Tensor:
     return ask(model, bank).scores(queries())
 
 
+def wasteful(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    torch.rand(3)
+    return padded(rows)
+
+
 @pytest.mark.parametrize(
     "how",
-    [{}, dict(optim="sgd", gradient_accumulation_steps=2), dict(dataloader_num_workers=1)],
-    ids=["AdamW", "SGD, accumulated", "workers"],
+    [{}, dict(optim="sgd", gradient_accumulation_steps=2), dict(dataloader_num_workers=1), dict(collate=wasteful)],
+    ids=["AdamW", "SGD, accumulated", "workers", "collator that draws for nothing"],
 )
 def test_training_is_the_same_to_the_last_bit(tmp_path: Path, how: dict[str, Any]) -> None:
     """With dropout on, so that one random number more or less would show."""
