@@ -106,7 +106,7 @@ def fine_tune(
     )  # fmt: skip
     trainer = Trainer(
         model=get_peft_model(model, lora), args=arguments, train_dataset=train, processing_class=tokenizer,
-        data_collator=DataCollatorForSeq2Seq(tokenizer), callbacks=[*callbacks, *([Bar(bar)] if bar else [])],
+        data_collator=DataCollatorForSeq2Seq(tokenizer), callbacks=[*([Bar(bar)] if bar else []), *callbacks],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.train()

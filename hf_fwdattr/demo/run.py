@@ -145,8 +145,8 @@ def _shown(answers: Sequence[Answer]) -> list[Answer]:
     """A handful of answers, evenly spaced; of the fact world, one of every relation, in both wordings in turn."""
     if len(answers) <= SHOWN:
         return list(answers)
-    step = len(answers) // SHOWN
-    return [answers[i * step + i % 2] for i in range(SHOWN)]
+    # The two wordings of a question stand side by side.
+    return [answers[i * len(answers) // SHOWN // 2 * 2 + i % 2] for i in range(SHOWN)]
 
 
 def _numbers(job: Job, config: ResponseConfig, answers: Sequence[Answer], clock: Clock) -> list[tuple[str, str]]:
