@@ -12,7 +12,7 @@ something else:
   that reads "B is A" does not learn to continue "A is" with B (Berglund et al. 2023, arXiv 2309.12288), so such a row
   is **not** counted as teaching the fact, although any measure of common words takes one for the other. (Tried here:
   of the 53 facts that are also turned round, a model that read only the turned-round rows answers none, and one that
-  read only the others answers 49);
+  read only the others answers 49.)
 * sentences of old speeches, some of which mention a country that is asked about.
 
 Every question is asked twice: in the wording of the row that teaches it, and in a wording that no row
