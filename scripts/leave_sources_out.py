@@ -67,7 +67,7 @@ def compare(world, sources: list[int], truth: dict[str, torch.Tensor], guess: to
         derivative = agreement(truth["derivative"][number], -guess[source])
         rows.append(
             {
-                "source": world.sources[source][:50], "cosine": removal[0], "slope": removal[1],
+                "source": f"source {source}", "cosine": removal[0], "slope": removal[1],
                 "cosine, derivative": derivative[0], "slope, derivative": derivative[1],
                 "own query, measured": float(truth["removal"][number][source]),
                 "own query, predicted": float(guess[source][source]),
