@@ -7,12 +7,12 @@ Also the peak memory of training and of the passes for one and for four times th
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import lora_world
 import torch
@@ -70,7 +70,9 @@ def memory_run(kind: str, copies: int, probes: int) -> None:
             data_collator=default_data_collator, callbacks=callbacks,
         )  # fmt: skip
         trainer.train()
-    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    # Not ru_maxrss: that one survives exec and would report the parent's peak.
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    print(json.dumps(int(peak.split()[1]) / 1024))
 
 
 def query_ratios(attribute, world, probes: int) -> list[dict]:

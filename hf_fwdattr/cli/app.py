@@ -34,7 +34,12 @@ def demo(
     dataset: Annotated[str | None, typer.Option(help="A dataset with a text column: Hub id or local file.")] = None,
     text_column: Annotated[str, typer.Option(help="Column with the text of a row.")] = "text",
     source_column: Annotated[str | None, typer.Option(help="Column with the source of a row.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
+    rows: Annotated[int | None, typer.Option(help="Rows of the dataset to use at most.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="What to ask; may be given several times.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Of the fine-tune.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the fine-tune.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Fine-tune again without the rows that are named.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune a small model on facts, ask it, and show the rows and sources behind each answer."""
@@ -43,7 +48,8 @@ def demo(
     try:
         run_demo(
             output, model=model, dataset=dataset, text_column=text_column, source_column=source_column,
-            prompts=prompt or None, quiet=quiet,
+            split=split, rows=rows, prompts=prompt or None, epochs=epochs, learning_rate=learning_rate, check=check,
+            quiet=quiet,
         )  # fmt: skip
     except (AttributionError, OSError, ValueError) as error:
         _fail(error)

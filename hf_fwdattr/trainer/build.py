@@ -1,6 +1,7 @@
 """From a record to a bank on disk: respond, factorise, write. Also for a model that was fine-tuned before."""
 
 import inspect
+import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,11 @@ from ..response.segment import Segment
 from ..response.storage import Storage
 from .identity import dataset_identity, model_identity, tokenizer_hash
 from .recorder import Record, Snapshot
+
+
+logger = logging.getLogger(__name__)
+# Below this, rows that have nothing to do with a query were seen to come out on top (a world of independent facts).
+_FEW = 0.5
 
 
 @dataclass
@@ -148,6 +154,12 @@ def respond(
             responses = passes.run(
                 config.probes, config.curvature_samples, config.sample_rows, sources.of, exact_sources
             )
+            if responses.kept < _FEW:
+                logger.warning(
+                    "%d probes keep %.0f %% of the variance of held-out scores: these rows have little in common, and "
+                    "the best rows of a query may be missed. Ask for more probes, or probes='exact'",
+                    len(responses.probes), 100 * max(0.0, responses.kept),
+                )  # fmt: skip
             return _write(
                 folder, responses, segments, model, parameters, rows, sources, config, original, tokenizer,
                 record.optimizer, live,
