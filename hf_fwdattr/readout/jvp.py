@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..errors import NumericalError, UnsupportedError
 from ..objective import Batch, Likelihood, Objective, log_probabilities
 from ..parameters import Parameters
+from .activation import fused
 from .head import Hidden, covectors, hidden_states, output_layer
 from .memory import probes_at_once
 
@@ -48,7 +49,7 @@ def read(
         raise UnsupportedError("the model is in training mode, where dropout is random; call model.eval()")
     weights = dict(zip(parameters.live, (p.detach() for p in parameters.tensors(model)), strict=True))
     likelihood = Likelihood(model, objective)
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), fused(model):
         value = _value(model, parameters, objective, batch)
         chunk = chunk or probes_at_once(likelihood, batch, probes.device)
 
