@@ -56,6 +56,11 @@ class ResponseConfig:
         "Bytes of matrices held in memory during the passes; more goes to disk.", default=4 << 30
     )
     seed: int = _help("Of sampled labels and of the choice of sample rows.", default=0)
+    private_rows: bool = _help(
+        "Keep the coordinates of whole sources only: no row, row id or row hash is in the bank, and only sources can "
+        "be scored. Needs source_column; rows without a source are left out.",
+        default=False,
+    )
     folder: str = _help("Name of the bank's folder inside the model's.", default="fwdattr")
     quiet: bool = _help("No progress bars.", default=False)
 
@@ -76,6 +81,8 @@ class ResponseConfig:
             raise ValueError(f"dtype={self.dtype!r}: 'float32', 'bfloat16' or 'float16'")
         if self.horizon is not None and not {"steps"} <= set(self.horizon) <= {"steps", "step_size", "damping"}:
             raise ValueError(f"horizon={self.horizon}: wants 'steps' and may have 'step_size' and 'damping'")
+        if self.private_rows and self.source_column is None:
+            raise ValueError("private_rows=True keeps sources only: name them with source_column")
         if not self.folder or "/" in self.folder or "\\" in self.folder or self.folder in (".", ".."):
             raise ValueError(f"folder={self.folder!r}: must be a plain folder name")
 

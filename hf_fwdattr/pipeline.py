@@ -4,50 +4,24 @@ A facade: the work is done by `readout` (forward passes along the probes) and `b
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
-from peft import load_peft_weights
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Pipeline
+from torch import Tensor
+from transformers import Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .bank.bank import ResponseBank
-from .errors import QueryError
+from .errors import BankError, QueryError
+from .loading import AutoModelForAttribution
 from .objective import CAUSAL_LM, IGNORED
-from .parameters import canonical_name
 from .readout import READOUTS
 from .readout.ranking import Ranked, rank, scores, source_coordinates
 from .response.rows import row_hashes
 
 
 TASK = "training-data-attribution"
-_HUB = ("token", "revision", "cache_dir", "local_files_only", "force_download", "subfolder")
-
-
-class AutoModelForAttribution(AutoModelForCausalLM):
-    """A causal language model that remembers where it came from: the bank lies beside the adapter, not the base."""
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `AutoModelForCausalLM.from_pretrained`."""
-        model = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model.attribution_source = str(pretrained_model_name_or_path)
-        if getattr(model, "_hf_peft_config_loaded", False):
-            where = {name: kwargs[name] for name in _HUB if kwargs.get(name) is not None}
-            _restore_precision(model, load_peft_weights(model.attribution_source, device="cpu", **where))
-        return model
-
-
-def _restore_precision(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
-    """Give adapter weights the digits that they were saved with.
-
-    On a half-precision base peft trains and saves adapters in float32; transformers loads them in the base's dtype.
-    """
-    for name, parameter in model.named_parameters():
-        value = stored.get(canonical_name(name))
-        if value is not None and value.dtype.itemsize > parameter.dtype.itemsize:
-            parameter.data = value.to(parameter.device)
 
 
 class TrainingDataAttributionPipeline(Pipeline):
@@ -64,7 +38,10 @@ class TrainingDataAttributionPipeline(Pipeline):
         bank (`str`, `Path` or `ResponseBank`, *optional*): where the bank is, if not beside the model.
         readout (`str`, defaults to `jvp`): `jvp` or `difference`.
         dataset (*optional*): the training set, to show the rows themselves; it must be the one that was trained on,
-            with its `input_ids`. `verify_dataset=False` accepts another form of it, row by row in the same order.
+            with its `input_ids`; a stream will do. `verify_dataset=1000` looks at so many of its rows instead of all;
+            `verify_dataset=False` accepts another form of it, row by row in the same order.
+        allow_mismatch (`list[str]`, *optional*): what may differ from what the bank was made of: "weights" (the
+            responding parameters), "tokenizer", "dataset".
         top_k (`int`, defaults to 5): rows to name on either side, proponents and opponents.
         Everything else goes to `generate`.
 
@@ -84,53 +61,72 @@ class TrainingDataAttributionPipeline(Pipeline):
     _load_tokenizer = True
     _pipeline_calls_generate = True
     _non_generation_params = ("top_k",)
+    _allowed: tuple[str, ...] = ()
 
-    def __init__(self, *args: Any, bank: Any = None, readout: str = "jvp", **kwargs: Any):
+    def __init__(
+        self, *args: Any, bank: Any = None, readout: str = "jvp", allow_mismatch: Sequence[str] = (), **kwargs: Any
+    ):
         super().__init__(*args, **kwargs)
         if readout not in READOUTS:
             raise ValueError(f"readout={readout!r}: one of {', '.join(READOUTS)}")
-        self._read = READOUTS[readout]
+        unknown = sorted(set(allow_mismatch) - {"weights", "tokenizer", "dataset"})
+        if isinstance(allow_mismatch, str) or unknown:
+            raise ValueError(f"allow_mismatch={allow_mismatch!r}: a list of 'weights', 'tokenizer' and 'dataset'")
+        self._read, self._allowed = READOUTS[readout], tuple(allow_mismatch)
         self.model.eval()
         source = bank if bank is not None else getattr(self.model, "attribution_source", None)
         if source is None:
             source = str(getattr(self.model, "name_or_path", ""))
+        if isinstance(source, BankError):
+            raise source
         self.bank = source if isinstance(source, ResponseBank) else ResponseBank.from_pretrained(source)
-        self._parameters = self.bank.check_model(self.model)
+        self._parameters = self.bank.check_model(self.model, self._allowed)
+        own = getattr(self.model, "attribution_tokenizer", None)
+        if own is not None and getattr(self.tokenizer, "name_or_path", None) == self.model.name_or_path:
+            self.tokenizer: Any = own  # nobody named one, and transformers took the base model's
+        if "tokenizer" not in self._allowed:
+            self.bank.check_tokenizer(self.tokenizer)
         self._probes = self.bank.probes().to(self.device)
         self._verified: tuple[Any, str | None] = (None, None)
         if self.tokenizer is not None and self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
     def _sanitize_parameters(
-        self, dataset: Any = None, top_k: int | None = None, verify_dataset: bool | None = None, **generate: Any
+        self, dataset: Any = None, top_k: int | None = None, verify_dataset: bool | int | None = None, **generate: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         after: dict[str, Any] = {}
         if dataset is not None:
             after["dataset"] = dataset
-            if verify_dataset is not False:
-                self._verify(dataset)
+            if verify_dataset is not False and "dataset" not in self._allowed:
+                self._verify(dataset, None if verify_dataset is True else verify_dataset)
         if top_k is not None:
             if top_k < 0:
                 raise ValueError(f"top_k={top_k}: the number of rows to name on either side cannot be negative")
             after["top_k"] = top_k
         return {}, generate, after
 
-    def _verify(self, dataset: Any) -> None:
-        """Refuse a dataset that is not the one the bank was made of."""
+    def _verify(self, dataset: Any, some: int | None) -> None:
+        """Refuse a dataset that is not the one the bank was made of; look at all rows, or at so many of them."""
         # A datasets.Dataset never changes: what makes another one of it gives it another fingerprint.
         known = getattr(dataset, "_fingerprint", None)
         seen, fingerprint = self._verified
         if seen is dataset and known is not None and known == fingerprint:
             return
-        self.bank.check_length(len(dataset))
-        hashes = row_hashes(dataset, self.bank.salt)
+        places = None
+        if hasattr(dataset, "__len__"):
+            self.bank.check_length(len(dataset))
+            if some is not None and some < len(dataset):
+                places = sorted({round(at * (len(dataset) - 1) / max(some - 1, 1)) for at in range(some)})
+        chosen = dataset if places is None else _rows_at(dataset, places)
+        hashes = row_hashes(chosen, self.bank.salt)
         if hashes is None:
             raise QueryError(
                 "the dataset has no 'input_ids', so its rows cannot be checked against the bank; pass the tokenized "
                 "training set, or verify_dataset=False to take rows by their position"
             )
-        self.bank.check_rows(list(hashes))
-        self._verified = (dataset, known)
+        self.bank.check_rows(hashes, places)
+        if places is None:
+            self._verified = (dataset, known)
 
     def preprocess(self, input_: Any) -> dict[str, Tensor]:
         """Token ids of the prompt, and of the completion if one is given, each (1, n)."""
@@ -252,6 +248,8 @@ class TrainingDataAttributionPipeline(Pipeline):
             batch_size (`int`, *optional*): queries that are read together; by default 8 on a GPU, and one at a time on
                 a CPU, where the tangents of several leave its caches.
         """
+        if self.bank.manifest.privacy.rows == "sources":
+            raise QueryError("the bank keeps sources only and has no rows to score; use source_scores")
         summed = self._summed(queries, slice(0, self.bank.manifest.probes), batch_size)
         return scores(summed[:, None], self.bank.coordinates())
 
@@ -283,9 +281,12 @@ class TrainingDataAttributionPipeline(Pipeline):
         """The result as plain Python values."""
         output, readout = model_outputs["output"][0], model_outputs["readout"][0]
         k = self.bank.manifest.probes
-        ((best, worst),) = rank(readout[None, :, :k], self.bank.coordinates(), top_k)
-        examples = [self._example(best, i, dataset) for i in range(len(best.scores))]
-        examples += [self._example(worst, i, dataset) for i in reversed(range(len(worst.scores)))]
+        private = self.bank.manifest.privacy.rows == "sources"
+        ((best, worst),) = rank(readout[None, :, :k], self.bank.coordinates(), 0 if private else top_k)
+        places = torch.cat([best.positions, worst.positions]).tolist()
+        shown = {} if dataset is None else dict(zip(places, _rows_at(dataset, places), strict=True))
+        examples = [self._example(best, i, shown) for i in range(len(best.scores))]
+        examples += [self._example(worst, i, shown) for i in reversed(range(len(worst.scores)))]
         return {
             "generated_text": self.tokenizer.decode(output, skip_special_tokens=True),
             "tokens": [self.tokenizer.decode([token]) for token in output.tolist()],
@@ -293,14 +294,14 @@ class TrainingDataAttributionPipeline(Pipeline):
             "sources": self._sources(readout),
         }
 
-    def _example(self, ranked: Ranked, index: int, dataset: Any) -> dict[str, Any]:
+    def _example(self, ranked: Ranked, index: int, shown: Mapping[int, Any]) -> dict[str, Any]:
         place, source = int(ranked.positions[index]), int(ranked.sources[index])
         return {
             "row": int(ranked.ids[index]),
             "score": float(ranked.scores[index]),
             "token_scores": ranked.token_scores[index].tolist(),
             "source": self.bank.manifest.sources[source] if source >= 0 else None,
-            "example": dataset[place] if dataset is not None else None,
+            "example": shown.get(place),
         }
 
     def _sources(self, readout: Tensor) -> list[dict[str, Any]]:
@@ -313,6 +314,15 @@ class TrainingDataAttributionPipeline(Pipeline):
         values = self._per_source(summed[:, k:] if manifest.source_probes else summed[:, :k])[0]
         order = torch.argsort(values, descending=True, stable=True).tolist()
         return [{"source": manifest.sources[i], "score": float(values[i])} for i in order]
+
+
+def _rows_at(dataset: Any, places: Sequence[int]) -> list[Any]:
+    """Rows of a dataset, or of a stream, which is read as far as it must be."""
+    if hasattr(dataset, "__len__"):
+        return [dataset[place] for place in places]
+    wanted, read = set(places), islice(dataset, max(places, default=-1) + 1)
+    found = {at: row for at, row in enumerate(read) if at in wanted}
+    return [found[place] for place in places]
 
 
 def register() -> None:

@@ -31,11 +31,12 @@ ALLOWED: dict[str, set[str]] = {
     "readout": BASE,
     "evaluation": set(),
     "trainer": PASSES | {"config", "bank"},
-    "pipeline": PASSES | {"config", "bank", "readout"},
-    "demo": PASSES | {"config", "bank", "readout", "trainer", "pipeline", "evaluation"},
-    "cli": PASSES | {"config", "bank", "readout", "trainer", "pipeline", "evaluation", "demo"},
+    "loading": BASE | {"bank"},
+    "pipeline": PASSES | {"config", "bank", "readout", "loading"},
+    "demo": PASSES | {"config", "bank", "readout", "trainer", "loading", "pipeline", "evaluation"},
+    "cli": PASSES | {"config", "bank", "readout", "trainer", "loading", "pipeline", "evaluation", "demo"},
 }
-OUTER = {"trainer", "pipeline", "demo", "cli"}
+OUTER = {"trainer", "loading", "pipeline", "demo", "cli"}
 # Libraries that only some rooms may know.
 DOORS: dict[str, set[str]] = {
     "transformers": OUTER,

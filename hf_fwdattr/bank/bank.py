@@ -1,11 +1,10 @@
 """The response bank: probes, coordinates, and what they belong to. It lives on disk and is read as it is needed."""
 
-import re
 import secrets
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,16 @@ from torch import Tensor, nn
 
 from ..errors import BankError, MismatchError
 from ..parameters import Parameters
-from .files import (
-    check_header,
-    copy_atomically,
-    digest,
-    finite,
-    inside,
-    slices,
-    write_atomically,
-    write_tensors,
-)
-from .manifest import MANIFEST, File, Manifest, read_manifest
+from .files import OURS, copy_atomically, digest, finite, inside, slices, write_atomically, write_tensors
+from .hub import Remote, is_repository, pinned
+from .identity import check_model, check_rows, check_tokenizer
+from .manifest import MANIFEST, File, Manifest, read_manifest, read_pointer
+from .push import push
+from .shards import check_layout, check_shard, check_table
 
 
 _SHARD = 1 << 30  # bytes per shard: few and large
 _STREAM = 1 << 14  # rows that are scored together
-# Nothing else in the folder is ever deleted: shards under the names that `write_bank` gives, and unfinished files.
-_OURS = re.compile(r"(?:probes|coordinates)-[0-9a-f]{8}-[0-9]{5}\.safetensors|\.partial-.+")
 
 
 class ResponseBank:
@@ -40,27 +32,98 @@ class ResponseBank:
     Use [`~ResponseBank.from_pretrained`], or take the one that [`ResponseCallback`] or [`build_bank`] made.
 
     Attributes:
-        folder (`Path`): where it lies.
+        folder (`Path`): where it lies; its shards may still be on the Hub.
+        remote (`Remote`, *optional*): the repository and commit that it is read from.
         manifest (`Manifest`): what `bank.json` says.
     """
 
-    def __init__(self, folder: str | Path, verify: bool = True):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, verify: bool = True, remote: Remote | None = None):
+        self.folder, self.remote = Path(folder), remote
         self.manifest = read_manifest(self.folder)
-        _check_files(self.folder, self.manifest, verify)
+        self._verify = verify
+        self._sound: dict[str, Path] = {}
         self._keep: Any = None
+        if remote is not None:  # shards are downloaded, and looked at, when they are needed
+            check_layout(self.manifest)
+            remote.check(self.manifest.files)
+            return
+        for file in self.manifest.files:
+            self.path(file)
+        check_layout(self.manifest)
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *, subfolder: str = "fwdattr"
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        subfolder: str = "fwdattr",
+        revision: str | None = None,
+        repo_type: str = "model",
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
     ) -> "ResponseBank":
-        """Open the bank of a model folder (or a bank's own folder).
+        """Open the bank of a model: of a folder, or of a repository on the Hub.
+
+        From the Hub only `bank.json` is read at once, everything at the commit that `revision` points to now. Shards
+        are downloaded when they are needed, each verified before it is used.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`): a model's folder, a bank's own folder, or a repository.
+            subfolder (`str`, defaults to `fwdattr`): the bank's folder inside; "" for the root.
+            revision (`str`, *optional*): branch, tag or commit.
+            repo_type (`str`, defaults to `model`): `dataset` for a bank in a dataset repository of its own.
+            token, cache_dir, local_files_only, force_download: as of `hf_hub_download`.
 
         Raises:
-            BankError: there is no bank, or it is damaged.
+            BankError: there is no bank, it is damaged, or the Hub cannot be asked.
         """
-        folder = Path(pretrained_model_name_or_path)
-        return cls(folder if (folder / MANIFEST).is_file() else folder / subfolder)
+        hub: dict[str, Any] = {
+            "revision": revision, "repo_type": repo_type, "token": token, "cache_dir": cache_dir,
+            "local_files_only": local_files_only, "force_download": force_download,
+        }  # fmt: skip
+        name = str(pretrained_model_name_or_path)
+        if is_repository(name):
+            remote = pinned(name, subfolder=subfolder, **hub)
+            path = remote.manifest()
+        else:
+            folder = Path(pretrained_model_name_or_path)
+            path = next((p for p in (folder / MANIFEST, folder / subfolder / MANIFEST) if p.is_file()), folder)
+            if path == folder or (pointer := read_pointer(path)) is None:
+                return cls(folder / subfolder if path == folder else path.parent)
+            remote = pinned(pointer.bank_repo, **hub | {"repo_type": pointer.repo_type, "revision": pointer.revision})
+        if (pointer := read_pointer(path)) is not None:
+            remote = remote.follow(pointer)
+            path = remote.manifest()
+        return cls(path.parent, remote=remote)
+
+    def path(self, file: File) -> Path:
+        """A shard on disk, downloaded if it must be, and verified once.
+
+        Raises:
+            BankError: it is not what `bank.json` says.
+        """
+        if file.name not in self._sound:
+            path = inside(self.folder, file.name)
+            if self.remote is not None:
+                path = self.remote.fetch(file.name)
+            check_shard(path, file, self.manifest, self._verify)
+            self._sound[file.name] = path
+        return self._sound[file.name]
+
+    def inspect(self) -> "ResponseBank":
+        """Compare every shard's header with `bank.json`; on the Hub by range requests, without downloading a shard.
+
+        Raises:
+            BankError: a shard is not what `bank.json` says.
+        """
+        for file in self.manifest.files:
+            if self.remote is None or self.remote.offline:
+                self.path(file)
+            else:
+                check_table(self.remote.header(file.name), file, self.manifest)
+        return self
 
     def save_pretrained(self, save_directory: str | Path, *, subfolder: str = "fwdattr") -> Path:
         """Copy the bank to `save_directory/subfolder`, atomically; returns that folder."""
@@ -69,49 +132,41 @@ class ResponseBank:
         if target.resolve() == self.folder.resolve():
             return target
         for file in self.manifest.files:
-            copy_atomically(self.folder / file.name, target / file.name)
+            copy_atomically(self.path(file), target / file.name)
         write_atomically(target / MANIFEST, self.manifest.to_json())
         _sweep(target, self.manifest)
         return target
+
+    def push_to_hub(self, repo_id: str, **how: Any) -> str:
+        """Put the bank into a repository, beside the model that it belongs to, in one commit; see `push.push`.
+
+        Returns:
+            The address of the commit, or of the pull request.
+        """
+        return push(self.manifest, [(file, self.path(file)) for file in self.manifest.files], repo_id, **how)
 
     def __len__(self) -> int:
         """Number of rows."""
         return self.manifest.dataset.rows
 
-    def check_model(self, model: nn.Module) -> Parameters:
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Compare a tokenizer's vocabulary with that of the training set, where both are known.
+
+        Raises:
+            MismatchError: they differ.
+        """
+        check_tokenizer(self.manifest, tokenizer)
+
+    def check_model(self, model: nn.Module, allow_mismatch: Sequence[str] = ()) -> Parameters:
         """The responding parameters in a live model, after checking that the bank belongs to it.
+
+        Args:
+            allow_mismatch: with "weights" in it, other weights under the same names and shapes are accepted.
 
         Raises:
             MismatchError: other names, shapes or weights; both values are named.
         """
-        wanted = {parameter.name: tuple(parameter.shape) for parameter in self.manifest.parameters}
-        try:
-            found = Parameters.of(model, [f"^{_escaped(name)}$" for name in wanted])
-        except Exception as error:
-            raise MismatchError(
-                f"the bank's responding parameters, such as {next(iter(wanted))}, are not in this model; load the "
-                f"adapter or model that the bank was made for ({self.manifest.model})"
-            ) from error
-        shapes = dict(zip(found.names, found.shapes, strict=True))
-        for name, shape in wanted.items():
-            if shapes.get(name) != shape:
-                raise MismatchError(
-                    f"{name} has shape {shape} in the bank and {shapes.get(name, 'no place')} in the model; load the "
-                    f"adapter or model that the bank was made for ({self.manifest.model})"
-                )
-        place = {name: index for index, name in enumerate(found.names)}
-        order = [place[name] for name in wanted]
-        parameters = Parameters(
-            tuple(found.live[i] for i in order), tuple(wanted), tuple(found.shapes[i] for i in order)
-        )
-        weights = parameters.fingerprint(model)
-        if weights != self.manifest.weights:
-            raise MismatchError(
-                f"the bank belongs to weights with sha256 {self.manifest.weights[:16]}... and the model's responding "
-                f"weights have {weights[:16]}...; load the revision that the bank was made for, in the dtype it was "
-                "saved in, or build the bank again"
-            )
-        return parameters
+        return check_model(self.manifest, model, allow_mismatch)
 
     def check_length(self, rows: int) -> None:
         """Compare a dataset's number of rows with the bank's.
@@ -122,20 +177,25 @@ class ResponseBank:
         if rows != len(self):
             raise MismatchError(f"the bank has {len(self)} rows and the dataset {rows}; pass the training set")
 
-    def check_rows(self, hashes: Sequence[bytes]) -> None:
+    def check_rows(self, hashes: Iterable[bytes], places: Sequence[int] | None = None) -> None:
         """Compare hashes of a dataset's rows, in order, with the bank's; see `response.rows.row_hashes`.
 
+        Args:
+            hashes: of all rows; a stream of them may be longer than memory.
+            places (*optional*): of which rows `hashes` are, in ascending order, if not of all.
+
         Raises:
-            MismatchError: another number of rows, or the first row that differs.
+            MismatchError: another number of rows, or the first row that differs; or the bank does not know its rows.
         """
-        self.check_length(len(hashes))
+        if self.manifest.privacy.rows == "sources":
+            raise MismatchError("the bank keeps sources only, so no dataset can be checked against it; pass none")
+        if places is None and isinstance(hashes, Sized):
+            self.check_length(len(hashes))
         own = (bytes(line.tolist()) for block in self.row_hashes() for line in block)
-        for at, (mine, theirs) in enumerate(zip(own, hashes, strict=True)):
-            if mine != theirs:
-                raise MismatchError(
-                    f"row {at} of the dataset is not the row that was trained on (token hash {theirs.hex()}, bank "
-                    f"{mine.hex()}); pass the training set, in its order, tokenized as then"
-                )
+        if places is not None:
+            chosen = set(places)
+            own = (line for at, line in enumerate(own) if at in chosen)
+        check_rows(own, hashes, places)
 
     @property
     def salt(self) -> bytes:
@@ -146,14 +206,14 @@ class ResponseBank:
         """(k + source probes, P), the row probes first."""
         parts = []
         for file in self._files("probes"):
-            with safe_open(self.folder / file.name, framework="pt") as shard:
+            with safe_open(self.path(file), framework="pt") as shard:
                 parts.append(finite(shard.get_tensor("probes").to(dtype), file.name))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def coordinates(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Blocks of rows: their ids (n,), sources (n,) with -1 for none, and coordinates (n, k) in float32."""
         for file in self._files("coordinates"):
-            path = self.folder / file.name
+            path = self.path(file)
             parts = (slices(path, name, _STREAM) for name in ("row_ids", "sources", "coordinates"))
             for ids, sources, block in zip(*parts, strict=True):
                 if len(sources) and not -1 <= int(sources.min()) <= int(sources.max()) < len(self.manifest.sources):
@@ -163,7 +223,7 @@ class ResponseBank:
     def row_hashes(self) -> Iterator[Tensor]:
         """Blocks of (n, 16) bytes."""
         for file in self._files("coordinates"):
-            yield from slices(self.folder / file.name, "row_hashes", _STREAM)
+            yield from slices(self.path(file), "row_hashes", _STREAM)
 
     def _files(self, kind: str) -> list[File]:
         return [file for file in self.manifest.files if file.kind == kind]
@@ -256,56 +316,5 @@ def _sweep(folder: Path, manifest: Manifest) -> None:
     """Remove shards of banks that were here before, and what killed runs left."""
     current = {file.name for file in manifest.files}
     for path in folder.iterdir():
-        if _OURS.fullmatch(path.name) and path.name not in current:
+        if OURS.fullmatch(path.name) and path.name not in current:
             path.unlink(missing_ok=True)
-
-
-def _escaped(name: str) -> str:
-    return name.replace(".", r"\.")
-
-
-def _check_files(folder: Path, manifest: Manifest, verify: bool) -> None:
-    """Sizes, hashes, headers: every file is what the manifest says, and nothing is missing.
-
-    Raises:
-        BankError: naming the file, and both values.
-    """
-    width = manifest.probes + manifest.source_probes
-    expected: dict[str, int] = {"probes": 0, "coordinates": 0}
-    stored = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[manifest.dtype]
-    for file in manifest.files:
-        path = inside(folder, file.name)
-        if path.is_symlink() and not _in_cache(path):
-            raise BankError(f"{path} is a link that leads out of the bank's folder; put the file itself there")
-        if not path.is_file():
-            raise BankError(f"{path} is missing; download the bank again")
-        size = path.stat().st_size
-        if size != file.size:
-            raise BankError(f"{path} has {size} bytes and bank.json says {file.size}; download the bank again")
-        if verify and digest(path) != file.sha256:
-            raise BankError(f"{path} was changed: its sha256 is not {file.sha256[:16]}... as bank.json says")
-        if file.first != expected[file.kind]:
-            raise BankError(f"{file.name} begins at line {file.first} and should begin at {expected[file.kind]}")
-        expected[file.kind] += file.lines
-        lines, k = file.lines, manifest.probes
-        wanted = {
-            "probes": {"probes": (stored, (lines, manifest.size))},
-            "coordinates": {
-                "coordinates": (stored, (lines, k)), "row_ids": ("I64", (lines,)),
-                "row_hashes": ("U8", (lines, 16)), "sources": ("I32", (lines,)),
-            },
-        }[file.kind]  # fmt: skip
-        found = check_header(path)
-        if found != wanted:
-            raise BankError(f"{file.name} holds {found} and bank.json says {wanted}")
-    if expected != {"probes": width, "coordinates": manifest.dataset.rows}:
-        raise BankError(
-            f"the shards hold {expected['probes']} probes and {expected['coordinates']} rows; bank.json says {width} "
-            f"and {manifest.dataset.rows}"
-        )
-
-
-def _in_cache(path: Path) -> bool:
-    """Whether a link is the kind that the Hub's cache makes: from snapshots into the blobs beside them."""
-    target = path.resolve()
-    return target.parent.name == "blobs" and target.parent.parent in path.parent.resolve().parents

@@ -6,6 +6,7 @@ Only safetensors and JSON. Every size is checked against the file's own length b
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import tempfile
@@ -20,6 +21,9 @@ from torch import Tensor
 from ..errors import BankError
 
 
+# Nothing else in the folder is ever deleted: shards under the names that `write_bank` gives, and unfinished files.
+# (safetensors writes its files as .tmp and six letters first, and a kill leaves them.)
+OURS = re.compile(r"(?:probes|coordinates)-[0-9a-f]{8}-[0-9]{5}\.safetensors|\.partial-.+|\.tmp[0-9A-Za-z]{6}")
 _CHUNK = 1 << 22
 _MAX_HEADER = 1 << 20
 _WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1}

@@ -11,7 +11,7 @@ from .files import unique_json
 
 SCHEMA = 1
 MANIFEST = "bank.json"
-_MAX_MANIFEST = 1 << 26
+LARGEST = 1 << 26  # bytes
 Count = Annotated[int, Field(ge=0, le=1 << 48)]
 Some = Annotated[int, Field(ge=1, le=1 << 48)]
 Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -61,6 +61,12 @@ class File(_Strict):
     lines: Count
 
 
+class Privacy(_Strict):
+    """What of the rows leaves with the bank: their ids and salted hashes, or nothing but their sources' sums."""
+
+    rows: Literal["identified", "sources"] = "identified"
+
+
 class Manifest(_Strict):
     """The whole of `bank.json`."""
 
@@ -85,6 +91,7 @@ class Manifest(_Strict):
     sources: list[str]
     salt: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     quality: dict[str, Any] = {}
+    privacy: Privacy = Privacy()
     files: list[File]
 
     @model_validator(mode="after")
@@ -104,6 +111,11 @@ class Manifest(_Strict):
         return self
 
     @property
+    def lines(self) -> int:
+        """Lines of coordinates: one for each row, or for each source where only these were kept."""
+        return len(self.sources) if self.privacy.rows == "sources" else self.dataset.rows
+
+    @property
     def size(self) -> int:
         """P."""
         total = 0
@@ -119,6 +131,20 @@ class Manifest(_Strict):
         return (self.model_dump_json(indent=2) + "\n").encode()
 
 
+class Pointer(_Strict):
+    """A `bank.json` beside a model whose bank lies elsewhere on the Hub, at a fixed commit."""
+
+    schema_version: Literal[1] = 1
+    bank_repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$", max_length=96)]
+    repo_type: Literal["model", "dataset"] = "dataset"
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    subfolder: Annotated[str, Field(pattern=r"^[\w-]*$")] = "fwdattr"
+
+    def to_json(self) -> bytes:
+        """As it is written."""
+        return (self.model_dump_json(indent=2) + "\n").encode()
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of the bank in `folder`.
 
@@ -128,17 +154,38 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise BankError(f"no bank in {folder}: there is no {MANIFEST}")
-    if path.stat().st_size > _MAX_MANIFEST:
-        raise BankError(f"{path} has {path.stat().st_size} bytes; a manifest has at most {_MAX_MANIFEST}")
+    values = _values(path)
+    if "bank_repo" in values:
+        raise BankError(f"{path} only points to a bank in {values['bank_repo']!r}, which cannot point on again")
+    return _parsed(path, values, Manifest)
+
+
+def read_pointer(path: Path) -> Pointer | None:
+    """Where a `bank.json` points to; None if it is a bank's own.
+
+    Raises:
+        BankError: it is no JSON, or a pointer with a field that is missing, unknown or of the wrong kind.
+    """
+    values = _values(path)
+    return _parsed(path, values, Pointer) if "bank_repo" in values else None
+
+
+def _values(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > LARGEST:
+        raise BankError(f"{path} has {path.stat().st_size} bytes; a manifest has at most {LARGEST}")
     try:
         values = unique_json(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise BankError(f"{path} is not sound JSON: {error}") from error
     version = values.get("schema_version") if isinstance(values, dict) else None
-    if version != SCHEMA:
+    if not isinstance(values, dict) or type(version) is not int or version != SCHEMA:
         raise BankError(f"{path}: schema_version is {version!r} and this package reads {SCHEMA}; update hf-fwdattr")
+    return values
+
+
+def _parsed(path: Path, values: dict[str, Any], kind: type[Any]) -> Any:
     try:
-        return Manifest.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))

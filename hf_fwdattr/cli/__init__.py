@@ -1,4 +1,4 @@
-"""The command line: `hf-fwdattr demo | build | attribute | inspect`."""
+"""The command line: `hf-fwdattr demo | build | attribute | inspect | push`."""
 
 from .app import app
 

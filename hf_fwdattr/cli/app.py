@@ -112,19 +112,54 @@ def attribute(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="Folder of a model with a bank, or of the bank itself.")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model with a bank, or of the bank itself.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    repo_type: Annotated[str, typer.Option(help="model, or dataset for a bank of its own.")] = "model",
+    subfolder: Annotated[str, typer.Option(help="The bank's folder inside.")] = "fwdattr",
     as_json: Json = False,
 ) -> None:
-    """Verify a bank and say what it holds."""
+    """Verify a bank and say what it holds; of one on the Hub only the manifest and headers are read."""
     from ..bank.bank import ResponseBank
     from .tables import bank_table
 
     try:
-        bank = ResponseBank.from_pretrained(model)
+        bank = ResponseBank.from_pretrained(model, revision=revision, repo_type=repo_type, subfolder=subfolder)
+        bank.inspect()
     except (AttributionError, OSError) as error:
         _fail(error)
     else:
-        _show(json.loads(bank.manifest.to_json()), as_json, lambda: bank_table(bank.manifest))
+        seen = (
+            "verified" if bank.remote is None else f"{bank.remote}: sizes, hashes and headers agree, values not read"
+        )
+        _show(json.loads(bank.manifest.to_json()), as_json, lambda: bank_table(bank.manifest, seen))
+
+
+@app.command()
+def push(
+    model: Annotated[str, typer.Argument(help="Folder of a model with a bank, or of the bank itself.")],
+    repo: Annotated[str, typer.Argument(help="Repository on the Hub; made if there is none.")],
+    repo_type: Annotated[str, typer.Option(help="model, or dataset for a bank of its own.")] = "model",
+    pointer_in: Annotated[
+        str | None, typer.Option(help="Model repository whose bank.json shall point to the bank in REPO.")
+    ] = None,
+    subfolder: Annotated[str, typer.Option(help="The bank's folder inside.")] = "fwdattr",
+    revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
+    private: Annotated[bool | None, typer.Option(help="Make a new repository private.")] = None,
+    create_pr: Annotated[bool, typer.Option(help="Open a pull request instead of pushing.")] = False,
+    message: Annotated[str, typer.Option(help="Commit message.")] = "Response bank",
+) -> None:
+    """Put a bank beside its model on the Hub, with a section in the card."""
+    from ..bank.bank import ResponseBank
+
+    try:
+        address = ResponseBank.from_pretrained(model, subfolder=subfolder).push_to_hub(
+            repo, repo_type=repo_type, pointer_in=pointer_in, subfolder=subfolder, revision=revision, private=private,
+            create_pr=create_pr, commit_message=message,
+        )  # fmt: skip
+    except (AttributionError, OSError, ValueError) as error:
+        _fail(error)
+    else:
+        typer.echo(f"pushed: {address}")
 
 
 def _show(value: Any, as_json: bool, table: Any) -> None:

@@ -36,11 +36,11 @@ def attribution_table(prompt: str, result: dict[str, Any], text_column: str) -> 
         console.print(sources)
 
 
-def bank_table(manifest: Manifest) -> None:
-    """Print what a bank holds."""
+def bank_table(manifest: Manifest, seen: str = "verified") -> None:
+    """Print what a bank holds, and how far it was looked at."""
     size = sum(file.size for file in manifest.files)
     coordinates = sum(file.size for file in manifest.files if file.kind == "coordinates")
-    table = Table(show_header=False, title="response bank, verified", title_justify="left")
+    table = Table(show_header=False, title=f"response bank, {seen}", title_justify="left")
     rows = manifest.dataset.rows
     for name, value in (
         ("model", f"{manifest.model} {manifest.revision or ''}"),

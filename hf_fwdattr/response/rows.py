@@ -130,10 +130,19 @@ def row_hashes(dataset: Any, salt: bytes) -> Iterator[bytes] | None:
 
     Of a `datasets.Dataset` only the columns that are needed are read.
     """
+    if not hasattr(dataset, "__len__"):
+        return _streamed(dataset, salt)
     names = getattr(dataset, "column_names", None)
     if names is None:
         return _hashed(dataset, salt) if hasattr(dataset[0], "keys") and "input_ids" in dataset[0] else None
     return _hashed_columns(dataset, salt) if "input_ids" in names else None
+
+
+def _streamed(dataset: Any, salt: bytes) -> Iterator[bytes]:
+    for at, row in enumerate(dataset):
+        if "input_ids" not in row:
+            raise QueryError(f"row {at} of the dataset has no 'input_ids'; pass the tokenized training set")
+        yield row_hash(_unpadded(row["input_ids"], row.get("attention_mask")), salt)
 
 
 def _hashed(dataset: Any, salt: bytes) -> Iterator[bytes]:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import default_data_collator
 
 from ..bank.bank import ResponseBank, temporary_bank_folder, write_bank
+from ..bank.identity import tokenizer_hash
 from ..config import ResponseConfig
 from ..errors import MismatchError, NumericalError, UnsupportedError
 from ..gradients import at_rest
@@ -24,7 +25,7 @@ from ..response.passes import Passes, Responses
 from ..response.rows import Rows, row_hash, row_hashes
 from ..response.segment import Segment
 from ..response.storage import Storage
-from .identity import dataset_identity, model_identity, tokenizer_hash
+from .identity import dataset_identity, model_identity
 from .recorder import Record, Snapshot
 
 
@@ -213,12 +214,23 @@ def _write(
         | {"rows": len(rows), "tokenizer": tokenizer_hash(tokenizer)},
         "sources": sources.names,
         "salt": salt.hex(),
+        "privacy": {"rows": "sources" if config.private_rows else "identified"},
     }
-    row_ids = _row_ids(original if original is not None else rows.dataset, config.row_id_column, len(rows))
-    hashes = _hashes(rows, salt, config.quiet)
-    return write_bank(
-        folder, described, [responses.probes, responses.sources], responses.coordinates, row_ids, hashes, sources.of
-    )
+    if config.private_rows:
+        lines = _per_source(responses.coordinates, sources)
+    else:
+        row_ids = _row_ids(original if original is not None else rows.dataset, config.row_id_column, len(rows))
+        lines = (responses.coordinates, row_ids, _hashes(rows, salt, config.quiet), sources.of)
+    return write_bank(folder, described, [responses.probes, responses.sources], *lines)
+
+
+def _per_source(coordinates: Tensor, sources: Sources) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Coordinates, ids, hashes and sources of lines that are whole sources: what `private_rows` keeps of rows."""
+    known, count = sources.of >= 0, len(sources.names)
+    total = torch.zeros(count, coordinates.shape[1], dtype=torch.float64)
+    total.index_add_(0, sources.of[known], coordinates[known].double())
+    lines = torch.arange(count)
+    return total.to(coordinates.dtype), lines, torch.zeros(count, 16, dtype=torch.uint8), lines
 
 
 def _hashes(rows: Rows, salt: bytes, quiet: bool) -> Tensor:

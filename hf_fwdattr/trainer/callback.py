@@ -18,6 +18,7 @@ from ..parameters import Parameters
 from .build import check, respond
 from .exposure import Exposure, loader_of
 from .optimizer import Preconditioner
+from .publish import keep_card, push_at_end
 from .recorder import Record, Snapshot
 
 
@@ -85,6 +86,8 @@ class ResponseCallback(TrainerCallback):
         folder = Path(checkpoint or Path(args.output_dir) / f"checkpoint-{state.global_step}") / RECORD
         self._record = self._begin(state, folder, len(loader.dataset))  # type: ignore[arg-type]
         self._exposure = Exposure(model, loader)
+        self._trainer = trainer
+        keep_card(trainer, self.config.folder)
 
     def _begin(self, state: TrainerState, folder: Path, total: int) -> Record:
         """A fresh record, or the one in `folder`, of the checkpoint from which the run is resumed."""
@@ -160,6 +163,7 @@ class ResponseCallback(TrainerCallback):
             )  # fmt: skip
         else:
             shutil.rmtree(kept)
+            push_at_end(self._trainer, args)
 
     def _respond(self, model: nn.Module, exposure: Exposure, folder: Path) -> ResponseBank:
         assert self._record.end is not None

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from hf_fwdattr.bank.identity import tokenizer_hash
 from hf_fwdattr.errors import UnsupportedError
 from hf_fwdattr.trainer.exposure import KEY, Exposure, Indexed, loader_of
-from hf_fwdattr.trainer.identity import dataset_identity, model_identity, tokenizer_hash
+from hf_fwdattr.trainer.identity import dataset_identity, model_identity
 from tests.cases import adapted, gpt2, padded, token_rows
 from tests.runs import tokenizer, training_set
 
@@ -122,4 +123,8 @@ def test_what_things_are_called() -> None:
     assert tokenizer_hash(more) != tokenizer_hash(tokenizer())
     identity = dataset_identity(training_set())
     assert identity["columns"] == training_set().column_names
-    assert dataset_identity([1]) == {"repo": None, "config": None, "split": None, "columns": [], "fingerprint": None}
+    nothing = dict.fromkeys(("repo", "revision", "config", "split", "fingerprint"))
+    assert dataset_identity([1]) == nothing | {"columns": []}
+    data = training_set()
+    data.info.download_checksums = {f"hf://datasets/me/facts@{'a' * 40}/data.json": {"num_bytes": 1}}
+    assert dataset_identity(data) | {"repo": "me/facts", "revision": "a" * 40} == dataset_identity(data)

@@ -1,0 +1,231 @@
+"""Banks on the Hub: found from a model's name, pinned to one commit, downloaded file by file as they are needed."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+    SafetensorsParsingError,
+)
+from huggingface_hub.hf_api import RepoFile
+
+from ..errors import BankError
+from .manifest import LARGEST, MANIFEST, File, Pointer
+
+
+_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A bank's folder in a repository at one commit.
+
+    Attributes:
+        repo (`str`): name of the repository; `repo_type` is `model` or `dataset`.
+        commit (`str`): the commit that everything is read from.
+        subfolder (`str`): where in the repository, "" for its root.
+        token, cache_dir, local_files_only, force_download: as of `hf_hub_download`.
+    """
+
+    repo: str
+    repo_type: str
+    commit: str
+    subfolder: str
+    token: str | bool | None = None
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.repo}@{self.commit[:12]}"
+
+    @property
+    def offline(self) -> bool:
+        """Whether only the cache may be read."""
+        return self.local_files_only or constants.is_offline_mode()
+
+    def path(self, name: str) -> str:
+        """A file's path in the repository."""
+        return f"{self.subfolder}/{name}" if self.subfolder else name
+
+    def fetch(self, name: str) -> Path:
+        """A file of the bank in the Hub's cache, downloaded if it is not there.
+
+        Raises:
+            BankError: it is not in the repository, or cannot be downloaded.
+        """
+        with explained(f"{self.path(name)} of {self}"):
+            found = hf_hub_download(
+                self.repo, self.path(name), repo_type=self.repo_type, revision=self.commit, token=self.token,
+                cache_dir=self.cache_dir, local_files_only=self.local_files_only, force_download=self.force_download,
+            )  # fmt: skip
+        return Path(found)
+
+    def listing(self) -> dict[str, RepoFile] | None:
+        """What the folder holds by name, sizes and hashes included; None where only the cache is read."""
+        if self.offline:
+            return None
+        try:
+            with explained(f"the list of files of {self}"):
+                items = HfApi(token=self.token).list_repo_tree(
+                    self.repo, self.subfolder or None, repo_type=self.repo_type, revision=self.commit
+                )
+                return {item.path.rpartition("/")[2]: item for item in items if isinstance(item, RepoFile)}
+        except Unreachable:
+            return None  # what is in the cache may be enough; every file is checked again when it is opened
+
+    def manifest(self) -> Path:
+        """`bank.json` in the cache, refused before its download if it is too large to be one."""
+        listed = self.listing()
+        if listed is not None and MANIFEST not in listed:
+            raise BankError(_absent(self))
+        if listed is not None and listed[MANIFEST].size > LARGEST:
+            raise BankError(
+                f"{MANIFEST} of {self} has {listed[MANIFEST].size} bytes; a manifest has at most {LARGEST}"
+            )
+        return self.fetch(MANIFEST)
+
+    def check(self, files: list[File]) -> None:
+        """Compare what `bank.json` says with what the repository holds, before any of it is downloaded.
+
+        Raises:
+            BankError: a shard is missing, or of another size or hash.
+        """
+        listed = self.listing()
+        if listed is None:
+            return
+        for file in files:
+            found = listed.get(file.name)
+            if found is None:
+                raise BankError(f"{self.path(file.name)} is missing in {self}; push the bank again")
+            if found.size != file.size:
+                raise BankError(
+                    f"{self.path(file.name)} has {found.size} bytes in {self} and bank.json says {file.size}; push "
+                    "the bank again"
+                )
+            if found.lfs is not None and found.lfs.sha256 != file.sha256:
+                raise BankError(
+                    f"{self.path(file.name)} in {self} has sha256 {found.lfs.sha256[:16]}... and bank.json says "
+                    f"{file.sha256[:16]}...; push the bank again"
+                )
+
+    def header(self, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """dtype and shape of every tensor in a shard, from its first bytes alone.
+
+        Raises:
+            BankError: they are no safetensors header.
+        """
+        with explained(f"the header of {self.path(name)} of {self}"):
+            try:
+                found = HfApi(token=self.token).parse_safetensors_file_metadata(
+                    self.repo, self.path(name), repo_type=self.repo_type, revision=self.commit
+                )
+                return {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in found.tensors.items()}
+            except (SafetensorsParsingError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise BankError(
+                    f"{self.path(name)} of {self} has no sound safetensors header ({_first(error)}); push it again"
+                ) from error
+
+    def follow(self, pointer: Pointer) -> "Remote":
+        """Where a pointer leads; the same token and cache."""
+        return replace(
+            self, repo=pointer.bank_repo, repo_type=pointer.repo_type, commit=pointer.revision,
+            subfolder=pointer.subfolder,
+        )  # fmt: skip
+
+
+class Unreachable(BankError):
+    """The Hub gave no answer."""
+
+
+def is_repository(name: str) -> bool:
+    """Whether something could be the name of a repository, and is no folder here."""
+    return not Path(name).exists() and _REPOSITORY.fullmatch(name) is not None
+
+
+def pinned(
+    repo: str,
+    *,
+    repo_type: str = "model",
+    revision: str | None = None,
+    subfolder: str = "fwdattr",
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> Remote:
+    """The bank's place in a repository, with a branch or tag resolved to the commit it now points to.
+
+    Raises:
+        BankError: no such repository or revision, or no way to ask.
+    """
+    with explained(f"{repo}" + (f" at {revision}" if revision else "")):
+        found = HfApi().resolve_revision(
+            repo, repo_type=repo_type, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only,
+            token=token,
+        )  # fmt: skip
+    return Remote(repo, repo_type, found.resolved, subfolder, token, cache_dir, local_files_only, force_download)
+
+
+def commit_in_cache(name: str) -> str | None:
+    """The commit to which a repository's default branch was resolved when it was last read; None if it never was."""
+    if not is_repository(name):
+        return None
+    try:
+        return str(HfApi().resolve_revision(name, local_files_only=True).resolved)
+    except (RevisionResolutionError, HFValidationError):
+        return None
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """The Hub's errors as this package's, with their cure."""
+    try:
+        yield
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError) as error:
+        raise Unreachable(
+            f"{what} is not in the cache and the Hub cannot be asked ({_first(error)}); connect, or download it once "
+            "before going offline"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise BankError(f"{what}: there is no such revision; name a branch, tag or commit that exists") from error
+    except EntryNotFoundError as error:
+        raise BankError(f"no bank: {what} does not exist; push one with ResponseBank.push_to_hub") from error
+    except RepositoryNotFoundError as error:
+        raise BankError(
+            f"{what}: no such repository, or it is private; check the name, and log in or pass token="
+        ) from error
+    except HfHubHTTPError as error:
+        raise BankError(f"{what}: the Hub answered {error.response.status_code} ({_first(error)})") from error
+    except HFValidationError as error:
+        raise BankError(f"{what}: {_first(error)}") from error
+    except (httpx2.HTTPError, OSError, RuntimeError) as error:
+        if type(error) is RuntimeError and not isinstance(error.__cause__, httpx2.HTTPError):
+            raise
+        raise Unreachable(f"{what}: the connection failed ({_first(error)}); try again") from error
+
+
+def _first(error: Any) -> str:
+    """The first line of an error's text, without the name of the server."""
+    lines = str(error).strip().splitlines()
+    return re.sub(r"https?://[^/\s]+", "", lines[0]) if lines else type(error).__name__
+
+
+def _absent(remote: Remote) -> str:
+    return (
+        f"no bank in {remote}: there is no {remote.path(MANIFEST)}; train with ResponseCallback and push, or name the "
+        "repository that has one"
+    )

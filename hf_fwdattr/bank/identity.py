@@ -1,0 +1,88 @@
+"""Whether a bank belongs to what is at hand: the responding weights, the tokenizer, the rows."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..errors import MismatchError
+from ..parameters import Parameters
+from .manifest import Manifest
+
+
+def tokenizer_hash(tokenizer: Any) -> str | None:
+    """sha256 over the vocabulary, hexadecimal; None without a tokenizer."""
+    if tokenizer is None or not hasattr(tokenizer, "get_vocab"):
+        return None
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+def check_tokenizer(manifest: Manifest, tokenizer: Any) -> None:
+    """See `ResponseBank.check_tokenizer`."""
+    known, found = manifest.dataset.tokenizer, tokenizer_hash(tokenizer)
+    if known is not None and found is not None and known != found:
+        raise MismatchError(
+            f"the rows were tokenized with a vocabulary of sha256 {known[:16]}... and this tokenizer's is "
+            f"{found[:16]}...; load the tokenizer that was saved with the model, or accept it with "
+            "allow_mismatch=['tokenizer']"
+        )
+
+
+def check_model(manifest: Manifest, model: nn.Module, allow_mismatch: Sequence[str]) -> Parameters:
+    """See `ResponseBank.check_model`."""
+    wanted = {parameter.name: tuple(parameter.shape) for parameter in manifest.parameters}
+    made_for = f"load the adapter or model that the bank was made for ({manifest.model})"
+    try:
+        found = Parameters.of(model, ["^" + name.replace(".", r"\.") + "$" for name in wanted])
+    except Exception as error:
+        raise MismatchError(
+            f"the bank's responding parameters, such as {next(iter(wanted))}, are not in this model; {made_for}"
+        ) from error
+    shapes = dict(zip(found.names, found.shapes, strict=True))
+    for name, shape in wanted.items():
+        if shapes.get(name) != shape:
+            raise MismatchError(
+                f"{name} has shape {shape} in the bank and {shapes.get(name, 'no place')} in the model; {made_for}"
+            )
+    place = {name: index for index, name in enumerate(found.names)}
+    order = [place[name] for name in wanted]
+    parameters = Parameters(tuple(found.live[i] for i in order), tuple(wanted), tuple(found.shapes[i] for i in order))
+    weights = parameters.fingerprint(model)
+    if weights != manifest.weights and "weights" not in allow_mismatch:
+        raise MismatchError(
+            f"the bank belongs to weights with sha256 {manifest.weights[:16]}... and the model's responding weights "
+            f"have {weights[:16]}...; load the revision that the bank was made for, in the dtype it was saved in, "
+            "build the bank again, or accept scores of other weights with allow_mismatch=['weights']"
+        )
+    return parameters
+
+
+def check_rows(own: Iterable[bytes], hashes: Iterable[bytes], places: Iterable[int] | None = None) -> int:
+    """Compare hashes one by one; returns how many there were on either side.
+
+    Args:
+        own, hashes: of the bank and of a dataset.
+        places (*optional*): which rows they are of, 0, 1, ... by default.
+
+    Raises:
+        MismatchError: the first row that differs.
+    """
+    mine, theirs, count = iter(own), iter(hashes), 0
+    where = iter(places) if places is not None else None
+    for one in mine:
+        other = next(theirs, None)
+        if other is None:
+            raise MismatchError(f"the dataset ends after {count} rows and the bank does not; pass the training set")
+        at = count if where is None else next(where)
+        if one != other:
+            raise MismatchError(
+                f"row {at} of the dataset is not the row that was trained on (token hash {other.hex()}, bank "
+                f"{one.hex()}); pass the training set, in its order, tokenized as then"
+            )
+        count += 1
+    if next(theirs, None) is not None:
+        raise MismatchError(f"the bank has {count} rows and the dataset more; pass the training set")
+    return count

@@ -1,0 +1,76 @@
+"""Bytes downloaded for one query of a bank on the Hub, against the bank's size.
+
+A synthetic bank is pushed to the server of the tests and read back from an empty cache with the real client:
+python scripts/bytes_per_query.py --rows 100000 --k 128 --parameters 1000000 --sources 32 --dtype bfloat16
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.hub_server import HUB, TOKEN
+
+
+os.environ |= {"HF_ENDPOINT": HUB.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import torch
+
+from hf_fwdattr.bank.bank import ResponseBank, write_bank
+from hf_fwdattr.readout.ranking import rank
+from tests.bank.test_bank import described
+
+
+def synthetic(folder: Path, rows: int, k: int, parameters: int, sources: int, dtype: str) -> ResponseBank:
+    """A bank of that size, of random numbers."""
+    generator = torch.Generator().manual_seed(0)
+    shape = dict(
+        parameters=[{"name": "lora_B.weight", "shape": [parameters]}], probes=k, source_probes=sources, dtype=dtype,
+        source_scales=[1.0] * sources, sources=[f"source {i}" for i in range(sources)], dataset={"rows": rows},
+    )  # fmt: skip
+    return write_bank(
+        folder, described(**shape), [torch.randn(n, parameters, generator=generator) for n in (k, sources)],
+        torch.randn(rows, k, generator=generator), torch.arange(rows),
+        torch.randint(0, 256, (rows, 16), generator=generator).to(torch.uint8), torch.arange(rows) % sources,
+    )  # fmt: skip
+
+
+def measured(work: Callable[[], Any]) -> int:
+    """Bytes that the server sent meanwhile."""
+    before = HUB.sent()
+    work()
+    return HUB.sent() - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("rows", 100_000), ("k", 128), ("parameters", 1_000_000), ("sources", 32)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dtype", default="bfloat16")
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        made = synthetic(Path(scratch) / "bank", **vars(chosen))
+        made.push_to_hub("me/bank")
+        total = sum(file.size for file in made.manifest.files)
+        where = {"cache_dir": Path(scratch) / "cache"}
+        HUB.requests.clear()
+        lines = [("inspect, by ranges", measured(lambda: ResponseBank.from_pretrained("me/bank", **where).inspect()))]
+        bank = ResponseBank.from_pretrained("me/bank", **where)
+        readout = torch.randn(1, 4, chosen.k)
+        lines.append(("sources of an output: probes", measured(bank.probes)))
+        lines.append(("rows of an output: coordinates too", measured(lambda: rank(readout, bank.coordinates(), 5))))
+        lines.append(("the next output", measured(lambda: rank(readout, bank.coordinates(), 5))))
+        print(f"bank of {chosen.rows:,} rows, k = {chosen.k}, {chosen.dtype}: {total:,} bytes")
+        for name, size in lines:
+            print(f"{name:36} {size:14,} bytes  {size / total:8.2%} of the bank")
+
+
+if __name__ == "__main__":
+    main()

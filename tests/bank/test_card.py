@@ -1,0 +1,73 @@
+"""The card's section: said once, in its place, and nothing in it can be more than text."""
+
+from pathlib import Path
+from typing import Any
+
+import cards
+import pytest
+from huggingface_hub import ModelCard
+
+from hf_fwdattr.bank.card import section, with_section
+from hf_fwdattr.bank.manifest import Manifest
+from hf_fwdattr.errors import BankError
+from tests.bank.test_bank import described
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def manifest(**changes: Any) -> Manifest:
+    return Manifest.model_validate(described(**changes) | {"files": []})
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent for path in (ROOT / "model_cards").glob("*/bank.json")))
+def test_the_cards_of_this_repository_are_fresh(folder: Path) -> None:
+    assert cards.rendered(folder) == (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_template_is_the_packages(tmp_path: Path) -> None:
+    own = ROOT / "hf_fwdattr" / "bank" / "section.md.jinja"
+    assert (ROOT / "model_cards" / "TEMPLATE.md.jinja").read_text() == own.read_text()
+
+
+def test_a_section_takes_the_place_of_the_older_one() -> None:
+    first = with_section("---\nlicense: mit\ntags: lora\n---\n# Mine\n\nBefore.\n", manifest(), "me/adapter")
+    edited = first.rstrip() + "\n\n## After\n\nMore of mine.\n"
+    second = with_section(edited, manifest(kept_variance=0.5), "me/adapter")
+    card = ModelCard(second)
+    assert (card.data.get("license"), card.data.get("tags")) == ("mit", ["lora", "fwdattr"])
+    assert second.count("## Response bank") == 1
+    assert "0.500 of held-out" in second
+    assert "0.900 of held-out" not in second
+    assert second.index("Before.") < second.index("## Response bank") < second.index("More of mine.")
+    assert with_section(second, manifest(kept_variance=0.5), "me/adapter") == second
+
+
+def test_an_empty_card_begins_with_a_header() -> None:
+    text = with_section("", manifest(dataset={"rows": 10, "repo": "me/data"}), "me/adapter")
+    assert text.startswith("---\ntags:\n- fwdattr\ndatasets:\n- me/data\n---\n")
+    assert "datasets" not in with_section("", manifest(dataset={"rows": 10, "repo": "json"}), "me/x").split("---")[1]
+
+
+def test_a_broken_header_is_not_thrown_away() -> None:
+    for header in ("tags: [", "- a\n- b"):
+        with pytest.raises(BankError, match=r"header of README\.md is no valid YAML"):
+            with_section(f"---\n{header}\n---\n# Mine\n", manifest(), "me/adapter")
+
+
+def test_names_are_text_and_paths_stay_at_home() -> None:
+    nasty = "x` |\n<script>alert(1)</script>\n---"
+    text = section(manifest(model=nasty, dataset={"rows": 10, "repo": nasty, "split": nasty}), "me/adapter")
+    assert "<script>" not in text
+    assert [line for line in text.splitlines() if line.startswith("| base model")] == [
+        "| base model | `x script alert(1) /script ---` |"
+    ]
+    assert "secret" not in section(manifest(model="/srv/secret/model"), "me/adapter")
+
+
+def test_privacy_is_said() -> None:
+    one, other = section(manifest(), "me/x"), section(manifest(privacy={"rows": "sources"}), "me/x")
+    assert "salted for this bank" in one
+    assert "every row against its hash" in " ".join(one.split())
+    assert "no row, no row id and no row hash" in other
+    assert "against its hash" not in " ".join(other.split())
