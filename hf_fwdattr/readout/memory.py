@@ -9,7 +9,7 @@ from ..objective import Batch
 _CPU_BUDGET = 1 << 30  # bytes of tangents in flight on a CPU, at most
 # Tangents that leave the caches cost more than running the model once more for another handful of probes, so on a CPU
 # probes go in handfuls: at least this many (fewer do not amortise the model's own pass), or what fits these bytes.
-_CPU_HANDFUL, _CPU_CACHE = 16, 1 << 25
+_CPU_HANDFUL, _CPU_CACHE = 16, 3 << 24
 _ALIVE = 6  # activations of the widest layer that live at the same time, as tangents
 
 
