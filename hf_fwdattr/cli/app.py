@@ -27,6 +27,13 @@ def _fail(error: Exception) -> None:
     raise typer.Exit(1)
 
 
+def _probes(text: str | None) -> int | float | str | None:
+    """A number where it is one; what else may be said is `ResponseConfig`'s to judge."""
+    if text is None or text == "exact":
+        return text
+    return float(text) if "." in text else int(text)
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the model, its bank, and the page.")] = Path("fwdattr-demo"),
@@ -39,6 +46,7 @@ def demo(
     prompt: Annotated[list[str] | None, typer.Option(help="What to ask; may be given several times.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Of the fine-tune.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the fine-tune.")] = None,
+    probes: Annotated[str | None, typer.Option(help="A number of probes, a variance to keep, or 'exact'.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Fine-tune again without the rows that are named.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -48,8 +56,8 @@ def demo(
     try:
         run_demo(
             output, model=model, dataset=dataset, text_column=text_column, source_column=source_column,
-            split=split, rows=rows, prompts=prompt or None, epochs=epochs, learning_rate=learning_rate, check=check,
-            quiet=quiet,
+            split=split, rows=rows, prompts=prompt or None, epochs=epochs, learning_rate=learning_rate,
+            probes=_probes(probes), check=check, quiet=quiet,
         )  # fmt: skip
     except (AttributionError, OSError, ValueError) as error:
         _fail(error)
