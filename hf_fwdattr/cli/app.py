@@ -1,5 +1,6 @@
 """The commands and their options; each is a few lines over the library."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..config import ResponseConfig
 from ..errors import AttributionError
 
 
@@ -28,10 +30,12 @@ def _fail(error: Exception) -> None:
 
 
 def _probes(text: str | None) -> int | float | str | None:
-    """A number where it is one; what else may be said is `ResponseConfig`'s to judge."""
-    if text is None or text == "exact":
-        return text
-    return float(text) if "." in text else int(text)
+    """A number where it is one; judged before anything is trained."""
+    value: int | float | str | None = text
+    for kind in (float, int):
+        with contextlib.suppress(ValueError, TypeError):
+            value = kind(text)  # type: ignore[arg-type]
+    return None if value is None else ResponseConfig(probes=value).probes
 
 
 @app.command()

@@ -165,3 +165,10 @@ def test_without_words_there_is_help() -> None:
         assert command in result.stdout
     for command in ("build", "attribute", "inspect", "demo"):
         assert call(command, "--help").exit_code == 0
+
+
+def test_a_wrong_number_of_probes_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["demo", "--probes", "many", "--output", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: probes='many': a number of probes")
+    assert not (tmp_path / "out").exists()
