@@ -23,7 +23,8 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import torch
 
-from hf_fwdattr.bank.bank import ResponseBank, write_bank
+from hf_fwdattr.bank.bank import ResponseBank
+from hf_fwdattr.bank.writing import write_bank
 from hf_fwdattr.readout.ranking import rank
 from tests.bank.test_bank import described
 

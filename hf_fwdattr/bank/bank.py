@@ -1,10 +1,7 @@
 """The response bank: probes, coordinates, and what they belong to. It lives on disk and is read as it is needed."""
 
-import secrets
-import shutil
-import tempfile
-import weakref
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +11,15 @@ from torch import Tensor, nn
 
 from ..errors import BankError, MismatchError
 from ..parameters import Parameters
-from .files import OURS, copy_atomically, digest, finite, inside, slices, write_atomically, write_tensors
+from .files import copy_atomically, finite, inside, names_in, no_strangers, slices, sweep, write_atomically
 from .hub import Remote, is_repository, pinned
 from .identity import check_model, check_rows, check_tokenizer
-from .manifest import MANIFEST, File, Manifest, read_manifest, read_pointer
+from .manifest import MANIFEST, File, read_manifest, read_pointer
 from .push import push
 from .shards import check_layout, check_shard, check_table
+from .text import read_texts
 
 
-_SHARD = 1 << 30  # bytes per shard: few and large
 _STREAM = 1 << 14  # rows that are scored together
 
 
@@ -49,6 +46,7 @@ class ResponseBank:
             return
         for file in self.manifest.files:
             self.path(file)
+        no_strangers(names_in(self.folder), self._names(), self.folder)
         check_layout(self.manifest)
 
     @classmethod
@@ -134,7 +132,7 @@ class ResponseBank:
         for file in self.manifest.files:
             copy_atomically(self.path(file), target / file.name)
         write_atomically(target / MANIFEST, self.manifest.to_json())
-        _sweep(target, self.manifest)
+        sweep(target, self._names())
         return target
 
     def push_to_hub(self, repo_id: str, **how: Any) -> str:
@@ -202,13 +200,20 @@ class ResponseBank:
         """Key of the row hashes, 16 bytes."""
         return bytes.fromhex(self.manifest.salt)
 
-    def probes(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(k + source probes, P), the row probes first."""
-        parts = []
+    def probes(self, dtype: torch.dtype = torch.float32, lines: slice = slice(None)) -> Tensor:
+        """(k + source probes, P), the row probes first; only shards that hold some of `lines` are downloaded.
+
+        Args:
+            lines (`slice`): which of them, without a step; all by default.
+        """
+        start, end, _ = lines.indices(self.manifest.probes + self.manifest.source_probes)
+        parts = [torch.zeros(0, self.manifest.size, dtype=dtype)]
         for file in self._files("probes"):
-            with safe_open(self.path(file), framework="pt") as shard:
-                parts.append(finite(shard.get_tensor("probes").to(dtype), file.name))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+            first, last = max(start - file.first, 0), min(end - file.first, file.lines)
+            if first < last:
+                with safe_open(self.path(file), framework="pt") as shard:
+                    parts.append(finite(shard.get_slice("probes")[first:last].to(dtype), file.name))
+        return torch.cat(parts) if len(parts) > 2 else parts[-1]
 
     def coordinates(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Blocks of rows: their ids (n,), sources (n,) with -1 for none, and coordinates (n, k) in float32."""
@@ -225,96 +230,18 @@ class ResponseBank:
         for file in self._files("coordinates"):
             yield from slices(self.path(file), "row_hashes", _STREAM)
 
+    def texts(self, places: Sequence[int]) -> list[str]:
+        """Text of the rows at these positions; only shards that hold some of them are downloaded.
+
+        Raises:
+            BankError: the bank was made without `include_text`, or a shard is damaged.
+        """
+        if not self.manifest.privacy.text:
+            raise BankError("the bank holds no text of its rows; pass the training set as dataset=")
+        return read_texts([(file, partial(self.path, file)) for file in self._files("text")], places)
+
+    def _names(self) -> list[str]:
+        return [MANIFEST, *(file.name for file in self.manifest.files)]
+
     def _files(self, kind: str) -> list[File]:
         return [file for file in self.manifest.files if file.kind == kind]
-
-
-def write_bank(
-    folder: Path,
-    described: dict[str, Any],
-    probes: Sequence[Tensor],
-    coordinates: Tensor,
-    row_ids: Tensor,
-    row_hashes: Tensor,
-    sources: Tensor,
-    shard_size: int = _SHARD,
-) -> ResponseBank:
-    """Write a bank and open it: new shards beside the old ones, then `bank.json`, then the old shards go.
-
-    Args:
-        folder (`Path`): the bank's folder; an old bank in it stays whole until the last moment.
-        described (`dict`): the manifest's fields, but `files`.
-        probes (`Sequence[Tensor]`): matrices (k_i, P) whose lines follow each other.
-        coordinates (`Tensor`): (rows, k). row_ids, sources: (rows,). row_hashes: (rows, 16) bytes.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    dtype = getattr(torch, described["dtype"])
-    tag = secrets.token_hex(4)
-    written: list[File] = []
-    try:
-        lines, width = sum(len(part) for part in probes), max(1, shard_size // (probes[0].shape[1] * dtype.itemsize))
-        for number, start in enumerate(range(0, lines, width)):
-            block = _lines(probes, start, min(start + width, lines)).to(dtype)
-            written.append(
-                _shard(
-                    folder,
-                    f"probes-{tag}-{number:05d}.safetensors",
-                    "probes",
-                    start,
-                    {"probes": finite(block, f"a probe in {described['dtype']}")},
-                )
-            )
-        width = max(1, shard_size // (coordinates.shape[1] * dtype.itemsize + 32))
-        for number, start in enumerate(range(0, len(coordinates), width)):
-            part = slice(start, start + width)
-            tensors = {
-                "coordinates": finite(coordinates[part].to(dtype), f"a coordinate in {described['dtype']}"),
-                "row_ids": row_ids[part], "row_hashes": row_hashes[part], "sources": sources[part].to(torch.int32),
-            }  # fmt: skip
-            written.append(
-                _shard(folder, f"coordinates-{tag}-{number:05d}.safetensors", "coordinates", start, tensors)
-            )
-        manifest = Manifest.model_validate(described | {"files": written})
-        write_atomically(folder / MANIFEST, manifest.to_json())
-    except BaseException:
-        # An interrupt may come just after bank.json was renamed into place: what it names must stay.
-        named = (folder / MANIFEST).read_text() if (folder / MANIFEST).is_file() else ""
-        for file in folder.glob(f"*-{tag}-*.safetensors"):
-            if file.name not in named:
-                file.unlink(missing_ok=True)
-        raise
-    _sweep(folder, manifest)
-    return ResponseBank(folder)
-
-
-def temporary_bank_folder() -> tuple[Path, Any]:
-    """A folder for a bank that nobody gave a place, and the object whose end of life removes it."""
-    keeper = type("Keeper", (), {})()
-    folder = tempfile.mkdtemp(prefix="fwdattr-bank-")
-    weakref.finalize(keeper, shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder), keeper
-
-
-def _lines(parts: Sequence[Tensor], start: int, end: int) -> Tensor:
-    """Lines start..end of matrices laid below each other, without joining all of them."""
-    chosen, at = [], 0
-    for part in parts:
-        first, last = max(start - at, 0), min(end - at, len(part))
-        if first < last:
-            chosen.append(part[first:last])
-        at += len(part)
-    return torch.cat(chosen)
-
-
-def _shard(folder: Path, name: str, kind: Any, first: int, tensors: dict[str, Tensor]) -> File:
-    write_tensors(folder / name, tensors)
-    path, lines = folder / name, len(next(iter(tensors.values())))
-    return File(name=name, kind=kind, size=path.stat().st_size, sha256=digest(path), first=first, lines=lines)
-
-
-def _sweep(folder: Path, manifest: Manifest) -> None:
-    """Remove shards of banks that were here before, and what killed runs left."""
-    current = {file.name for file in manifest.files}
-    for path in folder.iterdir():
-        if OURS.fullmatch(path.name) and path.name not in current:
-            path.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -23,9 +23,12 @@ from ..errors import BankError
 
 # Nothing else in the folder is ever deleted: shards under the names that `write_bank` gives, and unfinished files.
 # (safetensors writes its files as .tmp and six letters first, and a kill leaves them.)
-OURS = re.compile(r"(?:probes|coordinates)-[0-9a-f]{8}-[0-9]{5}\.safetensors|\.partial-.+|\.tmp[0-9A-Za-z]{6}")
+OURS = re.compile(r"(?:probes|coordinates|text)-[0-9a-f]{8}-[0-9]{5}\.safetensors|\.partial-.+|\.tmp[0-9A-Za-z]{6}")
+_HARMLESS = re.compile(r"\..+|.+\.(?:md|txt)|LICENSE|NOTICE")
+_MODELS = {"config.json", "adapter_config.json"}
 _CHUNK = 1 << 22
 _MAX_HEADER = 1 << 20
+_MOST_VALUES = 1 << 20  # of a JSON text: each takes some hundred bytes once it is parsed
 _WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1}
 
 
@@ -109,6 +112,48 @@ def inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
+def no_link(path: Path) -> None:
+    """Refuse a link, unless it is the kind that the Hub's cache makes: from snapshots into the blobs beside them.
+
+    Raises:
+        BankError: it leads elsewhere.
+    """
+    if path.is_symlink():
+        target = path.resolve()
+        if target.parent.name != "blobs" or target.parent.parent not in path.parent.resolve().parents:
+            raise BankError(f"{path} is a link that leads out of the bank's folder; put the file itself there")
+
+
+def no_strangers(names: Iterable[str], known: Iterable[str], where: object) -> None:
+    """Refuse files in a bank's own folder that `bank.json` does not name: who put them there wants them to be read.
+
+    Left alone are shards of a bank that is being written or was replaced, hidden files, Markdown, plain text and
+    licences, and everything in a folder that is a model's as well. None of it is ever read.
+
+    Raises:
+        BankError: naming the first.
+    """
+    found = set(names)
+    if found & _MODELS:
+        return
+    for name in sorted(found - set(known)):
+        if not OURS.fullmatch(name) and not _HARMLESS.fullmatch(name):
+            raise BankError(f"{where} holds {name!r}, which bank.json does not name; move it away, or look who put it")
+
+
+def names_in(folder: Path) -> list[str]:
+    """Names of what lies in a folder, but for its sub-folders."""
+    return [path.name for path in folder.iterdir() if path.is_symlink() or not path.is_dir()]
+
+
+def sweep(folder: Path, current: Iterable[str]) -> None:
+    """Remove shards of banks that were here before, and what killed runs left."""
+    named = set(current)
+    for path in folder.iterdir():
+        if OURS.fullmatch(path.name) and path.name not in named:
+            path.unlink(missing_ok=True)
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file that this package wrote itself."""
     check_header(path)
@@ -171,7 +216,10 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def unique_json(data: bytes) -> object:
-    """Parsed JSON, with doubled keys refused."""
+    """Parsed JSON, with doubled keys refused, and a text of so many values that parsing it would fill memory."""
+    values = 1 + sum(data.count(mark) for mark in (b",", b"[", b"{"))
+    if values > _MOST_VALUES:
+        raise ValueError(f"it holds up to {values} values; at most {_MOST_VALUES} are read")
     return json.loads(data, object_pairs_hook=_unique)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import BankError
-from .files import unique_json
+from .files import no_link, unique_json
 
 
 SCHEMA = 1
@@ -54,7 +54,7 @@ class File(_Strict):
     """One shard: its name, its size in bytes, its hash, and which lines of the whole it holds."""
 
     name: str
-    kind: Literal["probes", "coordinates"]
+    kind: Literal["probes", "coordinates", "text"]
     size: Count
     sha256: Sha256
     first: Count
@@ -62,9 +62,11 @@ class File(_Strict):
 
 
 class Privacy(_Strict):
-    """What of the rows leaves with the bank: their ids and salted hashes, or nothing but their sources' sums."""
+    """What of the rows leaves with the bank: their ids and salted hashes, or nothing but their sources' sums; and
+    whether their text does, which it never does unasked."""
 
     rows: Literal["identified", "sources"] = "identified"
+    text: bool = False
 
 
 class Manifest(_Strict):
@@ -108,6 +110,8 @@ class Manifest(_Strict):
                 f"source_probes={self.source_probes} and {len(self.source_scales)} source_scales do not fit "
                 f"{len(self.sources)} sources"
             )
+        if self.privacy.text and self.privacy.rows == "sources":
+            raise ValueError("privacy keeps the rows' text and no rows: one excludes the other")
         return self
 
     @property
@@ -171,6 +175,7 @@ def read_pointer(path: Path) -> Pointer | None:
 
 
 def _values(path: Path) -> dict[str, Any]:
+    no_link(path)
     if path.stat().st_size > LARGEST:
         raise BankError(f"{path} has {path.stat().st_size} bytes; a manifest has at most {LARGEST}")
     try:

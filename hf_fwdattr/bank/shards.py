@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..errors import BankError
-from .files import check_header, digest, inside
+from .files import check_header, digest, inside, no_link
 from .manifest import File, Manifest
 
 
@@ -16,17 +16,17 @@ def check_layout(manifest: Manifest) -> None:
     Raises:
         BankError: naming the file, and both values.
     """
-    expected: dict[str, int] = {"probes": 0, "coordinates": 0}
+    expected: dict[str, int] = {"probes": 0, "coordinates": 0, "text": 0}
     for file in manifest.files:
         inside(Path(), file.name)
         if file.first != expected[file.kind]:
             raise BankError(f"{file.name} begins at line {file.first} and should begin at {expected[file.kind]}")
         expected[file.kind] += file.lines
-    width = manifest.probes + manifest.source_probes
-    if expected != {"probes": width, "coordinates": manifest.lines}:
+    width, texts = manifest.probes + manifest.source_probes, manifest.dataset.rows if manifest.privacy.text else 0
+    if expected != {"probes": width, "coordinates": manifest.lines, "text": texts}:
         raise BankError(
-            f"the shards hold {expected['probes']} probes and {expected['coordinates']} rows; bank.json says {width} "
-            f"and {manifest.lines}"
+            f"the shards hold {expected['probes']} probes and {expected['coordinates']} rows, {expected['text']} of "
+            f"them with text; bank.json says {width}, {manifest.lines} and {texts}"
         )
 
 
@@ -39,8 +39,7 @@ def check_shard(path: Path, file: File, manifest: Manifest, verify: bool = True)
     Raises:
         BankError: naming the file, and both values.
     """
-    if path.is_symlink() and not _in_cache(path):
-        raise BankError(f"{path} is a link that leads out of the bank's folder; put the file itself there")
+    no_link(path)
     if not path.is_file():
         raise BankError(f"{path} is missing; download the bank again")
     size = path.stat().st_size
@@ -58,18 +57,15 @@ def check_table(found: dict[str, tuple[str, tuple[int, ...]]], file: File, manif
         BankError: naming the file, and both values.
     """
     lines, stored = file.lines, _STORED[manifest.dtype]
-    wanted = {
+    letters = found.get("text", ("", ()))[1]  # as many as there are; the file's length was compared
+    tables: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
         "probes": {"probes": (stored, (lines, manifest.size))},
         "coordinates": {
             "coordinates": (stored, (lines, manifest.probes)), "row_ids": ("I64", (lines,)),
             "row_hashes": ("U8", (lines, 16)), "sources": ("I32", (lines,)),
         },
-    }[file.kind]  # fmt: skip
+        "text": {"text": ("U8", letters if len(letters) == 1 else (0,)), "offsets": ("I64", (lines + 1,))},
+    }  # fmt: skip
+    wanted = tables[file.kind]
     if found != wanted:
         raise BankError(f"{file.name} holds {found} and bank.json says {wanted}")
-
-
-def _in_cache(path: Path) -> bool:
-    """Whether a link is the kind that the Hub's cache makes: from snapshots into the blobs beside them."""
-    target = path.resolve()
-    return target.parent.name == "blobs" and target.parent.parent in path.parent.resolve().parents

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import default_data_collator
 
-from ..bank.bank import ResponseBank, temporary_bank_folder, write_bank
+from ..bank.bank import ResponseBank
 from ..bank.identity import tokenizer_hash
+from ..bank.writing import temporary_bank_folder, write_bank
 from ..config import ResponseConfig
 from ..errors import MismatchError, NumericalError, UnsupportedError
 from ..gradients import at_rest

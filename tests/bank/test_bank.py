@@ -13,8 +13,9 @@ from torch import Tensor
 
 import hf_fwdattr.bank.bank
 import hf_fwdattr.bank.files
-from hf_fwdattr.bank.bank import ResponseBank, write_bank
+from hf_fwdattr.bank.bank import ResponseBank
 from hf_fwdattr.bank.manifest import read_manifest
+from hf_fwdattr.bank.writing import write_bank
 from hf_fwdattr.errors import BankError, MismatchError
 from hf_fwdattr.parameters import Parameters
 from tests.cases import adapted, gpt2, llama
@@ -22,6 +23,7 @@ from tests.reference import agree
 
 
 P, K, SOURCES, ROWS = 6, 3, 2, 10
+FILES = 4  # bank.json, probes of rows, probes of sources, coordinates
 
 
 def described(**changes: Any) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def test_a_copy_is_the_bank(tmp_path: Path) -> None:
     assert target == copy.folder
     assert copy.manifest == bank.manifest
     assert is_seed(copy, 0)
-    assert len(list(target.iterdir())) == 3
+    assert len(list(target.iterdir())) == FILES
     assert copy.save_pretrained(tmp_path / "b") == target  # onto itself
     assert is_seed(ResponseBank(target), 0)
 
@@ -113,7 +115,7 @@ def test_a_copy_is_the_bank(tmp_path: Path) -> None:
 def test_only_its_own_old_shards_are_swept_away(tmp_path: Path) -> None:
     folder = tmp_path / "fwdattr"
     written(folder)
-    mine = ["probes-best.safetensors", "coordinates.safetensors", "notes.txt", "README.md", "probes-00000000-x.txt"]
+    mine = ["notes.txt", "README.md", "probes-00000000-x.txt", ".gitattributes", "LICENSE"]
     for name in mine:
         (folder / name).write_text("mine")
     (folder / ".partial-killed").write_text("half")
@@ -221,7 +223,7 @@ def test_nan_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(BankError, match="a coordinate in float16 holds NaN or infinity"):
         write_bank(tmp_path, described(dtype="float16"), **huge)
     assert is_seed(ResponseBank(tmp_path), 1)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == FILES
 
 
 def belonging(folder: Path, model: Any) -> ResponseBank:
