@@ -93,7 +93,9 @@ def main() -> None:
     queries = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in world.queries]
     halves = random_halves(len(world.rows), options.halves)
     folder = Path(corpora.cache_folder()) / f"lds-lora-truth-{lora_world.VERSION}"
-    outcomes = retrain(train, halves, range(1, options.seeds + 1), folder, workers=options.workers)
+    outcomes = retrain(
+        train, halves, range(1, options.seeds + 1), folder, workers=options.workers, name=lora_world.NAME
+    )
     mean = outcomes.mean(0)
     rows = []
 

