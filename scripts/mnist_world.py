@@ -1,7 +1,7 @@
 """The paper's benchmark: a 784-128-64-10 network on 5,000 digits, and many of them trained at once.
 
-Recipe as in dattri's benchmark: dropout 0.1, SGD with rate 0.01 and momentum 0.9, batches of 64, 50 epochs. All that is
-random in one training (initial weights, order of batches, dropout) comes from its seed alone, so that a network that
+Recipe as in dattri's benchmark: dropout 0.1, SGD with rate 0.01 and momentum 0.9, batches of 64, 50 epochs. All
+chance in one training (initial weights, order of batches, dropout) comes from its seed alone, so that a network that
 is trained among others is the one that [`train_alone`] gives.
 """
 

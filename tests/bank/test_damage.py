@@ -146,7 +146,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "flipped bit": (lambda f: flipped(shard(f, "coordinates")), "was changed: its sha256 is not"),
     "lines": (edited(lambda v: v["files"][0].update(lines=4)), r"holds .* and bank\.json says"),
     "wrong order": (edited(lambda v: v["files"][0].update(first=1)), "begins at line 1 and should begin at 0"),
-    "fewer rows": (edited(lambda v: v["dataset"].update(rows=9)), "10 rows, 0 of them with text; bank.json says 5, 9 and 0"),
+    "fewer rows": (
+        edited(lambda v: v["dataset"].update(rows=9)),
+        "10 rows, 0 of them with text; bank.json says 5, 9 and 0",
+    ),
     "no shards": (put("files", []), "the shards hold 0 probes and 0 rows, .* bank.json says 5, 10 and 0"),
     "other shapes": (
         edited(lambda v: v["parameters"][0].update(shape=[2, 3])),
