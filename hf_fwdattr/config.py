@@ -61,6 +61,11 @@ class ResponseConfig:
         "be scored. Needs source_column; rows without a source are left out.",
         default=False,
     )
+    include_text: bool | str = _help(
+        "Keep the rows' text in the bank, so that whoever has it sees the rows without the dataset: True for each "
+        "row's tokens, decoded, or the name of the column with the text. It is published with the bank.",
+        default=False,
+    )
     folder: str = _help("Name of the bank's folder inside the model's.", default="fwdattr")
     quiet: bool = _help("No progress bars.", default=False)
 
@@ -83,6 +88,12 @@ class ResponseConfig:
             raise ValueError(f"horizon={self.horizon}: wants 'steps' and may have 'step_size' and 'damping'")
         if self.private_rows and self.source_column is None:
             raise ValueError("private_rows=True keeps sources only: name them with source_column")
+        if not isinstance(self.include_text, bool | str) or self.include_text == "":
+            raise ValueError(
+                f"include_text={self.include_text!r}: True, False, or the name of the column with the text"
+            )
+        if self.private_rows and self.include_text:
+            raise ValueError("private_rows=True keeps no rows and include_text their text: choose one")
         if not self.folder or "/" in self.folder or "\\" in self.folder or self.folder in (".", ".."):
             raise ValueError(f"folder={self.folder!r}: must be a plain folder name")
 

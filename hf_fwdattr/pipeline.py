@@ -4,7 +4,6 @@ A facade: the work is done by `readout` (forward passes along the probes) and `b
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from .loading import AutoModelForAttribution
 from .objective import CAUSAL_LM, IGNORED
 from .readout import READOUTS
 from .readout.ranking import Ranked, rank, scores, source_coordinates
-from .response.rows import row_hashes
+from .training_set import TrainingSet
 
 
 TASK = "training-data-attribution"
@@ -37,12 +36,14 @@ class TrainingDataAttributionPipeline(Pipeline):
     Args (beside those of every pipeline):
         bank (`str`, `Path` or `ResponseBank`, *optional*): where the bank is, if not beside the model.
         readout (`str`, defaults to `jvp`): `jvp` or `difference`.
-        dataset (*optional*): the training set, to show the rows themselves; it must be the one that was trained on,
-            with its `input_ids`; a stream will do. `verify_dataset=1000` looks at so many of its rows instead of all;
-            `verify_dataset=False` accepts another form of it, row by row in the same order.
+        dataset (*optional*): the training set, to show the rows themselves where the bank does not keep their text; it
+            must be the one that was trained on, with its `input_ids`; a stream will do. `verify_dataset=1000` looks at
+            so many of its rows instead of all, spread over it, or the first of a stream; `verify_dataset=False`
+            accepts another form of it, row by row in the same order.
         allow_mismatch (`list[str]`, *optional*): what may differ from what the bank was made of: "weights" (the
             responding parameters), "tokenizer", "dataset".
-        top_k (`int`, defaults to 5): rows to name on either side, proponents and opponents.
+        top_k (`int`, defaults to 5): rows to name on either side, proponents and opponents; with 0, only what sources
+            need is read and downloaded.
         Everything else goes to `generate`.
 
     Returns (per input):
@@ -86,8 +87,8 @@ class TrainingDataAttributionPipeline(Pipeline):
             self.tokenizer: Any = own  # nobody named one, and transformers took the base model's
         if "tokenizer" not in self._allowed:
             self.bank.check_tokenizer(self.tokenizer)
-        self._probes = self.bank.probes().to(self.device)
-        self._verified: tuple[Any, str | None] = (None, None)
+        self._rows = TrainingSet(self.bank)
+        self._held: tuple[int, Tensor] | None = None
         if self.tokenizer is not None and self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
@@ -98,35 +99,13 @@ class TrainingDataAttributionPipeline(Pipeline):
         if dataset is not None:
             after["dataset"] = dataset
             if verify_dataset is not False and "dataset" not in self._allowed:
-                self._verify(dataset, None if verify_dataset is True else verify_dataset)
+                self._rows.verify(dataset, None if verify_dataset is True else verify_dataset)
         if top_k is not None:
             if top_k < 0:
                 raise ValueError(f"top_k={top_k}: the number of rows to name on either side cannot be negative")
             after["top_k"] = top_k
+            generate["name_rows"] = top_k > 0
         return {}, generate, after
-
-    def _verify(self, dataset: Any, some: int | None) -> None:
-        """Refuse a dataset that is not the one the bank was made of; look at all rows, or at so many of them."""
-        # A datasets.Dataset never changes: what makes another one of it gives it another fingerprint.
-        known = getattr(dataset, "_fingerprint", None)
-        seen, fingerprint = self._verified
-        if seen is dataset and known is not None and known == fingerprint:
-            return
-        places = None
-        if hasattr(dataset, "__len__"):
-            self.bank.check_length(len(dataset))
-            if some is not None and some < len(dataset):
-                places = sorted({round(at * (len(dataset) - 1) / max(some - 1, 1)) for at in range(some)})
-        chosen = dataset if places is None else _rows_at(dataset, places)
-        hashes = row_hashes(chosen, self.bank.salt)
-        if hashes is None:
-            raise QueryError(
-                "the dataset has no 'input_ids', so its rows cannot be checked against the bank; pass the tokenized "
-                "training set, or verify_dataset=False to take rows by their position"
-            )
-        self.bank.check_rows(hashes, places)
-        if places is None:
-            self._verified = (dataset, known)
 
     def preprocess(self, input_: Any) -> dict[str, Tensor]:
         """Token ids of the prompt, and of the completion if one is given, each (1, n)."""
@@ -155,7 +134,7 @@ class TrainingDataAttributionPipeline(Pipeline):
             "completion_mask": torch.full((1, max(len(given), 1)), int(bool(given))),
         }
 
-    def _forward(self, model_inputs: dict[str, Tensor], **generate: Any) -> dict[str, Any]:
+    def _forward(self, model_inputs: dict[str, Tensor], name_rows: bool = True, **generate: Any) -> dict[str, Any]:
         prompts = [
             ids[mask.bool()]
             for ids, mask in zip(model_inputs["input_ids"], model_inputs["attention_mask"], strict=True)
@@ -170,7 +149,9 @@ class TrainingDataAttributionPipeline(Pipeline):
         for prompt, output in zip(prompts, outputs, strict=True):
             labels = torch.cat([torch.full_like(prompt, IGNORED), output])
             queries.append({"input_ids": torch.cat([prompt, output]).tolist(), "labels": labels.tolist()})
-        read = self.read(queries)
+        manifest = self.bank.manifest
+        named = (name_rows and manifest.privacy.rows != "sources") or not manifest.source_probes
+        read = self.read(queries, slice(0 if named else manifest.probes, None))
         # Position p of the readout is token p + 1 of the text.
         starts = [max(len(prompt) - 1, 0) for prompt in prompts]
         parts = [line[start : start + len(o)] for line, start, o in zip(read, starts, outputs, strict=True)]
@@ -213,7 +194,19 @@ class TrainingDataAttributionPipeline(Pipeline):
             "attention_mask": torch.tensor(real, device=self.device),
             "labels": padded("labels", IGNORED),
         }
-        return self._read(self.model, self._parameters, CAUSAL_LM, batch, self._probes[lines])
+        return self._read(self.model, self._parameters, CAUSAL_LM, batch, self._probes(lines))
+
+    def _probes(self, lines: slice) -> Tensor:
+        """(lines, P) on the model's device, read from the bank when they are first asked for, and kept."""
+        manifest = self.bank.manifest
+        start, end, _ = lines.indices(manifest.probes + manifest.source_probes)
+        first, held = self._held or (start, None)
+        if held is None or not first <= start <= end <= first + len(held):
+            last = end if held is None else max(end, first + len(held))
+            first = min(start, first)
+            held = self.bank.probes(lines=slice(first, last)).to(self.device)
+            self._held = first, held
+        return held[start - first : end - first]
 
     def _check(self, queries: Sequence[Mapping[str, Sequence[int]]]) -> None:
         settings = self.model.config
@@ -280,19 +273,21 @@ class TrainingDataAttributionPipeline(Pipeline):
     def postprocess(self, model_outputs: dict[str, Any], dataset: Any = None, top_k: int = 5) -> dict[str, Any]:
         """The result as plain Python values."""
         output, readout = model_outputs["output"][0], model_outputs["readout"][0]
-        k = self.bank.manifest.probes
-        private = self.bank.manifest.privacy.rows == "sources"
-        ((best, worst),) = rank(readout[None, :, :k], self.bank.coordinates(), 0 if private else top_k)
-        places = torch.cat([best.positions, worst.positions]).tolist()
-        shown = {} if dataset is None else dict(zip(places, _rows_at(dataset, places), strict=True))
-        examples = [self._example(best, i, shown) for i in range(len(best.scores))]
-        examples += [self._example(worst, i, shown) for i in reversed(range(len(worst.scores)))]
         return {
             "generated_text": self.tokenizer.decode(output, skip_special_tokens=True),
             "tokens": [self.tokenizer.decode([token]) for token in output.tolist()],
-            "examples": examples,
+            "examples": self._examples(readout, dataset, top_k),
             "sources": self._sources(readout),
         }
+
+    def _examples(self, readout: Tensor, dataset: Any, top_k: int) -> list[dict[str, Any]]:
+        """Rows named on either side, best first; none, and nothing read for them, where none are wanted."""
+        if top_k == 0 or self.bank.manifest.privacy.rows == "sources":
+            return []
+        ((best, worst),) = rank(readout[None, :, : self.bank.manifest.probes], self.bank.coordinates(), top_k)
+        shown = self._rows.shown(dataset, torch.cat([best.positions, worst.positions]).tolist())
+        examples = [self._example(best, i, shown) for i in range(len(best.scores))]
+        return examples + [self._example(worst, i, shown) for i in reversed(range(len(worst.scores)))]
 
     def _example(self, ranked: Ranked, index: int, shown: Mapping[int, Any]) -> dict[str, Any]:
         place, source = int(ranked.positions[index]), int(ranked.sources[index])
@@ -305,24 +300,14 @@ class TrainingDataAttributionPipeline(Pipeline):
         }
 
     def _sources(self, readout: Tensor) -> list[dict[str, Any]]:
-        """Every source with its score, highest first, from (positions, probes + source probes)."""
+        """Every source with its score, highest first, from (positions, probes) of which theirs come last."""
         manifest = self.bank.manifest
         if not manifest.sources:
             return []
         summed = readout.double().sum(0, keepdim=True).cpu()
-        k = manifest.probes
-        values = self._per_source(summed[:, k:] if manifest.source_probes else summed[:, :k])[0]
+        values = self._per_source(summed[:, -manifest.source_probes :])[0]  # all of them, where sources have none
         order = torch.argsort(values, descending=True, stable=True).tolist()
         return [{"source": manifest.sources[i], "score": float(values[i])} for i in order]
-
-
-def _rows_at(dataset: Any, places: Sequence[int]) -> list[Any]:
-    """Rows of a dataset, or of a stream, which is read as far as it must be."""
-    if hasattr(dataset, "__len__"):
-        return [dataset[place] for place in places]
-    wanted, read = set(places), islice(dataset, max(places, default=-1) + 1)
-    found = {at: row for at, row in enumerate(read) if at in wanted}
-    return [found[place] for place in places]
 
 
 def register() -> None:

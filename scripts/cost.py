@@ -94,7 +94,7 @@ def query_ratios(attribute, world, probes: int) -> list[dict]:
                     CAUSAL_LM.forward(attribute.model, batch)
             plain = time.perf_counter() - began
             began = time.perf_counter()
-            attribute.read([query])
+            attribute.read([query], slice(0, probes))  # source probes are extra and counted where they are used
             seconds.append(time.perf_counter() - began)
             ratios.append(seconds[-1] / plain)
         rows.append(
@@ -131,9 +131,7 @@ def main() -> None:
             totals.append(total / plain_total)
             seconds.append(total - loop)
         trainer.save_model(folder)
-        # Row probes only: source probes are extra and are counted where they are used.
         attribute = pipeline("training-data-attribution", model=folder, tokenizer=world.tokenizer(), device="cpu")
-        attribute._probes = attribute._probes[: options.probes]
         rows = [
             {"what": "training loop with the callback, against without", "ratio": statistics.median(loops),
              "low": min(loops), "high": max(loops), "seconds": plain},

@@ -32,7 +32,8 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": set(),
     "trainer": PASSES | {"config", "bank"},
     "loading": BASE | {"bank"},
-    "pipeline": PASSES | {"config", "bank", "readout", "loading"},
+    "training_set": PASSES | {"bank"},
+    "pipeline": PASSES | {"config", "bank", "readout", "loading", "training_set"},
     "demo": PASSES | {"config", "bank", "readout", "trainer", "loading", "pipeline", "evaluation"},
     "cli": PASSES | {"config", "bank", "readout", "trainer", "loading", "pipeline", "evaluation", "demo"},
 }

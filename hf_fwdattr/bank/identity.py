@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -34,7 +36,7 @@ def check_tokenizer(manifest: Manifest, tokenizer: Any) -> None:
 def check_model(manifest: Manifest, model: nn.Module, allow_mismatch: Sequence[str]) -> Parameters:
     """See `ResponseBank.check_model`."""
     wanted = {parameter.name: tuple(parameter.shape) for parameter in manifest.parameters}
-    made_for = f"load the adapter or model that the bank was made for ({manifest.model})"
+    made_for = f"load the adapter or model that the bank was made for ({manifest.model or 'a local one'})"
     try:
         found = Parameters.of(model, ["^" + name.replace(".", r"\.") + "$" for name in wanted])
     except Exception as error:
@@ -86,3 +88,46 @@ def check_rows(own: Iterable[bytes], hashes: Iterable[bytes], places: Iterable[i
     if next(theirs, None) is not None:
         raise MismatchError(f"the bank has {count} rows and the dataset more; pass the training set")
     return count
+
+
+def dataset_identity(dataset: Any) -> dict[str, Any]:
+    """Fields of the manifest's `dataset` that the dataset knows of itself."""
+    info = getattr(dataset, "info", None)
+    split = getattr(dataset, "split", None)
+    repo, revision = _origin(info)
+    return {
+        "repo": repo or getattr(info, "dataset_name", None),
+        "revision": revision,
+        "config": getattr(info, "config_name", None),
+        "split": None if split is None else str(split),
+        "columns": list(getattr(dataset, "column_names", None) or []),
+        "fingerprint": getattr(dataset, "_fingerprint", None),
+    }
+
+
+def _origin(info: Any) -> tuple[str | None, str | None]:
+    """(repository, commit) on the Hub from which a `datasets.Dataset` was loaded, as its downloaded files say."""
+    for address in getattr(info, "download_checksums", None) or {}:
+        found = re.match(r"hf://datasets/([\w.-]+/[\w.-]+)@([0-9a-f]{40})/", str(address))
+        if found is not None:
+            return found[1], found[2]
+    return None, None
+
+
+@contextmanager
+def naming_origins(manifest: Manifest, dataset: Any) -> Iterator[None]:
+    """The rows decide whether a dataset is the training set; if they differ, say where both are from.
+
+    Raises:
+        MismatchError: as raised inside, with every value that bank and dataset know and that differs.
+    """
+    try:
+        yield
+    except MismatchError as error:
+        known, found = manifest.dataset.model_dump(), dataset_identity(dataset)
+        differing = [
+            f"{name} {known[name]} in the bank and {found[name]} here"
+            for name in ("repo", "config", "split", "revision", "fingerprint")
+            if known[name] is not None and found[name] is not None and known[name] != found[name]
+        ]
+        raise MismatchError(f"{error} ({'; '.join(differing)})" if differing else str(error)) from error

@@ -28,6 +28,7 @@ from ..response.segment import Segment
 from ..response.storage import Storage
 from .identity import dataset_identity, model_identity
 from .recorder import Record, Snapshot
+from .texts import texts_of
 
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,8 @@ def check(model: nn.Module, dataset: Any, collate: Any, config: ResponseConfig, 
         rows = _rows(model, dataset, collate, config)
     _sources(original, config.source_column, len(rows))
     _row_ids(original, config.row_id_column, len(rows))
+    if isinstance(config.include_text, str):
+        _column(original, config.include_text, "include_text", len(rows))
 
 
 def respond(
@@ -215,14 +218,15 @@ def _write(
         | {"rows": len(rows), "tokenizer": tokenizer_hash(tokenizer)},
         "sources": sources.names,
         "salt": salt.hex(),
-        "privacy": {"rows": "sources" if config.private_rows else "identified"},
+        "privacy": {"rows": "sources" if config.private_rows else "identified", "text": bool(config.include_text)},
     }
+    texts = texts_of(original if original is not None else rows.dataset, config.include_text, tokenizer)
     if config.private_rows:
         lines = _per_source(responses.coordinates, sources)
     else:
         row_ids = _row_ids(original if original is not None else rows.dataset, config.row_id_column, len(rows))
         lines = (responses.coordinates, row_ids, _hashes(rows, salt, config.quiet), sources.of)
-    return write_bank(folder, described, [responses.probes, responses.sources], *lines)
+    return write_bank(folder, described, [responses.probes, responses.sources], *lines, texts=texts)
 
 
 def _per_source(coordinates: Tensor, sources: Sources) -> tuple[Tensor, Tensor, Tensor, Tensor]:
