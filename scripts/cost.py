@@ -77,6 +77,7 @@ def memory_run(kind: str, copies: int, probes: int) -> None:
 
 def query_ratios(attribute, world, probes: int) -> list[dict]:
     """Time of one query's readout against k + 1 plain forward passes of the same query, alternating."""
+    attribute._probes(slice(0, probes))  # read before anything is timed
     rows = []
     for readout in ("jvp", "difference"):
         ratios, seconds = [], []

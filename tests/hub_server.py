@@ -40,7 +40,8 @@ class Repo:
     tags: dict[str, str] = field(default_factory=dict)
 
     def commit(self, ref: str, files: dict[str, tuple[bytes, bool]]) -> str:
-        sha = hashlib.sha1(f"{len(self.order)} {ref} {sorted(files)}".encode()).hexdigest()
+        contents = sorted((path, hashlib.sha256(data).hexdigest()) for path, (data, _) in files.items())
+        sha = hashlib.sha1(f"{len(self.order)} {ref} {contents}".encode()).hexdigest()
         self.commits[sha] = files
         self.order.append(sha)
         self.refs[ref] = sha
@@ -64,6 +65,7 @@ class Hub:
         fault: called with (method, path); returns None, "drop" (close without an answer), or a number of bytes after
             which a body is cut and the connection closed.
         before_commit: called with the repository before a commit is applied: a place for others to be faster.
+        done: called with (method, path) when a request has had its effect and before it is answered.
     """
 
     def __init__(self) -> None:
@@ -72,6 +74,7 @@ class Hub:
         self.requests: list[tuple[str, str, int]] = []
         self.fault: Callable[[str, str], str | int | None] = lambda method, path: None
         self.before_commit: Callable[[Repo], None] = lambda repo: None
+        self.done: Callable[[str, str], None] = lambda method, path: None
         self.lock = threading.RLock()
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.hub = self
@@ -104,6 +107,7 @@ class Hub:
         self.requests.clear()
         self.fault = lambda method, path: None
         self.before_commit = lambda repo: None
+        self.done = lambda method, path: None
 
 
 class _Server(ThreadingHTTPServer):
@@ -142,6 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             with hub.lock:
                 reply = self._route(unquote(url.path), url.path, body)
+            hub.done(self.command, self.path)
         except Refused as refusal:
             headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.message}
             self._send(refusal.status, json.dumps({"error": refusal.message}).encode(), headers)

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ QUERY = {"prompt": "w3 w4", "completion": "w5 w6"}
 
 
 def trained(folder: Path, **changes: Any) -> Trainer:
-    """A fine-tune of a base model that lives on the Hub; trained, and not pushed by itself."""
+    """A fine-tune of a base model that lives on the Hub; it is not pushed by itself unless that is asked for."""
     if ("model", BASE) not in HUB.repos:
         base(torch.float32).push_to_hub(BASE)
     model = adapted(AutoModelForCausalLM.from_pretrained(BASE))
@@ -109,6 +110,48 @@ def test_the_trainers_own_pushes_carry_the_bank(hub: World, tmp_path: Path, stra
     assert torch.equal(named().scores(queries()), live_scores(trainer))
     assert "fwdattr" in ModelCard.load(NAME).data.tags
     assert not [path for path in HUB.files(NAME) if path.startswith("_")]
+    trainer.train()  # another bank in the place of the first
+    if strategy == "end":
+        trainer.save_model()
+    assert torch.equal(named().scores(queries()), live_scores(trainer))
+    assert one_bank(NAME) == {path for path in HUB.files(NAME) if path.startswith("fwdattr/")}
+
+
+def test_a_trainers_push_leaves_one_bank(hub: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Trainer only adds files; the shards of the bank before are deleted, and nothing else is."""
+    trained(tmp_path / "run").push_to_hub()
+    HUB.put(NAME, {"fwdattr/notes.txt": b"mine", "probes-0123abcd-00000.safetensors": b"not in the folder"})
+    old = {path for path in HUB.files(NAME) if path.startswith("fwdattr/") and path.endswith(".safetensors")}
+    trainer = trained(tmp_path / "run", learning_rate=2e-2)
+    before = live_scores(trainer)
+    trainer.push_to_hub(blocking=False).result()
+
+    for _ in range(500):  # the shards go after the push that was waited for
+        if not old & set(HUB.files(NAME)):
+            break
+        threading.Event().wait(0.02)
+    assert one_bank(NAME) | {"fwdattr/notes.txt"} == {p for p in HUB.files(NAME) if p.startswith("fwdattr/")}
+    assert "probes-0123abcd-00000.safetensors" in HUB.files(NAME)
+    hub.clean()
+    assert torch.equal(named().scores(queries()), before)
+    HUB.put(NAME, dict.fromkeys(old, b"back"))
+
+    def faster(repo: Any) -> None:
+        HUB.before_commit = lambda repo: None
+        HUB.put(NAME, {"theirs.txt": b"theirs"})
+
+    HUB.before_commit = faster  # nothing is left to upload: the first commit is the one that deletes
+    with caplog.at_level(logging.WARNING):
+        trainer.push_to_hub()
+    assert "shards of an older response bank are still on the Hub: me/adapter changed" in caplog.text
+    assert named().bank.manifest == ResponseBank.from_pretrained(tmp_path / "run").manifest
+    trainer.push_to_hub()
+    assert one_bank(NAME) | {"fwdattr/notes.txt"} == {p for p in HUB.files(NAME) if p.startswith("fwdattr/")}
+
+
+def one_bank(name: str) -> set[str]:
+    manifest = json.loads(HUB.files(name)["fwdattr/bank.json"])
+    return {"fwdattr/bank.json", *(f"fwdattr/{file['name']}" for file in manifest["files"])}
 
 
 def test_a_hub_that_fails_at_the_end_costs_no_training(

@@ -1,6 +1,6 @@
 """A bank into a repository: in one commit with its card, on top of what was there, never over somebody else's push."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..errors import BankError
 from .card import with_section
 from .files import OURS
 from .hub import explained
-from .manifest import MANIFEST, File, Manifest, Pointer
+from .manifest import MANIFEST, File, Manifest, Pointer, read_manifest, read_pointer
 
 
 _CARD = "README.md"
@@ -69,6 +69,35 @@ def push(
     return str(commit.commit_url)
 
 
+def sweep_remote(
+    repo_id: str, *, subfolder: str = "fwdattr", token: str | bool | None = None, revision: str | None = None
+) -> list[str]:
+    """Delete shards of older banks that a repository's `bank.json` does not name; returns their paths.
+
+    For a folder that was uploaded by somebody who only adds files, as Trainer does.
+
+    Raises:
+        BankError: somebody else pushes at the same moment, or the repository cannot be reached or written.
+    """
+    place = _Place(HfApi(token=token), "model", revision, token)
+    with explained(f"removing older shards from {repo_id}"):
+        head = place.api.repo_info(repo_id, **place.where).sha
+        listed = place.listed(repo_id, subfolder, head)
+        if f"{subfolder}/{MANIFEST}" not in listed:
+            return []
+        path = Path(hf_hub_download(repo_id, f"{subfolder}/{MANIFEST}", revision=head, token=token))
+        named = [] if read_pointer(path) is not None else [file.name for file in read_manifest(path.parent).files]
+        stale = _stale(listed, {f"{subfolder}/{name}" for name in named})
+        if stale:
+            operations = [CommitOperationDelete(path) for path in stale]
+            place.on_top_of(head, repo_id, operations, commit_message="Remove shards of an older response bank")
+        return stale
+
+
+def _stale(listed: Iterable[str], kept: Collection[str]) -> list[str]:
+    return [path for path in listed if path not in kept and OURS.fullmatch(path.rpartition("/")[2])]
+
+
 class _Place:
     """A repository of a kind, at a branch."""
 
@@ -93,27 +122,32 @@ class _Place:
             made = self.api.create_repo(repo_id, repo_type=self.where["repo_type"], private=private, exist_ok=True)
             repo_id = made.repo_id
             parent = parent or self.api.repo_info(repo_id, **self.where).sha
-            old = self._listed(repo_id, subfolder, parent)
             kept = {operation.path_in_repo for operation in operations}
-            stale = [path for path in old if path not in kept and OURS.fullmatch(path.rpartition("/")[2])]
+            stale = _stale(self.listed(repo_id, subfolder, parent), kept)
             card = with_section(self._card(repo_id, parent), manifest, repo_id, pointer, subfolder)
             operations = [
                 *operations, CommitOperationAdd(_CARD, card.encode()), *(CommitOperationDelete(path) for path in stale)
             ]  # fmt: skip
-            try:
-                return self.api.create_commit(
-                    repo_id, operations, commit_message=message, parent_commit=parent, create_pr=create_pr,
-                    **self.where,
-                )  # fmt: skip
-            except HfHubHTTPError as error:
-                if error.response.status_code in (409, 412):
-                    raise BankError(
-                        f"{repo_id} changed while the bank was being pushed (it was at {parent}); look at what came, "
-                        "and push again"
-                    ) from error
-                raise
+            return self.on_top_of(parent, repo_id, operations, commit_message=message, create_pr=create_pr)
 
-    def _listed(self, repo_id: str, subfolder: str, commit: str | None) -> list[str]:
+    def on_top_of(self, parent: str | None, repo_id: str, operations: list[Any], **how: Any) -> Any:
+        """A commit whose parent is the one that was looked at, or none.
+
+        Raises:
+            BankError: somebody was faster.
+        """
+        try:
+            return self.api.create_commit(repo_id, operations, parent_commit=parent, **how, **self.where)
+        except HfHubHTTPError as error:
+            if error.response.status_code in (409, 412):
+                raise BankError(
+                    f"{repo_id} changed while the bank was being pushed (it was at {parent}); look at what came, "
+                    "and push again"
+                ) from error
+            raise
+
+    def listed(self, repo_id: str, subfolder: str, commit: str | None) -> list[str]:
+        """Paths of the files in the folder at a commit."""
         where = self.where | {"revision": commit}
         try:
             items = self.api.list_repo_tree(repo_id, subfolder, **where)

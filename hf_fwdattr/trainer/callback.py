@@ -18,7 +18,7 @@ from ..parameters import Parameters
 from .build import check, respond
 from .exposure import Exposure, loader_of
 from .optimizer import Preconditioner
-from .publish import keep_card, push_at_end
+from .publish import finish_pushes, keep_card, push_at_end
 from .recorder import Record, Snapshot
 
 
@@ -153,6 +153,7 @@ class ResponseCallback(TrainerCallback):
             best = state.best_global_step if args.load_best_model_at_end else None
             self._record.end = self._snapshot(best or state.global_step, **kwargs)
             self._record.save(kept)
+            finish_pushes(self._trainer)
             self._bank = self._respond(kwargs["model"], exposure, Path(args.output_dir) / self.config.folder)
         except Exception as error:  # whatever it is, the trained model must not be lost with the bank
             self._bank = error

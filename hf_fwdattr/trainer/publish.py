@@ -10,6 +10,7 @@ from transformers.trainer_utils import HubStrategy
 from ..bank.bank import ResponseBank
 from ..bank.card import with_section
 from ..bank.files import write_atomically
+from ..bank.push import sweep_remote
 from ..errors import BankError
 
 
@@ -35,14 +36,57 @@ class KeptCard:
             logger.error("the model's card says nothing about its response bank: %s", error)
 
 
+class SweptPush:
+    """A trainer's `push_to_hub`, which only adds files, followed by the end of the shards that a new bank replaced."""
+
+    def __init__(self, trainer: Trainer, folder: str):
+        self._original, self._trainer, self.folder = trainer.push_to_hub, trainer, folder
+
+    def __call__(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        done = self._original(commit_message, blocking, token, revision, **kwargs)
+        if not self._trainer.is_world_process_zero():
+            return done
+        if blocking:
+            self._sweep(token, revision)
+        else:
+            done.add_done_callback(lambda job: self._sweep(token, revision) if job.exception() is None else None)
+        return done
+
+    def _sweep(self, token: str | None, revision: str | None) -> None:
+        args = self._trainer.args
+        if not (Path(args.output_dir) / self.folder / "bank.json").is_file():
+            return
+        try:
+            sweep_remote(
+                _repository(self._trainer), subfolder=self.folder, token=token or args.hub_token,
+                revision=revision or args.hub_revision,
+            )  # fmt: skip
+        except BankError as error:  # what is left over is not read; the next push removes it
+            logger.warning("shards of an older response bank are still on the Hub: %s", error)
+
+
 def keep_card(trainer: Trainer | None, folder: str) -> None:
-    """Make the trainer's card keep its section; once, however often it trains."""
+    """Make the trainer's card keep its section and its pushes leave one bank; once, however often it trains."""
     if trainer is None:
         return
     if isinstance(trainer.create_model_card, KeptCard):
-        trainer.create_model_card.folder = folder
+        trainer.create_model_card.folder = trainer.push_to_hub.folder = folder
     else:
         trainer.create_model_card = KeptCard(trainer, folder)
+        trainer.push_to_hub = SweptPush(trainer, folder)
+
+
+def finish_pushes(trainer: Trainer | None) -> None:
+    """Wait for a push that runs beside the training: it must not see the bank's folder half-way between two banks."""
+    if trainer is not None:
+        trainer._finish_current_push()
 
 
 def add_section(model_folder: Path, folder: str, repo_id: str) -> None:
