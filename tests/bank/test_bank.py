@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import hf_fwdattr.bank.bank
 import hf_fwdattr.bank.files
@@ -23,6 +22,7 @@ from tests.reference import agree
 
 
 P, K, SOURCES, ROWS = 6, 3, 2, 10
+TEXTS = ["a row", "", "añother — 行", "\0", "x" * 50, " y ", "\n", "{}", "last but one", "last"]
 FILES = 4  # bank.json, probes of rows, probes of sources, coordinates
 
 
@@ -53,7 +53,13 @@ def written(folder: Path, seed: int = 0, shard_size: int = 1 << 30, **changes: A
     return write_bank(folder, described(**changes), **parts(seed), shard_size=shard_size)
 
 
-def contents(bank: ResponseBank) -> dict[str, Tensor]:
+def written_with_text(folder: Path, shard_size: int = 1 << 30, **changes: Any) -> ResponseBank:
+    """A bank that keeps its rows' text."""
+    told = described(privacy={"text": True}, **changes)
+    return write_bank(folder, told, **parts(), shard_size=shard_size, texts=TEXTS)
+
+
+def contents(bank: ResponseBank) -> dict[str, Any]:
     blocks = list(bank.coordinates())
     return {
         "probes": bank.probes(),
@@ -61,7 +67,7 @@ def contents(bank: ResponseBank) -> dict[str, Tensor]:
         "sources": torch.cat([sources for _, sources, _ in blocks]),
         "coordinates": torch.cat([coordinates for _, _, coordinates in blocks]),
         "row_hashes": torch.cat(list(bank.row_hashes())),
-    }
+    } | ({"texts": bank.texts(range(len(bank)))} if bank.manifest.privacy.text else {})  # fmt: skip
 
 
 def is_seed(bank: ResponseBank, seed: int) -> bool:
@@ -124,6 +130,23 @@ def test_only_its_own_old_shards_are_swept_away(tmp_path: Path) -> None:
     ours = {"bank.json", *(file.name for file in bank.manifest.files)}
     assert {path.name for path in folder.iterdir()} == ours | set(mine)
     assert {(folder / name).read_text() for name in mine} == {"mine"}
+
+
+@pytest.mark.parametrize("name", ["mine.safetensors", "probes-best.safetensors", "weights.pkl", "run.py", "data"])
+def test_a_bank_is_not_written_beside_files_that_could_be_taken_for_its_own(tmp_path: Path, name: str) -> None:
+    written(tmp_path)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(BankError, match=f"holds '{name}', which bank.json does not name; move it away"):
+        written(tmp_path, seed=1)
+    (tmp_path / name).rename(tmp_path.parent / "elsewhere")
+    assert is_seed(ResponseBank(tmp_path), 0)
+
+
+def test_a_bank_may_lie_among_a_models_own_files(tmp_path: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors", "training_args.bin"):
+        (tmp_path / name).write_text("a model's")
+    written(tmp_path)
+    assert is_seed(ResponseBank.from_pretrained(tmp_path), 0)
 
 
 class Killed(BaseException):

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import pickle
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from safetensors.torch import save_file
 from hf_fwdattr.bank.bank import ResponseBank
 from hf_fwdattr.bank.files import check_header
 from hf_fwdattr.errors import BankError
-from tests.bank.test_bank import FILES, ROWS, SOURCES, K, P, described, written
+from tests.bank.test_bank import FILES, ROWS, SOURCES, K, P, described, written, written_with_text
 
 
 Damage = Callable[[Path], object]
@@ -92,6 +94,22 @@ def linked(folder: Path) -> None:
     path.symlink_to(outside)
 
 
+def linked_manifest(folder: Path) -> None:
+    (folder / "bank.json").rename(folder.parent / "outside")
+    (folder / "bank.json").symlink_to(folder.parent / "outside")
+
+
+def swapped(one: str, other: str) -> Damage:
+    """Two shards under each other's name."""
+
+    def damage(folder: Path) -> None:
+        first, second = shard(folder, one), shard(folder, other)
+        contents = first.read_bytes(), second.read_bytes()
+        first.write_bytes(contents[1]), second.write_bytes(contents[0])
+
+    return damage
+
+
 def as_folder(folder: Path) -> None:
     path = shard(folder, "probes")
     path.unlink()
@@ -103,6 +121,7 @@ def truncated(folder: Path) -> None:
         file.truncate(shard(folder, "coordinates").stat().st_size - 1)
 
 
+PICKLE = pickle.dumps({"probes": [[0.0] * P] * K}, protocol=4) + b"\0" * 400
 ENTRY = '{"probes":{"dtype":"F32","shape":[%s],"data_offsets":[0,%d]}}'
 BYTES = K * P * 4
 DAMAGES: dict[str, tuple[Damage, str]] = {
@@ -118,6 +137,16 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda f: (f / "bank.json").write_text('{"schema_version": 1, "schema_version": 1}'),
         "a key appears twice",
     ),
+    "wide": (
+        lambda f: (f / "bank.json").write_text("[" + "[]," * 10**6 + "[]]"),
+        r"it holds up to \d+ values; at most",
+    ),
+    "long number": (
+        lambda f: (f / "bank.json").write_text('{"schema_version": 1' + "0" * 10**6 + "}"),
+        r"bank\.json is not sound JSON: Exceeds the limit",
+    ),
+    "deep objects": (lambda f: (f / "bank.json").write_text('{"a":' * 10**5), r"bank\.json is not sound JSON"),
+    "linked manifest": (linked_manifest, r"bank\.json is a link that leads out of the bank's folder"),
     "huge manifest": (lambda f: os.truncate(f / "bank.json", 1 << 27), "a manifest has at most"),
     "other schema": (put("schema_version", 2), "schema_version is 2 and this package reads 1; update hf-fwdattr"),
     "extra key": (put("run_this", "rm"), r"run_this: Extra inputs are not permitted \(found 'rm'\)"),
@@ -139,6 +168,18 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "sub-folder": (renamed("a/b.safetensors"), "which is not a plain file name"),
     "backslash": (renamed("..\\b.safetensors"), "which is not a plain file name"),
     "file twice": (edited(lambda v: v["files"].append(v["files"][0])), "files names something twice"),
+    "extra shard": (lambda f: (f / "more.safetensors").write_bytes(b"0"), "holds 'more.safetensors', which bank.json"),
+    "extra pickle": (
+        lambda f: (f / "weights.pkl").write_bytes(PICKLE),
+        "holds 'weights.pkl', which bank.json does not",
+    ),
+    "extra program": (lambda f: (f / "run.py").write_text("1"), "holds 'run.py', which bank.json does not name"),
+    "extra link": (lambda f: (f / "here").symlink_to(f.parent), "holds 'here', which bank.json does not name"),
+    "swapped kinds": (swapped("probes", "coordinates"), r"has \d+ bytes and bank\.json says \d+"),
+    "missing text": (lambda f: shard(f, "text").unlink(), r"text-.* is missing; download the bank again"),
+    "flipped text": (lambda f: flipped(shard(f, "text")), "was changed: its sha256 is not"),
+    "text that is not told of": (put("privacy", {}), "10 of them with text; bank.json says 5, 10 and 0"),
+    "text of sources only": (put("privacy", {"rows": "sources", "text": True}), "one excludes the other"),
     "missing file": (lambda f: shard(f, "probes").unlink(), r"probes-.* is missing; download the bank again"),
     "folder as file": (as_folder, "is missing; download the bank again"),
     "link": (linked, "is a link that leads out of the bank's folder"),
@@ -148,12 +189,25 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "wrong order": (edited(lambda v: v["files"][0].update(first=1)), "begins at line 1 and should begin at 0"),
     "fewer rows": (
         edited(lambda v: v["dataset"].update(rows=9)),
-        "10 rows, 0 of them with text; bank.json says 5, 9 and 0",
+        "10 rows, 10 of them with text; bank.json says 5, 9 and 9",
     ),
-    "no shards": (put("files", []), "the shards hold 0 probes and 0 rows, .* bank.json says 5, 10 and 0"),
+    "no shards": (put("files", []), "the shards hold 0 probes and 0 rows, .* bank.json says 5, 10 and 10"),
     "other shapes": (
         edited(lambda v: v["parameters"][0].update(shape=[2, 3])),
         r"'probes': \('F32', \(3, 6\)\).* and bank\.json says .*\(3, 8\)",
+    ),
+    "pickle in disguise": (forged("probes", lambda p: p.write_bytes(PICKLE)), "sound safetensors file .its header"),
+    "zip in disguise": (
+        forged("probes", lambda p: torch.save({"probes": torch.zeros(3)}, p)),
+        "is not a sound safetensors file .its header claims",
+    ),
+    "text as a matrix": (
+        forged("text", lambda p: save_file({"text": torch.zeros(2, 2).byte(), "offsets": torch.arange(11)}, p)),
+        r"'text': \('U8', \(2, 2\)\)",
+    ),
+    "other offsets": (
+        forged("text", lambda p: save_file({"text": torch.zeros(9).byte(), "offsets": torch.arange(10)}, p)),
+        r"'offsets': \('I64', \(10,\)\)",
     ),
     "empty file": (forged("probes", header(b"", claimed=0)), "is not a sound safetensors file"),
     "8 bytes": (forged("probes", lambda p: p.write_bytes(b"12")), "is not a sound safetensors file"),
@@ -205,7 +259,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_every_damage_has_its_message(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "fwdattr"
-    written(folder)
+    written_with_text(folder)
     damage, message = DAMAGES[name]
     damage(folder)
     before = sorted((path.name, path.lstat().st_size) for path in folder.iterdir())
@@ -255,6 +309,35 @@ def test_values_are_checked_as_they_are_read(tmp_path: Path, kind: str, change: 
     bank = ResponseBank(tmp_path)
     with pytest.raises(BankError, match=message):
         bank.probes() if kind == "probes" else list(bank.coordinates())
+
+
+def test_shards_of_a_kind_cannot_change_places(tmp_path: Path) -> None:
+    """Of the same size, so that only their hashes tell them apart; or told in another order."""
+    written(tmp_path, shard_size=2 * (4 * K + 32))
+    values = json.loads((tmp_path / "bank.json").read_text())
+    one, other, *_ = (tmp_path / file["name"] for file in values["files"] if file["kind"] == "coordinates")
+    contents = one.read_bytes(), other.read_bytes()
+    assert len(contents[0]) == len(contents[1])
+    one.write_bytes(contents[1]), other.write_bytes(contents[0])
+    with pytest.raises(BankError, match="was changed: its sha256 is not"):
+        ResponseBank(tmp_path)
+    one.write_bytes(contents[0]), other.write_bytes(contents[1])
+    edited(lambda v: v["files"].reverse())(tmp_path)
+    with pytest.raises(BankError, match=r"begins at line \d+ and should begin at 0"):
+        ResponseBank(tmp_path)
+
+
+@pytest.mark.parametrize("unit", [b"[],", b"{},", b"0,", b"[[[[[[[[]]]]]]]],"])
+def test_a_manifest_that_would_fill_memory_is_not_parsed(tmp_path: Path, unit: bytes) -> None:
+    path = tmp_path / "bank.json"
+    path.write_bytes(b"[" + unit * (16_000_000 // len(unit)) + b"0]")
+    tracemalloc.start()
+    try:
+        with pytest.raises(BankError, match=r"it holds up to \d+ values; at most 1048576 are read"):
+            ResponseBank(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 2 * path.stat().st_size
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_header_that_lies_allocates_nothing(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from hf_fwdattr.bank.bank import ResponseBank
 from hf_fwdattr.bank.files import check_header
 from hf_fwdattr.bank.manifest import read_pointer
 from hf_fwdattr.errors import BankError
-from tests.bank.test_bank import contents, written
+from tests.bank.test_bank import TEXTS, contents, written_with_text
 from tests.bank.test_damage import sealed, shard
 
 
@@ -32,7 +32,7 @@ VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
 )
 # What the shards must agree with; the rest of bank.json is description.
-STRUCTURE = ("probes", "source_probes", "dtype", "files")
+STRUCTURE = ("probes", "source_probes", "dtype", "privacy", "files")
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -63,7 +63,7 @@ def changed(value: Any, path: tuple[Any, ...], how: str, new: Any) -> Any:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bank")
-    written(path)
+    written_with_text(path)
     return path
 
 
@@ -89,6 +89,7 @@ def test_a_changed_manifest(folder: Path, whole: dict[str, Any], data: st.DataOb
     assert {key: said[key] for key in STRUCTURE} == {key: whole[key] for key in STRUCTURE}
     assert len(read["coordinates"]) == said["dataset"]["rows"] == whole["dataset"]["rows"]
     assert bank.manifest.size == read["probes"].shape[1]
+    assert read["texts"] == TEXTS
     assert len(said["sources"]) == len(whole["sources"])
 
 
@@ -111,30 +112,39 @@ def test_a_manifest_of_anything(tmp_path: Path, text: str | bytes) -> None:
         ResponseBank.from_pretrained(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def before(folder: Path) -> dict[str, Any]:
+    return copy.deepcopy(contents(ResponseBank(folder)))
+
+
 @OFTEN
 @given(
-    data=st.data(), kind=st.sampled_from(["probes", "coordinates"]), how=st.sampled_from(["replace", "delete", "add"]),
-    new=VALUES,
+    data=st.data(), kind=st.sampled_from(["probes", "coordinates", "text"]),
+    how=st.sampled_from(["replace", "delete", "add"]), new=VALUES,
 )  # fmt: skip
-def test_a_changed_header(tmp_path: Path, data: st.DataObject, kind: str, how: str, new: Any) -> None:
+def test_a_changed_header(
+    folder: Path, before: dict[str, Any], data: st.DataObject, kind: str, how: str, new: Any
+) -> None:
     """Size and hash in bank.json are made to fit, as a forger would."""
-    for old in tmp_path.iterdir():
-        old.unlink()
-    # Tensors are views of the mapped file, which is about to change under them.
-    before = {name: tensor.clone() for name, tensor in contents(written(tmp_path)).items()}
-    path = shard(tmp_path, kind)
-    raw = path.read_bytes()
+    path = shard(folder, kind)
+    raw, told = path.read_bytes(), (folder / "bank.json").read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     table = json.loads(raw[8 : 8 + length])
     table = changed(table, data.draw(st.sampled_from(list(places(table)))), how, new)
     text = json.dumps(table).encode()
+    path.unlink()  # the file may still be mapped: another one takes its place
     path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
-    sealed(tmp_path, path)
+    sealed(folder, path)
     try:
-        after = contents(ResponseBank(tmp_path))
+        after = copy.deepcopy(contents(ResponseBank(folder)))
     except BankError:
         return
-    assert all(torch.equal(after[name], before[name]) for name in before)
+    finally:
+        path.unlink()
+        path.write_bytes(raw)
+        (folder / "bank.json").write_bytes(told)
+    assert after.pop("texts") == before["texts"]
+    assert all(torch.equal(after[name], before[name]) for name in after)
 
 
 @OFTEN

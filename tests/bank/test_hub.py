@@ -69,6 +69,17 @@ def test_shards_come_down_when_they_are_needed(hub: World, tmp_path: Path) -> No
     assert hub.server.sent("safetensors") == before
 
 
+def test_probes_of_sources_come_down_alone(hub: World, tmp_path: Path) -> None:
+    written(tmp_path / "bank").push_to_hub(NAME)
+    hub.clean()
+    bank = ResponseBank.from_pretrained(NAME)
+    found = bank.probes(lines=slice(bank.manifest.probes, None))
+    assert torch.equal(found, parts()["probes"][1])
+    (file,) = (file for file in bank.manifest.files if file.kind == "probes" and file.first)
+    assert hub.server.sent("safetensors") == file.size
+    assert torch.equal(bank.probes(lines=slice(1, 4)), torch.cat(parts()["probes"])[1:4])
+
+
 def test_a_branch_a_tag_and_a_commit_are_read_as_they_are(hub: World, tmp_path: Path) -> None:
     written(tmp_path / "old").push_to_hub(NAME)
     api, old = HfApi(), hub.server.repo(NAME).refs["main"]
@@ -341,6 +352,7 @@ def test_a_truncated_body_is_continued_or_refused_and_never_believed(hub: World,
         ("huge manifest", r"bank.json of me/adapter@\w+ has 67108865 bytes; a manifest has at most"),
         ("absolute", "which is not a plain file name"),
         ("parent", "which is not a plain file name"),
+        ("extra", r"me/adapter@\w+ holds 'weights.pkl', which bank.json does not name"),
     ],
 )
 def test_damage_on_the_hub_is_refused_before_it_is_downloaded(
@@ -361,6 +373,8 @@ def test_damage_on_the_hub_is_refused_before_it_is_downloaded(
         hub.server.put(NAME, {path: files[path][:-1] + bytes([files[path][-1] ^ 1])})
     elif damage == "huge manifest":
         hub.server.put(NAME, {"fwdattr/bank.json": b" " * ((1 << 26) + 1)})
+    elif damage == "extra":
+        hub.server.put(NAME, {"fwdattr/weights.pkl": b"\x80\x04K\x01."})
     else:
         manifest["files"][0]["name"] = "/etc/passwd" if damage == "absolute" else "../../README.md"
         hub.server.put(NAME, {"fwdattr/bank.json": json.dumps(manifest).encode()})
