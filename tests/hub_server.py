@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 
 TOKEN = "hf_token_of_the_tests"
-LFS = re.compile(r".*\.(safetensors|bin|pt)$")
+LFS = re.compile(r".*\.(safetensors|bin|pt|parquet)$")
 _KINDS = {"models": "model", "datasets": "dataset"}
 
 
@@ -274,7 +274,13 @@ class _Handler(BaseHTTPRequestHandler):
         inside = {path: value for path, value in files.items() if not rest or path.startswith(rest + "/")}
         if rest and not inside:
             raise Refused(404, "EntryNotFound", f"no folder {rest}")
-        return [_entry(path, *value) for path, value in inside.items()]
+        if self.query.get("recursive", [""])[0].lower() in ("true", "1"):
+            return [_entry(path, *value) for path, value in inside.items()]
+        above = f"{rest}/" if rest else ""
+        here = {path: path.removeprefix(above).partition("/") for path in inside}
+        folders = {above + name for name, slash, _ in here.values() if slash}
+        shown = [_entry(path, *inside[path]) for path, (_, slash, _) in here.items() if not slash]
+        return shown + [{"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in sorted(folders)]
 
     def _api_paths_info(self, repo: Repo, name: str, revision: str, rest: str, body: bytes) -> Any:
         files = repo.commits[repo.resolve(revision)]

@@ -27,7 +27,7 @@ from .files import no_strangers
 from .manifest import LARGEST, MANIFEST, File, Pointer
 
 
-_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Unreachable(BankError):
 
 def is_repository(name: str) -> bool:
     """Whether something could be the name of a repository, and is no folder here."""
-    return not Path(name).exists() and _REPOSITORY.fullmatch(name) is not None
+    return not Path(name).exists() and REPOSITORY.fullmatch(name) is not None
 
 
 def pinned(
@@ -190,6 +190,15 @@ def commit_in_cache(name: str) -> str | None:
         return str(HfApi().resolve_revision(name, local_files_only=True).resolved)
     except (RevisionResolutionError, HFValidationError):
         return None
+
+
+def repository_in_cache(owner: str, name: str, commit: str) -> str | None:
+    """A dataset repository of which a commit was downloaded, by a name whose capitals and underscores were lost."""
+    for folder in Path(constants.HF_HUB_CACHE).glob(f"datasets--{owner}--*/snapshots/{commit}"):
+        spelled = folder.parents[1].name.split("--", 2)[2]
+        if spelled.lower().replace("_", "") == name.lower().replace("_", ""):
+            return f"{owner}/{spelled}"
+    return None
 
 
 @contextmanager

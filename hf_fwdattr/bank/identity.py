@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import MismatchError
 from ..parameters import Parameters
+from .hub import repository_in_cache
 from .manifest import Manifest
 
 
@@ -94,7 +95,7 @@ def dataset_identity(dataset: Any) -> dict[str, Any]:
     """Fields of the manifest's `dataset` that the dataset knows of itself."""
     info = getattr(dataset, "info", None)
     split = getattr(dataset, "split", None)
-    repo, revision = _origin(info)
+    repo, revision = _origin(dataset)
     return {
         "repo": repo or getattr(info, "dataset_name", None),
         "revision": revision,
@@ -105,13 +106,31 @@ def dataset_identity(dataset: Any) -> dict[str, Any]:
     }
 
 
-def _origin(info: Any) -> tuple[str | None, str | None]:
-    """(repository, commit) on the Hub from which a `datasets.Dataset` was loaded, as its downloaded files say."""
-    for address in getattr(info, "download_checksums", None) or {}:
+def _origin(dataset: Any) -> tuple[str | None, str | None]:
+    """(repository, commit) on the Hub from which a dataset was loaded.
+
+    A `datasets.Dataset` was prepared in a folder named after both, `owner___name/config/version/commit`; the name is
+    spelled there as a module would be, so the Hub's own cache is asked for its real one. A stream knows its files.
+    """
+    for address in [*(getattr(getattr(dataset, "info", None), "download_checksums", None) or {}), *_streamed(dataset)]:
         found = re.match(r"hf://datasets/([\w.-]+/[\w.-]+)@([0-9a-f]{40})/", str(address))
         if found is not None:
             return found[1], found[2]
+    for file in getattr(dataset, "cache_files", None) or []:
+        path = str(file.get("filename", "")).replace("\\", "/")
+        found = re.search(r"/([\w.-]+?)___([\w.-]+)/.+/([0-9a-f]{40})/", path)
+        if found is not None and (repo := repository_in_cache(found[1], found[2], found[3])) is not None:
+            return repo, found[3]
     return None, None
+
+
+def _streamed(dataset: Any) -> list[Any]:
+    """Addresses of the files that a `datasets.IterableDataset` reads."""
+    inner: Any = getattr(dataset, "_ex_iterable", None)
+    while hasattr(inner, "ex_iterable"):
+        inner = inner.ex_iterable
+    files = (getattr(inner, "kwargs", None) or {}).get("files") or []
+    return list(files) if isinstance(files, list | tuple) else []
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from huggingface_hub.hf_api import RepoFile
 from ..errors import BankError
 from .card import with_section
 from .files import OURS
-from .hub import explained
+from .hub import REPOSITORY, explained
 from .manifest import MANIFEST, File, Manifest, Pointer, read_manifest, read_pointer
 
 
@@ -54,6 +54,9 @@ def push(
     """
     if pointer_in is not None and create_pr:
         raise ValueError("pointer_in needs the commit of the bank, which a pull request does not have yet")
+    if manifest.model is not None and not REPOSITORY.fullmatch(manifest.model):
+        # A path of somebody's machine, as banks of version 0.1 name it.
+        manifest = manifest.model_copy(update={"model": None, "revision": None})
     place = _Place(HfApi(token=token), repo_type, revision, token)
     operations = [CommitOperationAdd(f"{subfolder}/{file.name}", str(path)) for file, path in shards]
     operations.append(CommitOperationAdd(f"{subfolder}/{MANIFEST}", manifest.to_json()))

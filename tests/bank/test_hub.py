@@ -116,6 +116,12 @@ def test_a_push_removes_the_shards_it_replaces_and_nothing_else(hub: World, tmp_
     assert bank.manifest.weights[:16] in card.text
 
 
+def test_a_path_of_this_machine_does_not_go_up(hub: World, tmp_path: Path) -> None:
+    written(tmp_path / "bank", model="/srv/somebody/model", revision=None).push_to_hub(NAME)
+    assert b"somebody" not in b"".join(hub.server.files(NAME).values())
+    assert ResponseBank.from_pretrained(NAME).manifest.model is None
+
+
 def test_only_the_banks_own_files_go_up(hub: World, tmp_path: Path) -> None:
     bank = written(tmp_path)
     for name in ("probes-0123abcd-00000.safetensors", ".partial-x", "secret.txt", "code.py", "weights.pkl"):
