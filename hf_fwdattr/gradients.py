@@ -58,6 +58,36 @@ def trainable(parameters: list[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+def refuse_batch_statistics(model: nn.Module, training: bool = False) -> None:
+    """Refuse batch norms that mix the rows of a batch.
+
+    Args:
+        training (`bool`): look at the mode in which `model.train()` puts the model, instead of the present one.
+
+    Raises:
+        UnsupportedError: names the layer. With kept running statistics a batch norm does not mix rows.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        if training:
+            model.train()
+        mixing = [
+            (name, type(module).__name__)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
+        ]
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if mixing:
+        name, kind = mixing[0]
+        raise UnsupportedError(
+            f"{name} is a {kind} that normalises with the statistics of its batch: there a row's loss depends on the "
+            "rows beside it, so no row has a gradient of its own. Keep such layers in evaluation mode while training, "
+            "or use layer or group norm"
+        )
+
+
 class RowGradients:
     """Computes gradients of row losses with respect to the responding parameters; use inside [`at_rest`].
 
@@ -72,6 +102,7 @@ class RowGradients:
             raise UnsupportedError(
                 "the model is in training mode, where dropout makes every gradient a different one; call model.eval()"
             )
+        refuse_batch_statistics(model)
         self.model, self.parameters, self.objective = model, parameters, objective
         self._hooked, self._others = _partition(model, parameters)
         self._checked, self._vmaps = False, True

@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "loading": BASE | {"bank"},
     "training_set": PASSES | {"bank"},
     "pipeline": PASSES | {"config", "bank", "readout", "loading", "training_set"},
+    "batches": BASE | {"bank", "readout"},
     "demo": PASSES | {"config", "bank", "readout", "trainer", "loading", "pipeline", "evaluation"},
     "cli": PASSES | {"config", "bank", "readout", "trainer", "loading", "pipeline", "evaluation", "demo"},
 }

@@ -1,7 +1,7 @@
 """The training rows as the passes read them: batches in a fixed order, each row with its position in the dataset."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -123,6 +123,21 @@ def row_hash(tokens: Sequence[int] | Tensor, salt: bytes = b"") -> bytes:
     """128-bit hash of a row's token ids, keyed by the bank's salt (16 bytes)."""
     data = torch.as_tensor(tokens, dtype=torch.int64).cpu().numpy().astype("<i8").tobytes()
     return hashlib.blake2b(data, digest_size=16, key=salt).digest()
+
+
+def content_hash(batch: Mapping[str, Any], salt: bytes = b"") -> bytes:
+    """128-bit hash of a row that has no tokens, from a batch of it alone: its tensors by name, type, shape and value.
+
+    `bank.check_rows(content_hash(collate([row]), bank.salt) for row in dataset)` compares a dataset with a bank.
+    """
+    if isinstance(batch.get("input_ids"), Tensor):  # tokens that the collator made: what they are is what counts
+        return row_hash(batch["input_ids"].reshape(-1), salt)
+    digest = hashlib.blake2b(digest_size=16, key=salt)
+    for name in sorted(key for key, value in batch.items() if isinstance(value, Tensor)):
+        tensor = batch[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.ndim else tensor.numpy().tobytes())
+    return digest.digest()
 
 
 def row_hashes(dataset: Any, salt: bytes) -> Iterator[bytes] | None:

@@ -19,11 +19,11 @@ from ..bank.identity import tokenizer_hash
 from ..bank.writing import temporary_bank_folder, write_bank
 from ..config import ResponseConfig
 from ..errors import MismatchError, NumericalError, UnsupportedError
-from ..gradients import at_rest
+from ..gradients import at_rest, refuse_batch_statistics
 from ..objective import objective_of
 from ..parameters import Parameters
 from ..response.passes import Passes, Responses
-from ..response.rows import Rows, row_hash, row_hashes
+from ..response.rows import Rows, content_hash, row_hashes
 from ..response.segment import Segment
 from ..response.storage import Storage
 from .identity import dataset_identity, model_identity
@@ -109,6 +109,7 @@ def build_bank(
 
 def check(model: nn.Module, dataset: Any, collate: Any, config: ResponseConfig, original: Any) -> None:
     """Refuse before the first step, as far as one row shows it, what the passes would refuse after the last one."""
+    refuse_batch_statistics(model, training=True)
     with torch.random.fork_rng(devices=[]):
         rows = _rows(model, dataset, collate, config)
     _sources(original, config.source_column, len(rows))
@@ -239,11 +240,10 @@ def _per_source(coordinates: Tensor, sources: Sources) -> tuple[Tensor, Tensor, 
 
 
 def _hashes(rows: Rows, salt: bytes, quiet: bool) -> Tensor:
-    """(rows, 16) bytes: each row's tokens without padding, or its labels where the dataset has no tokens."""
+    """(rows, 16) bytes: each row's tokens without padding, or all its tensors where the dataset has no tokens."""
     found = row_hashes(rows.dataset, salt)
     if found is None:
-        batches = (rows.batch([index]) for index in range(len(rows)))
-        found = (row_hash(batch.get("input_ids", batch["labels"]).reshape(-1), salt) for batch in batches)
+        found = (content_hash(rows.batch([index]), salt) for index in range(len(rows)))
     result = torch.zeros(len(rows), 16, dtype=torch.uint8)
     for index, line in enumerate(tqdm(found, "row hashes", len(rows), unit="row", disable=quiet, leave=False)):
         result[index] = torch.frombuffer(bytearray(line), dtype=torch.uint8)
