@@ -66,11 +66,16 @@ class ResponseConfig:
         "row's tokens, decoded, or the name of the column with the text. It is published with the bank.",
         default=False,
     )
+    self_check: int = _help(
+        "Sources (or twelfths of the rows) that are left out for real after training, one at a time, to see whether "
+        "what the bank says happens; the result goes into bank.json and the card. Costs self_check + 1 trainings.",
+        default=0,
+    )
     folder: str = _help("Name of the bank's folder inside the model's.", default="fwdattr")
     quiet: bool = _help("No progress bars.", default=False)
 
     def __post_init__(self) -> None:
-        for name in ("segments", "batch_size", "sample_rows", "source_probes", "seed"):
+        for name in ("segments", "batch_size", "sample_rows", "source_probes", "seed", "self_check"):
             if type(getattr(self, name)) is not int:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be a whole number")
         if type(self.probes) not in (int, float, str) or (isinstance(self.probes, str) and self.probes != "exact"):
@@ -80,12 +85,16 @@ class ResponseConfig:
         for name in ("segments", "batch_size", "sample_rows") + (("probes",) if isinstance(self.probes, int) else ()):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.self_check < 0:
+            raise ValueError(f"self_check={self.self_check}: must not be negative")
         if self.curvature_samples is not None and self.curvature_samples < 0:
             raise ValueError(f"curvature_samples={self.curvature_samples}: must not be negative")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype={self.dtype!r}: 'float32', 'bfloat16' or 'float16'")
         if self.horizon is not None and not {"steps"} <= set(self.horizon) <= {"steps", "step_size", "damping"}:
             raise ValueError(f"horizon={self.horizon}: wants 'steps' and may have 'step_size' and 'damping'")
+        if self.private_rows and self.self_check:
+            raise ValueError("self_check leaves out rows that the bank knows, and private_rows=True keeps none")
         if self.private_rows and self.source_column is None:
             raise ValueError("private_rows=True keeps sources only: name them with source_column")
         if not isinstance(self.include_text, bool | str) or self.include_text == "":

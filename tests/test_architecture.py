@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "bank": {"errors", "parameters"},
     "readout": BASE,
     "evaluation": set(),
-    "trainer": PASSES | {"config", "bank"},
+    "trainer": PASSES | {"config", "bank", "evaluation"},
     "loading": BASE | {"bank"},
     "training_set": PASSES | {"bank"},
     "pipeline": PASSES | {"config", "bank", "readout", "loading", "training_set"},

@@ -60,6 +60,13 @@ def with_section(
     return f"---\n{card.data.to_yaml()}\n---\n\n{body.lstrip()}"
 
 
+def repository_in(text: str) -> str | None:
+    """The repository that a card's section about a bank names; None where it has no such section."""
+    found = _SECTION.search(text)
+    named = None if found is None else re.search(r'model="([^"]+)"', found.group())
+    return None if named is None else named.group(1)
+
+
 def _joined(values: Any, more: str) -> list[str]:
     known = [values] if isinstance(values, str) else list(values or [])
     return known if more in known else [*known, more]
@@ -75,7 +82,16 @@ def _dataset(manifest: Manifest) -> str:
 
 
 def _quality(manifest: Manifest) -> str:
-    return _plain(", ".join(f"{key} {value}" for key, value in manifest.quality.items())) or "not measured"
+    return _plain(quality_text(manifest.quality)) or "not measured"
+
+
+def quality_text(quality: dict[str, Any]) -> str:
+    """Measured figures in one line: `LDS 0.89, self-check (slope 0.93, sources 4)`."""
+    parts = []
+    for key, value in quality.items():
+        name = key.replace("_", " ")
+        parts.append(f"{name} ({quality_text(value)})" if isinstance(value, dict) else f"{name} {value}")
+    return ", ".join(parts)
 
 
 def _code(name: str | None, revision: str | None) -> str:

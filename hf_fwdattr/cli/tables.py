@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..bank.card import quality_text
 from ..bank.manifest import Manifest
 
 
@@ -55,7 +56,7 @@ def bank_table(manifest: Manifest, seen: str = "verified") -> None:
         ("rows", f"{rows:,} from {manifest.dataset.repo or 'a local dataset'} {manifest.dataset.split or ''}"),
         ("sources", f"{len(manifest.sources)}"),
         ("size", f"{size / 2**20:.1f} MiB; {coordinates / max(rows, 1):.0f} bytes a row"),
-        ("quality", ", ".join(f"{key} {value}" for key, value in manifest.quality.items()) or "not measured"),
+        ("quality", quality_text(manifest.quality) or "not measured"),
     ):
         table.add_row(name, escape(value))
     Console().print(table)

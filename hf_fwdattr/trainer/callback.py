@@ -20,6 +20,7 @@ from .exposure import Exposure, loader_of
 from .optimizer import Preconditioner
 from .publish import finish_pushes, keep_card, push_at_end
 from .recorder import Record, Snapshot
+from .selfcheck import SelfCheck
 
 
 RECORD = "fwdattr-record"
@@ -87,6 +88,7 @@ class ResponseCallback(TrainerCallback):
         self._record = self._begin(state, folder, len(loader.dataset))  # type: ignore[arg-type]
         self._exposure = Exposure(model, loader)
         self._trainer = trainer
+        self._check = SelfCheck(model, trainer) if self.config.self_check else None
         keep_card(trainer, self.config.folder)
 
     def _begin(self, state: TrainerState, folder: Path, total: int) -> Record:
@@ -164,6 +166,9 @@ class ResponseCallback(TrainerCallback):
             )  # fmt: skip
         else:
             shutil.rmtree(kept)
+            if self._check is not None:
+                order = self._record.rows
+                self._check(self._bank, kwargs["model"], exposure.dataset, exposure.collate, order, self.config)
             push_at_end(self._trainer, args)
 
     def _respond(self, model: nn.Module, exposure: Exposure, folder: Path) -> ResponseBank:
