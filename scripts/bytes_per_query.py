@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ os.environ |= {"HF_ENDPOINT": HUB.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TO
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import torch
+from results import report
 
 from hf_fwdattr.bank.bank import ResponseBank
 from hf_fwdattr.bank.writing import write_bank
@@ -29,17 +31,19 @@ from hf_fwdattr.readout.ranking import rank
 from tests.bank.test_bank import described
 
 
-def synthetic(folder: Path, rows: int, k: int, parameters: int, sources: int, dtype: str) -> ResponseBank:
-    """A bank of that size, of random numbers."""
+def synthetic(folder: Path, rows: int, k: int, parameters: int, sources: int, dtype: str, text: int) -> ResponseBank:
+    """A bank of that size, of random numbers; with so many bytes of text to each row."""
     generator = torch.Generator().manual_seed(0)
     shape = dict(
         parameters=[{"name": "lora_B.weight", "shape": [parameters]}], probes=k, source_probes=sources, dtype=dtype,
         source_scales=[1.0] * sources, sources=[f"source {i}" for i in range(sources)], dataset={"rows": rows},
+        privacy={"text": text > 0},
     )  # fmt: skip
     return write_bank(
         folder, described(**shape), [torch.randn(n, parameters, generator=generator) for n in (k, sources)],
         torch.randn(rows, k, generator=generator), torch.arange(rows),
         torch.randint(0, 256, (rows, 16), generator=generator).to(torch.uint8), torch.arange(rows) % sources,
+        texts=(f"{row:{text}}" for row in range(rows)) if text else None,
     )  # fmt: skip
 
 
@@ -54,23 +58,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("rows", 100_000), ("k", 128), ("parameters", 1_000_000), ("sources", 32)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--text", type=int, default=0, help="bytes of text kept of each row")
     parser.add_argument("--dtype", default="bfloat16")
     chosen = parser.parse_args()
+    started, k = time.time(), chosen.k
     with tempfile.TemporaryDirectory() as scratch:
         made = synthetic(Path(scratch) / "bank", **vars(chosen))
         made.push_to_hub("me/bank")
-        total = sum(file.size for file in made.manifest.files)
         where = {"cache_dir": Path(scratch) / "cache"}
-        HUB.requests.clear()
-        lines = [("inspect, by ranges", measured(lambda: ResponseBank.from_pretrained("me/bank", **where).inspect()))]
-        bank = ResponseBank.from_pretrained("me/bank", **where)
-        readout = torch.randn(1, 4, chosen.k)
-        lines.append(("sources of an output: probes", measured(bank.probes)))
-        lines.append(("rows of an output: coordinates too", measured(lambda: rank(readout, bank.coordinates(), 5))))
-        lines.append(("the next output", measured(lambda: rank(readout, bank.coordinates(), 5))))
-        print(f"bank of {chosen.rows:,} rows, k = {chosen.k}, {chosen.dtype}: {total:,} bytes")
-        for name, size in lines:
-            print(f"{name:36} {size:14,} bytes  {size / total:8.2%} of the bank")
+        bank, readout = ResponseBank.from_pretrained("me/bank", **where), torch.randn(1, 4, k)
+        total = sum(file.size for file in made.manifest.files)
+        steps: dict[str, Callable[[], Any]] = {
+            "open and inspect, by ranges": lambda: ResponseBank.from_pretrained("me/bank", **where).inspect(),
+            "sources of an output: their probes": lambda: bank.probes(lines=slice(k, None)),
+            "its rows: their probes": lambda: bank.probes(lines=slice(k)),
+            "its rows: coordinates": lambda: rank(readout, bank.coordinates(), 5),
+        }
+        if chosen.text:
+            steps["one named row's text"] = lambda: bank.texts([chosen.rows // 2])
+        steps["the next output"] = lambda: (bank.probes(), rank(readout, bank.coordinates(), 5))
+        rows = []
+        for name, step in steps.items():
+            size = measured(step)
+            rows.append({"what": name, "bytes": size, "share of the bank": size / total})
+        title = f"bank of {chosen.rows:,} rows, k = {k}, {chosen.sources} sources, {chosen.dtype}: {total:,} bytes"
+    report("bytes_per_query", title, rows, started, settings=vars(chosen), bank=total)
 
 
 if __name__ == "__main__":

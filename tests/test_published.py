@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModelForCausalLM, Trainer, pipeline
 
 from hf_fwdattr import ResponseBank, ResponseCallback
 from hf_fwdattr.errors import BankError, MismatchError
+from hf_fwdattr.loading import AutoModelForAttribution
 from hf_fwdattr.pipeline import TASK
 from tests.cases import adapted, padded
 from tests.hub_server import HUB
@@ -61,6 +62,41 @@ def test_from_a_clean_cache_the_scores_are_the_same_bit_for_bit(hub: World, tmp_
     assert [source["source"] for source in answer["sources"]]
     hub.offline()
     assert torch.equal(named().scores(queries()), before)
+
+
+def test_only_what_a_query_needs_comes_down(hub: World, tmp_path: Path) -> None:
+    trained(tmp_path / "run").push_to_hub()
+    hub.clean()
+    attribute = named()
+    assert HUB.sent("fwdattr/.*safetensors") == 0
+    files = attribute.bank.manifest.files
+    sources = attribute(QUERY, top_k=0)["sources"]
+    theirs = next(file for file in files if file.kind == "probes" and file.first)
+    assert HUB.sent("fwdattr/.*safetensors") == theirs.size
+    whole = attribute(QUERY)
+    assert [line["source"] for line in whole["sources"]] == [line["source"] for line in sources]
+    assert [line["score"] for line in whole["sources"]] == pytest.approx([line["score"] for line in sources], rel=1e-5)
+    assert HUB.sent("fwdattr/.*safetensors") == sum(file.size for file in files)
+    attribute(QUERY)
+    assert HUB.sent("fwdattr/.*safetensors") == sum(file.size for file in files)
+
+
+def test_a_revision_of_an_adapter_whose_base_has_none_of_that_name(hub: World, tmp_path: Path) -> None:
+    """`pipeline(..., revision=)` asks the base model for the adapter's tag too, so the adapter is loaded first."""
+    trainer = trained(tmp_path / "run")
+    before = live_scores(trainer)
+    trainer.push_to_hub()
+    HfApi().create_tag(NAME, tag="v1")
+    shutil.rmtree(tmp_path / "run")
+    trained(tmp_path / "run", learning_rate=2e-2).push_to_hub()
+    hub.clean()
+    with pytest.raises(Exception, match="v1"):
+        named(revision="v1")
+    model = AutoModelForAttribution.from_pretrained(NAME, revision="v1")
+    attribute = pipeline(TASK, model=model, tokenizer=model.attribution_tokenizer, device="cpu")
+    assert torch.equal(attribute.scores(queries()), before)
+    HfApi().create_tag(BASE, tag="v1")
+    assert torch.equal(named(revision="v1").scores(queries()), before)
 
 
 def test_everything_is_read_at_one_commit(hub: World, tmp_path: Path) -> None:

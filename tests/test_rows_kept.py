@@ -7,9 +7,9 @@ import pytest
 import torch
 from datasets import IterableDataset
 
-from hf_fwdattr import ResponseBank, ResponseConfig
-from hf_fwdattr.errors import MismatchError, QueryError
-from tests.cases import adapted
+from hf_fwdattr import ResponseBank, ResponseConfig, build_bank
+from hf_fwdattr.errors import MismatchError, QueryError, UnsupportedError
+from tests.cases import adapted, padded
 from tests.runs import ask, base, config, fine_tune, queries, training_set
 
 
@@ -48,6 +48,31 @@ def test_a_bank_of_sources_only_knows_no_row(made: tuple[Any, Path], tmp_path: P
         attribute(QUERY, dataset=training_set())
     with pytest.raises(ValueError, match="private_rows=True keeps sources only: name them with source_column"):
         ResponseConfig(private_rows=True)
+
+
+@pytest.mark.parametrize("chosen", [True, "text"])
+def test_text_that_was_asked_for_is_shown_without_the_dataset(tmp_path: Path, chosen: bool | str) -> None:
+    model, data = adapted(base()), training_set()
+    fine_tune(tmp_path, model, config(include_text=chosen))
+    bank = ResponseBank.from_pretrained(tmp_path)
+    assert bank.manifest.privacy.text
+    assert bank.texts(range(len(data))) == data["text"]
+    examples = ask(model, bank)(QUERY, top_k=3)["examples"]
+    assert [example["example"] for example in examples] == [{"text": data["text"][e["row"]]} for e in examples]
+    (best, _) = ask(model, bank)(QUERY, top_k=1, dataset=data)["examples"]
+    assert best["example"] == data[best["row"]]  # a dataset that is given is what is shown
+
+
+def test_text_is_refused_where_there_is_none_to_keep(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="private_rows=True keeps no rows and include_text their text: choose one"):
+        ResponseConfig(private_rows=True, source_column="source", include_text=True)
+    with pytest.raises(ValueError, match="include_text=''"):
+        ResponseConfig(include_text="")
+    with pytest.raises(UnsupportedError, match="include_text='words': the dataset has the columns"):
+        fine_tune(tmp_path, adapted(base()), config(include_text="words"))
+    horizon = {"steps": 10, "step_size": 0.01, "damping": 0.0}
+    with pytest.raises(UnsupportedError, match="include_text=True decodes the rows and there is no tokenizer"):
+        build_bank(adapted(base()), training_set(), config(include_text=True, horizon=horizon), data_collator=padded)
 
 
 def test_nothing_of_the_rows_text_is_in_a_bank(made: tuple[Any, Path]) -> None:

@@ -18,7 +18,7 @@ from .text import packed
 
 
 _SHARD = 1 << 30  # bytes per shard: few and large
-_TEXT = 1 << 24  # bytes of text per shard: whoever looks at a handful of rows downloads the shards they are in
+_TEXT = 1 << 22  # bytes of text per shard: whoever looks at a handful of rows downloads the shards they are in
 
 
 def write_bank(
