@@ -123,6 +123,20 @@ class ResponseBank:
                 check_table(self.remote.header(file.name), file, self.manifest)
         return self
 
+    def note_quality(self, **measured: float | str) -> None:
+        """Write what was measured of a local bank into its `bank.json`, such as `lds=0.85`, for the card to say.
+
+        Raises:
+            BankError: the bank is on the Hub; save it here first.
+        """
+        if self.remote is not None:
+            raise BankError(
+                f"the bank is in {self.remote}: save it into a folder first"
+            )
+        told = self.manifest.model_copy(update={"quality": self.manifest.quality | measured})
+        write_atomically(self.folder / MANIFEST, told.to_json())
+        self.manifest = told
+
     def save_pretrained(self, save_directory: str | Path, *, subfolder: str = "fwdattr") -> Path:
         """Copy the bank to `save_directory/subfolder`, atomically; returns that folder."""
         target = Path(save_directory) / subfolder

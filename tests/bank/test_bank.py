@@ -118,6 +118,14 @@ def test_a_copy_is_the_bank(tmp_path: Path) -> None:
     assert is_seed(ResponseBank(target), 0)
 
 
+def test_what_was_measured_is_noted(tmp_path: Path) -> None:
+    bank = written(tmp_path)
+    bank.note_quality(lds=0.85)
+    bank.note_quality(recall="9 of 10")
+    assert ResponseBank(tmp_path).manifest == bank.manifest
+    assert bank.manifest.quality == {"lds": 0.85, "recall": "9 of 10"}
+
+
 def test_only_its_own_old_shards_are_swept_away(tmp_path: Path) -> None:
     folder = tmp_path / "fwdattr"
     written(folder)
