@@ -130,9 +130,7 @@ class ResponseBank:
             BankError: the bank is on the Hub; save it here first.
         """
         if self.remote is not None:
-            raise BankError(
-                f"the bank is in {self.remote}: save it into a folder first"
-            )
+            raise BankError(f"the bank is in {self.remote}: save it into a folder first")
         told = self.manifest.model_copy(update={"quality": self.manifest.quality | measured})
         write_atomically(self.folder / MANIFEST, told.to_json())
         self.manifest = told

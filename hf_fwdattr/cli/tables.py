@@ -55,8 +55,15 @@ def bank_table(manifest: Manifest, seen: str = "verified") -> None:
         ("kept variance", f"{manifest.kept_variance:.3f} of held-out scores"),
         ("rows", f"{rows:,} from {manifest.dataset.repo or 'a local dataset'} {manifest.dataset.split or ''}"),
         ("sources", f"{len(manifest.sources)}"),
+        ("kept of rows", _kept(manifest)),
         ("size", f"{size / 2**20:.1f} MiB; {coordinates / max(rows, 1):.0f} bytes a row"),
         ("quality", quality_text(manifest.quality) or "not measured"),
     ):
         table.add_row(name, escape(value))
     Console().print(table)
+
+
+def _kept(manifest: Manifest) -> str:
+    if manifest.privacy.rows == "sources":
+        return "nothing but their sources"
+    return "ids, salted hashes and their text" if manifest.privacy.text else "ids and salted hashes, no text"

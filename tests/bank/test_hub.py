@@ -467,6 +467,7 @@ def test_the_command_line_pushes_and_inspects(hub: World, tmp_path: Path, monkey
     seen = call("inspect", NAME)
     assert seen.exit_code == 0, seen.output
     assert "sizes, hashes and headers agree" in " ".join(seen.output.split())
+    assert "ids and salted hashes, no text" in seen.output
     assert json.loads(call("inspect", NAME, "--json").stdout) == json.loads(bank.manifest.to_json())
     failed = call("inspect", NAME, "--revision", "v9")
     assert failed.exit_code == 1
