@@ -18,7 +18,7 @@ from typing import Any
 from hf_fwdattr import ResponseBank, ResponseCallback, build_bank
 from hf_fwdattr.errors import BankError
 from hf_fwdattr.trainer.callback import RECORD
-from tests.bank.test_bank import is_seed, written
+from tests.bank.test_bank import FILES, is_seed, written
 from tests.cases import adapted, padded
 from tests.runs import base, config, trainer_for, training_set
 
@@ -110,7 +110,7 @@ def saves(folder: Path) -> dict[str, Any]:
         bank = ResponseBank.from_pretrained(target)
         found.append(("killed" if spent < 0 else "done", "ok" if is_seed(bank, 0) or is_seed(bank, 1) else "mixture"))
     sources[0].save_pretrained(target)
-    return {"found": found, "stray": len(list((target / "fwdattr").iterdir())) - 3}
+    return {"found": found, "stray": len(list((target / "fwdattr").iterdir())) - FILES}
 
 
 if __name__ == "__main__":
