@@ -52,23 +52,43 @@ def articles(rows: int, held_out: int) -> tuple[list[dict], list[dict]]:
     return train, test
 
 
-def fine_tune(model_path: str, train: list[dict], folder: Path, probes: int, epochs: int):
-    """The fine-tune with its bank; returns the tokenized training set and the tokenizer."""
+def tokenized(tokenizer, articles: list[dict]) -> Dataset:
+    """Articles with their first `LENGTH` tokens as `input_ids`."""
+    tokens = tokenizer([row["text"] for row in articles], truncation=True, max_length=LENGTH)["input_ids"]
+    return Dataset.from_list([row | {"input_ids": ids} for row, ids in zip(articles, tokens, strict=True)])
+
+
+def reader(model_path: str):
+    """The model's tokenizer, with something to pad with."""
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokens = tokenizer([row["text"] for row in train], truncation=True, max_length=LENGTH)["input_ids"]
-    dataset = Dataset.from_list([row | {"input_ids": ids} for row, ids in zip(train, tokens, strict=True)])
+    return tokenizer
+
+
+def adapted(model_path: str):
+    """The base model in float32 with a fresh adapter: r = 8 on q and v, always the same initial weights."""
     set_seed(0)
     base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
-    arguments = TrainingArguments(
+    return get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+
+
+def arguments(folder: Path, epochs: int, **changes) -> TrainingArguments:
+    """How the fine-tunes of SmolLM2 run: AdamW with the Trainer's own defaults otherwise."""
+    defaults = dict(
         output_dir=str(folder), per_device_train_batch_size=6, num_train_epochs=epochs, learning_rate=5e-4, seed=0,
         save_strategy="no", report_to=[], use_cpu=not torch.cuda.is_available(), logging_steps=10,
     )  # fmt: skip
+    return TrainingArguments(**(defaults | changes))
+
+
+def fine_tune(model_path: str, train: list[dict], folder: Path, probes: int, epochs: int):
+    """The fine-tune with its bank; returns the tokenized training set and the tokenizer."""
+    tokenizer = reader(model_path)
+    dataset = tokenized(tokenizer, train)
     config = ResponseConfig(probes=probes, source_column="publisher", batch_size=6)
     trainer = Trainer(
-        model=model, args=arguments, train_dataset=dataset, callbacks=[ResponseCallback(config)],
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        model=adapted(model_path), args=arguments(folder, epochs), train_dataset=dataset,
+        callbacks=[ResponseCallback(config)], data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )  # fmt: skip
     trainer.train()
     trainer.save_model(str(folder))
