@@ -1,0 +1,140 @@
+"""What every peer is given and what it gives back: one folder of safetensors and JSON that any environment can read.
+
+    base/                 the base model, as transformers saves it
+    adapters/0 ... 4/     fine-tuned adapters, as peft saves them; 0 is the one that is attributed
+    tokens.safetensors    rows (rows, length) and queries (queries, length): token ids, all of them supervised
+    run.safetensors       adapter 0's training: theta (steps, P), rows (steps, batch), rates (steps,)
+    scores/NAME.safetensors, NAME.json    what a method made of it: see `hand_in`
+
+Nothing here knows hf_fwdattr: the peers' own environments import this file.
+"""
+
+import gc
+import json
+import os
+import re
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def seconds() -> float:
+    """Processor time of this process and of its finished children: other work on the machine does not count."""
+    return sum(os.times()[:4])
+
+
+@dataclass
+class Exchange:
+    """The folder, opened."""
+
+    folder: Path
+
+    def __post_init__(self):
+        self.folder = Path(self.folder)
+        tokens = load_file(self.folder / "tokens.safetensors")
+        self.rows, self.queries = tokens["rows"], tokens["queries"]
+
+    def model(self, adapter: int = 0, only_adapter: bool = False) -> torch.nn.Module:
+        """The fine-tuned PeftModel in evaluation mode.
+
+        With `only_adapter` the base weights are buffers, so that `named_parameters` are the LoRA matrices and nothing
+        else: for libraries that attribute to every parameter they find.
+        """
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained(self.folder / "base", attn_implementation="eager")
+        model = PeftModel.from_pretrained(base, str(self.folder / "adapters" / str(adapter)))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+        if only_adapter:
+            for module in model.modules():
+                for name, parameter in list(module._parameters.items()):
+                    if parameter is not None and not parameter.requires_grad:
+                        del module._parameters[name]
+                        module.register_buffer(name, parameter.detach())
+        return model.eval()
+
+    def adapters(self) -> int:
+        """How many there are."""
+        return len(list((self.folder / "adapters").iterdir()))
+
+    def run(self) -> dict[str, torch.Tensor]:
+        """The training of adapter 0."""
+        return load_file(self.folder / "run.safetensors")
+
+
+def token_losses(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """(rows, length - 1) negative log-likelihoods in nats."""
+    logits = model(input_ids=tokens).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+
+
+@dataclass
+class Result:
+    """What a method's run returns.
+
+    Attributes:
+        scores (`Tensor`): (queries, rows); higher means that the row makes the query likelier.
+        build_s (`float`): seconds of processor time before any query is known.
+        query_s (`float`): the same for all queries together.
+        row_bytes (`float`): stored per row.
+    """
+
+    scores: torch.Tensor
+    build_s: float
+    query_s: float
+    row_bytes: float
+
+
+def hand_in(
+    exchange: Exchange,
+    name: str,
+    run: Callable[[], Result],
+    *,
+    peer: str,
+    method: str,
+    setting: str,
+    shipped: bool = False,
+    backward: str,
+    models: int = 1,
+) -> None:
+    """Run a method and write its scores, or the error that it ended in. What is there already is not run again.
+
+    Args:
+        name (`str`): of the files.
+        setting (`str`): how it was called, in a few words.
+        shipped (`bool`): whether that is what the library does when nobody tunes it.
+        backward (`str`): what a query needs: `none`, `query` (one backward of the query), `query and rows`.
+        models (`int`): fine-tunes that it needs.
+    """
+    folder = exchange.folder / "scores"
+    folder.mkdir(exist_ok=True)
+    record = {"peer": peer, "method": method, "setting": setting, "shipped": shipped, "backward": backward,
+              "models": models, "error": None}  # fmt: skip
+    if (folder / f"{name}.json").exists():
+        return
+    began = seconds()
+    try:
+        result = run()
+        scores = result.scores.detach().float().contiguous()
+        wanted = (len(exchange.queries), len(exchange.rows))
+        if tuple(scores.shape) != wanted:
+            raise ValueError(f"scores of shape {tuple(scores.shape)}, not (queries, rows) = {wanted}")
+        record |= {"build_s": result.build_s, "query_s": result.query_s, "row_bytes": result.row_bytes}
+        save_file({"scores": scores}, folder / f"{name}.safetensors")
+    except Exception as error:
+        traceback.print_exc()
+        record["error"] = _without_paths(f"{type(error).__name__}: {error}")
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    gc.collect()
+    print(f"{name}: {record['error'] or 'done'} ({seconds() - began:.0f} s)", flush=True)
+
+
+def _without_paths(message: str) -> str:
+    """The first lines of an error, without the folders of the machine that it happened on."""
+    return re.sub(r"(/[\w.@+-]+){2,}/", ".../", " ".join(message.split()))[:300]

@@ -1,0 +1,113 @@
+"""The exchange with other libraries, on a tiny world: what is handed out, what is handed in, and the table of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import table
+import torch
+from exchange import Exchange, Result, hand_in, token_losses
+from safetensors.torch import save_file
+from torch import Tensor
+from world import gradient_dot
+
+from hf_fwdattr.evaluation.lds import lds
+from hf_fwdattr.objective import CAUSAL_LM
+from hf_fwdattr.parameters import Parameters
+from tests.cases import CONTEXT, VOCABULARY, adapted
+from tests.reference import agree, row_gradient
+from tests.runs import saved_base
+
+
+ROWS, QUERIES = 6, 3
+
+
+@pytest.fixture
+def exchange(tmp_path: Path) -> Exchange:
+    """Base, adapter, rows and queries as `world.write` lays them out."""
+    model = adapted(saved_base(tmp_path / "base", torch.float32))
+    model.save_pretrained(tmp_path / "adapters" / "0")
+    tokens = torch.randint(0, VOCABULARY, (ROWS + QUERIES, CONTEXT), generator=torch.Generator().manual_seed(0))
+    save_file({"rows": tokens[:ROWS].clone(), "queries": tokens[ROWS:].clone()}, tmp_path / "tokens.safetensors")
+    return Exchange(tmp_path)
+
+
+def truth(exchange: Exchange) -> tuple[Tensor, Tensor]:
+    """Halves and outcomes (seeds, subsets, queries)."""
+    generator = torch.Generator().manual_seed(1)
+    halves = torch.rand(8, ROWS, generator=generator) < 0.5
+    return halves, torch.randn(2, 8, QUERIES, generator=generator, dtype=torch.float64)
+
+
+def add(exchange: Exchange, name: str, scores: Tensor, shipped: bool = False, method: str = "made up") -> None:
+    hand_in(exchange, name, lambda: Result(scores, 1.0, 0.5, 8.0), peer="none", method=method, setting=name,
+            shipped=shipped, backward="query")  # fmt: skip
+
+
+def test_the_gradient_dot_product_through_the_exchange(exchange: Exchange) -> None:
+    """Scores and LDS are those of plain autograd on the model that was handed out."""
+    hand_in(exchange, "dot", lambda: gradient_dot(exchange), peer="baseline", method="dot", setting="end",
+            shipped=True, backward="query")  # fmt: skip
+    model = exchange.model()
+    parameters = Parameters.of(model, "lora")
+
+    def gradients(tokens: Tensor) -> Tensor:
+        singles = [{"input_ids": line[None], "labels": line[None]} for line in tokens]
+        return torch.stack([row_gradient(model, parameters, CAUSAL_LM, single) for single in singles])
+
+    expected = gradients(exchange.queries) @ gradients(exchange.rows).T
+    halves, outcomes = truth(exchange)
+    (record,) = table.evaluated(exchange, halves, outcomes)
+    agree(table.load_file(exchange.folder / "scores" / "dot.safetensors")["scores"], expected, 1e-4)
+    assert record["lds"] == pytest.approx(lds(expected, halves, outcomes.mean(0)).mean)
+    assert record["row_bytes"] == 4 * parameters.size
+    printed = table.line(record, QUERIES)
+    assert (printed["LDS"], printed["backward"]) == (record["lds"], "query")
+
+
+def test_a_model_of_the_adapter_alone_computes_the_same(exchange: Exchange) -> None:
+    whole, alone = exchange.model(), exchange.model(only_adapter=True)
+    names = [name for name, _ in alone.named_parameters()]
+    assert names == [name for name, parameter in whole.named_parameters() if parameter.requires_grad]
+    assert names
+    assert all(".lora_" in name for name in names)
+    agree(token_losses(alone, exchange.rows), token_losses(whole, exchange.rows), 1e-6)
+
+
+def test_what_cannot_be_run_stands_there_with_its_error(
+    exchange: Exchange, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> Result:
+        raise RuntimeError("no such thing in /some/folder/of/a/machine.so")
+
+    hand_in(exchange, "broken", broken, peer="none", method="broken", setting="defaults", shipped=True,
+            backward="query")  # fmt: skip
+    add(exchange, "turned", torch.ones(ROWS, QUERIES), shipped=True, method="turned")
+    add(exchange, "nan", torch.full((QUERIES, ROWS), torch.nan), shipped=True, method="nan")
+    records = {record["setting"]: record for record in table.evaluated(exchange, *truth(exchange))}
+    assert records["defaults"]["error"] == "RuntimeError: no such thing in .../machine.so"
+    assert "(queries, rows) = (3, 6)" in records["turned"]["error"]
+    assert "not finite" in records["nan"]["error"]
+    assert "Traceback" in capsys.readouterr().err
+    lines = [table.line(record, QUERIES) for record in table.chosen(list(records.values()))]
+    assert [line["LDS"] for line in lines] == ["-"] * 3
+    assert all(line.keys() == lines[0].keys() for line in lines)
+
+
+def test_the_table_shows_the_shipped_setting_and_the_best_one(exchange: Exchange) -> None:
+    halves, outcomes = truth(exchange)
+    # Scores that predict the outcomes best: least squares of the negated losses on the halves.
+    best = torch.linalg.lstsq(halves.double(), -outcomes.mean(0)).solution.T
+    add(exchange, "as shipped", -best, shipped=True)
+    add(exchange, "tuned", best)
+    add(exchange, "neither", torch.zeros(QUERIES, ROWS))
+    rows = table.chosen(table.evaluated(exchange, halves, outcomes))
+    assert [row["setting"] for row in rows] == ["tuned", "as shipped"]
+    assert rows[0]["lds"] == pytest.approx(-rows[1]["lds"])
+
+
+def test_what_was_handed_in_is_not_run_again(exchange: Exchange) -> None:
+    add(exchange, "once", torch.zeros(QUERIES, ROWS))
+    add(exchange, "once", torch.ones(QUERIES, ROWS))
+    assert not table.load_file(exchange.folder / "scores" / "once.safetensors")["scores"].any()
+    assert json.loads((exchange.folder / "scores" / "once.json").read_text())["models"] == 1
