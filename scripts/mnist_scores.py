@@ -51,32 +51,46 @@ class Gradients:
 
 
 @torch.no_grad()
-def gradients(
-    world: World, theta: Tensor, images: Tensor, labels: Tensor | None, seed: int = 0, margin: bool = False
-) -> Gradients:
-    """Gradients of the digits' losses, dropout off; of labels drawn from the network where there are none.
-
-    With `margin` they are of minus log p / (1 - p), the output that TRAK looks at.
-    """
-    values = mnist_world.unflat(world, theta)
-    activations, x = [], images
+def logits_of(world: World, theta: Tensor, images: Tensor, seen: list[Tensor] | None = None) -> Tensor:
+    """(n, classes), dropout off; what goes into each layer is put into `seen`."""
+    values, x = mnist_world.unflat(world, theta), images
     for layer in range(0, len(values), 2):
-        activations.append(x)
+        if seen is not None:
+            seen.append(x)
         x = x @ values[layer].T + values[layer + 1]
         if layer < len(values) - 2:
             x = torch.relu(x)
-    chances = x.softmax(1)
+    return x
+
+
+@torch.no_grad()
+def gradients(world: World, theta: Tensor, images: Tensor, labels: Tensor | None, seed: int = 0) -> Gradients:
+    """Gradients of the digits' losses, dropout off; of labels drawn from the network where there are none."""
+    values, activations = mnist_world.unflat(world, theta), []
+    chances = logits_of(world, theta, images, activations).softmax(1)
     if labels is None:
         labels = torch.multinomial(chances, 1, generator=torch.Generator().manual_seed(seed)).flatten()
     wanted = nn.functional.one_hot(labels, world.widths[-1]).to(chances.dtype)
-    back = chances - wanted
-    if margin:
-        back = back / (1 - (chances * wanted).sum(1, keepdim=True)).clamp(min=1e-6)
+    return _traced(values, activations, chances - wanted)
+
+
+@torch.no_grad()
+def all_labels(world: World, theta: Tensor) -> tuple[Gradients, Tensor]:
+    """Gradients of every row with every label: inputs (rows, in + 1), deltas (rows x classes, out); and chances."""
+    values, activations = mnist_world.unflat(world, theta), []
+    chances = logits_of(world, theta, world.images, activations).softmax(1)
+    classes = chances.shape[1]
+    back = chances.repeat_interleave(classes, 0) - torch.eye(classes).repeat(len(chances), 1)
+    return _traced(values, activations, back, classes), chances
+
+
+def _traced(values: list[Tensor], activations: list[Tensor], back: Tensor, copies: int = 1) -> Gradients:
+    """Gradients from what comes back to the logits, with `copies` lines for each row of the activations."""
     deltas = [back]
     for layer in range(len(values) - 2, 0, -2):
-        back = (back @ values[layer]) * (activations[layer // 2] > 0)
+        back = (back @ values[layer]) * (activations[layer // 2] > 0).repeat_interleave(copies, 0)
         deltas.insert(0, back)
-    ones = torch.ones(len(images), 1, dtype=images.dtype)
+    ones = torch.ones(len(activations[0]), 1, dtype=back.dtype)
     return Gradients([torch.cat([a, ones], 1) for a in activations], deltas)
 
 
@@ -129,20 +143,38 @@ def middles(world: World, counts: Sequence[int]) -> tuple[int, ...]:
 
 
 class Spectrum:
-    """Curvature at one network from M digits with sampled labels: Z, and functions of Z^T Z by its Gram matrix."""
+    """Curvature at one network: Z (M, P), and functions of Z^T Z by its Gram matrix.
 
-    def __init__(self, world: World, theta: Tensor, samples: int, seed: int = 0, shrink: bool = True):
-        rows = len(world.images)
-        chosen = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).repeat(-(-samples // rows))[
-            :samples
-        ]
-        drawn = gradients(world, theta, world.images[chosen], None, seed + 1)
-        self.factor = drawn.scaled(samples**-0.5)
-        gram = (self.factor @ self.factor).double()
-        values, self.vectors = torch.linalg.eigh(gram)
-        kept = values > values.max() * torch.finfo(world.images.dtype).eps
-        self.measured, self.vectors = values[kept], self.vectors[:, kept]
-        self.shrinkage = ledoit_wolf(gram, len(theta)) if shrink else 0.0
+    Args:
+        samples (`int`): M.
+        proportional (`bool`): pairs of digit and label are drawn in proportion to their share of the trace, so that
+            all lines of Z are equally long: the mean over labels is exact, and a few long lines do not drown the rest.
+            Otherwise one label is drawn from the network for each digit, as the library does.
+        shrink (`bool`): by Ledoit and Wolf's estimate, as the library does.
+    """
+
+    def __init__(
+        self, world: World, theta: Tensor, samples: int, seed: int = 0, proportional: bool = True, shrink: bool = True
+    ):
+        rows, generator = len(world.images), torch.Generator().manual_seed(seed)
+        if proportional:
+            everyone, chances = all_labels(world, theta)
+            classes = chances.shape[1]
+            squares = zip(everyone.inputs, everyone.deltas, strict=True)
+            square = sum(a.square().sum(1).repeat_interleave(classes) * d.square().sum(1) for a, d in squares)
+            trace = torch.as_tensor(square) * chances.flatten() / rows
+            at = torch.multinomial(trace, samples, replacement=True, generator=generator)
+            drawn = Gradients([a[at // classes] for a in everyone.inputs], [d[at] for d in everyone.deltas])
+            weight = chances.flatten()[at] / rows * trace.sum() / (samples * trace[at])
+            self.factor = drawn.scaled(weight.sqrt()[:, None])
+        else:
+            at = torch.randperm(rows, generator=generator).repeat(-(-samples // rows))[:samples]
+            self.factor = gradients(world, theta, world.images[at], None, seed + 1).scaled(samples**-0.5)
+        gram = self.factor @ self.factor
+        values, vectors = torch.linalg.eigh(gram)
+        kept = values > values.max() * torch.finfo(gram.dtype).eps * 10
+        self.measured, self.vectors = values[kept].double(), vectors[:, kept].double()
+        self.shrinkage = ledoit_wolf(gram.double(), len(theta)) if shrink else 0.0
         self.values = self.measured * (1 - self.shrinkage)
 
     def mix(self, function, seen: Tensor) -> tuple[float, Tensor]:
