@@ -1,4 +1,4 @@
-"""The command line: `hf-fwdattr demo | build | attribute | inspect | push`."""
+"""The command line: `hf-fwdattr demo | build | attribute | evaluate | inspect | push`."""
 
 from .app import app
 

@@ -123,6 +123,35 @@ def attribute(
 
 
 @app.command()
+def evaluate(
+    script: Annotated[Path, typer.Argument(help="Python file with make_trainer(seed) and queries.")],
+    model: Annotated[str, typer.Argument(help="Folder of the fine-tuned model with its bank.")],
+    halves: Annotated[int, typer.Option(help="Random halves of the rows, for the linear datamodeling score.")] = 32,
+    seeds: Annotated[int, typer.Option(help="Retrainings of each half.")] = 2,
+    rows: Annotated[int, typer.Option(help="Rows left out one at a time, in the same order.")] = 0,
+    sources: Annotated[int, typer.Option(help="Sources left out one at a time, in the same order.")] = 0,
+    seed: Annotated[int, typer.Option(help="What make_trainer was given for the model's own run.")] = 0,
+    folder: Annotated[Path, typer.Option(help="Where outcomes are kept; a run that is killed goes on there.")] = Path(
+        "fwdattr-retrained"
+    ),
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Retrain without rows, compare with what the bank says, and write the result into bank.json and the card."""
+    from .evaluation import evaluate_with
+    from .tables import quality_table
+    from .work import silence
+
+    try:
+        with silence(quiet):
+            measured = evaluate_with(script, model, halves, seeds, rows, sources, seed, folder, quiet or as_json)
+    except (AttributionError, OSError, ValueError) as error:
+        _fail(error)
+    else:
+        _show(measured, as_json, lambda: quality_table(measured))
+
+
+@app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model with a bank, or of the bank itself.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,

@@ -67,3 +67,11 @@ def _kept(manifest: Manifest) -> str:
     if manifest.privacy.rows == "sources":
         return "nothing but their sources"
     return "ids, salted hashes and their text" if manifest.privacy.text else "ids and salted hashes, no text"
+
+
+def quality_table(measured: dict[str, Any]) -> None:
+    """Print what was measured of a bank."""
+    table = Table(show_header=False, title="measured by retraining, and written into bank.json", title_justify="left")
+    for name, values in measured.items():
+        table.add_row(name.replace("_", " "), escape(quality_text(values)))
+    Console().print(table)
