@@ -21,6 +21,11 @@ def loader(tokens, size=16):
     return DataLoader(TensorDataset(tokens), batch_size=size, shuffle=False)
 
 
+def named(tokens, size=16):
+    """The same as dictionaries, which is what the library's hooks take for language models."""
+    return DataLoader([{"input_ids": row} for row in tokens], batch_size=size, shuffle=False)
+
+
 def functional(model, parameters, tokens):
     """(rows, length - 1) log-probabilities with these parameters."""
     logits = torch.func.functional_call(model, parameters, (), {"input_ids": tokens}).logits[:, :-1]
@@ -85,7 +90,7 @@ def logra(exchange, dimension, damping):
     modules = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".lora_" in n]
 
     def loss(model, batch, device):
-        return token_losses(model, batch[0].to(device)).sum()
+        return token_losses(model, batch["input_ids"].to(device)).sum()
 
     task = AttributionTask(loss_func=loss, model=model, checkpoints=model.state_dict())
     before = os.getcwd()
@@ -94,9 +99,9 @@ def logra(exchange, dimension, damping):
         try:
             attributor = LoGraAttributor(task, layer_names=modules, proj_dim=dimension, damping=damping, offload="cpu")
             began = seconds()
-            attributor.cache(loader(exchange.rows))
+            attributor.cache(named(exchange.rows))
             built = seconds()
-            scores = attributor.attribute(None, loader(exchange.queries, 8)).T
+            scores = attributor.attribute(named(exchange.rows), named(exchange.queries, 8)).T
         finally:
             os.chdir(before)
     return Result(scores, built - began, seconds() - built, 4.0 * attributor.total_proj_dim)
