@@ -103,6 +103,9 @@ def test_the_table_shows_the_shipped_setting_and_the_best_one(exchange: Exchange
     add(exchange, "neither", torch.zeros(QUERIES, ROWS))
     rows = table.chosen(table.evaluated(exchange, halves, outcomes))
     assert [row["setting"] for row in rows] == ["tuned", "as shipped"]
+    for number, setting in enumerate(("worse", "better")):  # nobody ships this one: the best setting stands alone
+        add(exchange, setting, best * (2 * number - 1), method="never shipped")
+    assert [row["setting"] for row in table.chosen(table.evaluated(exchange, halves, outcomes))].count("worse") == 0
     assert rows[0]["lds"] == pytest.approx(-rows[1]["lds"])
 
 

@@ -29,7 +29,7 @@ class Bergson:
     def run(self, name: str, command: str, *options: str) -> Result:
         """One command; its scores, turned so that higher is better, and its time.
 
-        The steps of a command cannot be told apart from outside, so `query_s` is all of it.
+        The steps of a command cannot be told apart from outside: `query_s` is all of it, the rows' gradients too.
         """
         folder = self.scratch / name
         began = seconds()
@@ -51,7 +51,7 @@ class Bergson:
                 next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "?")
             )
         spent = seconds() - began
-        return Result(self.scores(folder / "scores"), 0.0, spent, self.row_bytes(folder))
+        return Result(self.scores(folder / "scores"), None, spent, self.row_bytes(folder))
 
     def scores(self, folder: Path) -> torch.Tensor:
         """(queries, rows) from a score folder, whatever sign it was written with."""
@@ -85,10 +85,10 @@ def main():
             ekfac(f"ekfac-{damping:g}", "EK-FAC", f"damping {damping:g} of the mean", damping, shipped=damping == 0.1)
         for size in (16, 64):
             add(f"trackstar-{size}", "trackstar", "TrackStar", f"projection {size}", "--projection_dim", str(size),
-                shipped=size == 16, backward="query")  # fmt: skip
+                shipped=size == 16, backward="query and rows")  # fmt: skip
         add("trackstar-64-unit", "trackstar", "TrackStar", "projection 64, unit norms", "--projection_dim", "64",
-            "--unit_normalize", "True", backward="query")  # fmt: skip
-        add("trak", "trak", "TRAK", "defaults", shipped=True, backward="query")
+            "--unit_normalize", "True", backward="query and rows")  # fmt: skip
+        add("trak", "trak", "TRAK", "defaults", shipped=True, backward="query and rows")
         ekfac("astra", "EK-FAC + ASTRA", "20 steps, defaults otherwise", 0.1, "--num_steps", "20", shipped=True)
         # Its leaderboard takes 20 steps on 256 rows; with 40 queries that is most of an hour on one core.
         cg = ("--solver", "cg", "--num_steps", "10", "--astra.batch_size", "64")

@@ -80,13 +80,13 @@ class Result:
 
     Attributes:
         scores (`Tensor`): (queries, rows); higher means that the row makes the query likelier.
-        build_s (`float`): seconds of processor time before any query is known.
+        build_s (`float`, *optional*): seconds of processor time before any query is known; None: in `query_s`.
         query_s (`float`): the same for all queries together.
         row_bytes (`float`): stored per row.
     """
 
     scores: torch.Tensor
-    build_s: float
+    build_s: float | None
     query_s: float
     row_bytes: float
 
