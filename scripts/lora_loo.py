@@ -1,6 +1,6 @@
 """Leave rows and sources out of the small LoRA world, for real and in the same order: do scores say what happens?
 
-    python scripts/lora_loo.py [--rows 48] [--sources 20] [--removed 10] [--workers 2]
+    python scripts/lora_loo.py [--rows 48] [--sources 20] [--segments 3 1 5] [--removed 10] [--workers 2]
 
 Rows are left out one at a time, then whole sources, and the change of 40 queries' losses is compared with the scores,
 in nats. With --removed, the rows that are ranked first for so many queries are left out all at once, 1 % and 5 % of
@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--sources", type=int, default=20)
     parser.add_argument("--removed", type=int, default=0, help="queries whose first rows are left out")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--segments", type=int, nargs="+", default=[3])
     parser.add_argument("--truth-only", action="store_true")
     options = parser.parse_args()
     started = time.time()
@@ -87,22 +88,20 @@ def main() -> None:
     owner = torch.tensor(world.rows["source"])
     rows = torch.randperm(len(owner), generator=torch.Generator().manual_seed(0))[: options.rows]
     sources = torch.arange(0, len(world.sources), max(1, len(world.sources) // options.sources))[: options.sources]
+    banks = {} if options.truth_only else {count: bank_scores(world, count) for count in options.segments}
     without_row = outcomes(without_rows(len(owner), rows), options.workers, "rows left out")
     without_source = outcomes(without_sources(owner, sources), options.workers, "sources left out")
     if options.truth_only:
         return
     table = []
-    for segments in (3, 1, 5):
-        by_row, by_source = bank_scores(world, segments)
-        if segments == 3:
-            shipped = by_row
-        table.append(line(f"a row, {segments} segment(s)", loo(by_row, rows, without_row)))
-        table.append(line(f"a source, {segments} segment(s)", leave_sources_out(by_source, sources, without_source)))
+    for count, (by_row, by_source) in banks.items():
+        table.append(line(f"a row, {count} segment(s)", loo(by_row, rows, without_row)))
+        table.append(line(f"a source, {count} segment(s)", leave_sources_out(by_source, sources, without_source)))
     report("lora_loo", "Left out for real, in the same order: exact banks of the LoRA world", table, started)
     if options.removed:
-        lines = [
-            removals(shipped, round(share * len(owner)), options.removed, options.workers) for share in (0.01, 0.05)
-        ]
+        scores = banks[options.segments[0]][0]
+        sizes = [round(share * len(owner)) for share in (0.01, 0.05)]
+        lines = [removals(scores, size, options.removed, options.workers) for size in sizes]
         report("lora_removal", "Rise of a query's loss without the rows ranked first for it, nats", lines, started)
 
 

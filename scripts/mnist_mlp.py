@@ -1,6 +1,6 @@
 """The paper's benchmark: attribution of a small network on 5,000 digits, against retraining.
 
-    python scripts/mnist_mlp.py [--ablate] [--literal 20] [--peers FOLDER] [--tiny]
+    python scripts/mnist_mlp.py [--ablate] [--literal 10] [--sensitivity 2] [--peers FOLDER] [--tiny]
 
 Ground truth: 50 random halves, each trained five times with a fresh seed (linear datamodeling score, on the mean loss
 in nats of 500 queries); and single rows left out in the very run of the first network, same seed and order
@@ -244,6 +244,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=600, help="for the curvature of a snapshot")
     parser.add_argument("--ablate", action="store_true")
     parser.add_argument("--literal", type=int, default=0, help="rows that are simulated literally")
+    parser.add_argument("--sensitivity", type=int, default=0, help="epochs after which single rows are nudged")
     parser.add_argument("--peers", type=Path, help="folder of scripts/peers/mnist_dattri.py")
     parser.add_argument("--hand-out", type=Path, help="write what the peers need into this folder, and stop")
     parser.add_argument("--tiny", action="store_true", help="a world of random blobs, in seconds")
@@ -276,6 +277,8 @@ def main() -> None:
         mnist_pictures.ablate(name, truth, attributed[0], started)
     if options.literal:
         mnist_pictures.literal(name, truth, attributed[0], options.literal, started)
+    if options.sensitivity:
+        mnist_pictures.sensitivity(name, world, truth.removed, FIRST_SEED, options.sensitivity, started)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from results import FOLDER, report
 from torch import Tensor
 
 from hf_fwdattr.evaluation.agreement import spearman
+from hf_fwdattr.evaluation.loo import without_rows
 from hf_fwdattr.response.horizon import ExplicitHorizon
 
 
@@ -129,6 +130,37 @@ def _slopes(values: list[Tensor], world: mnist_world.World, some: Tensor) -> lis
     labels = world.labels[some].expand(len(logits), -1)
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)
     return list(torch.autograd.grad(losses.sum(), values))
+
+
+def sensitivity(name: str, world: mnist_world.World, rows: Tensor, seed: int, epochs: int, started: float) -> None:
+    """Can one row's removal be told from any other nudge? The row at other weights beside weight 0.
+
+    Where training follows its derivative, changes grow with what was taken away, and weight 1.1 mirrors 0.9.
+    """
+    short = mnist_world.shortened(world, epochs=epochs)
+    everyone = torch.arange(len(world.images))
+
+    def change(factor: float) -> Tensor:
+        weights = without_rows(len(world.images), rows)
+        weights[weights == 0] = factor
+        handfuls = (
+            mnist_world.train_many(short, [everyone] * len(part), [seed] * len(part), part)[0]
+            for part in weights.split(12)
+        )
+        losses = torch.cat([mnist_world.losses_many(short, networks) for networks in handfuls])
+        return losses[1:] - losses[0]
+
+    gone, lines = change(0.0), []
+    for factor in (0.0, 0.5, 0.9, 1.1, 1 + 1e-6):
+        found = gone if factor == 0.0 else change(factor)
+        lines.append(
+            {"weight of the row": str(factor), "rms change, nats": float(found.square().mean().sqrt()),
+             "rank correlation with removal": float(spearman(found, gone).mean())}
+        )  # fmt: skip
+    report(
+        f"{name}_sensitivity", f"{len(rows)} rows, one at a time, after {epochs} epochs: what a weight changes", lines,
+        started, epochs=epochs,
+    )  # fmt: skip
 
 
 def picture(path: Path, lines: list[dict]) -> None:

@@ -114,7 +114,9 @@ def test_samples_in_proportion_keep_the_exact_trace(network: mnist_mlp.Network) 
 def test_the_benchmark_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_FWDATTR_CACHE", str(tmp_path))
     monkeypatch.setattr(results, "FOLDER", tmp_path)
-    words = "mnist_mlp.py --tiny --halves 6 --seeds 2 --removed 10 --networks 2 --samples 30 --literal 3"
+    words = (
+        "mnist_mlp.py --tiny --halves 6 --seeds 2 --removed 10 --networks 2 --samples 30 --literal 3 --sensitivity 1"
+    )
     monkeypatch.setattr("sys.argv", words.split())
     mnist_mlp.main()
     import json
@@ -124,4 +126,5 @@ def test_the_benchmark_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     left_out = {row["method"]: row["LOO Spearman"] for row in rows}
     assert left_out["three segments"] > 0.5  # rows really left out in this very run
     assert json.loads((tmp_path / "mnist_tiny_literal.json").read_text())["rows"]
+    assert len(json.loads((tmp_path / "mnist_tiny_sensitivity.json").read_text())["rows"]) == 5
     assert json.loads((tmp_path / "mnist_tiny_cost.json").read_text())["rows"]
