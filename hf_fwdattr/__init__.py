@@ -5,6 +5,7 @@ from .config import ResponseConfig
 from .pipeline import TrainingDataAttributionPipeline
 from .trainer.build import build_bank
 from .trainer.callback import ResponseCallback
+from .trainer.recorder import ResponseRecorder
 
 
 __version__ = "0.1.0"
@@ -13,6 +14,7 @@ __all__ = [
     "ResponseBank",
     "ResponseCallback",
     "ResponseConfig",
+    "ResponseRecorder",
     "TrainingDataAttributionPipeline",
     "build_bank",
 ]

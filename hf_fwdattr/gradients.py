@@ -107,13 +107,14 @@ class RowGradients:
         self._hooked, self._others = _partition(model, parameters)
         self._checked, self._vmaps = False, True
 
-    def __call__(self, batch: Batch, uniforms: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Batch, uniforms: Tensor | None = None, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """Gradients of a batch.
 
         Args:
             batch (`Mapping`): tensors whose first dimension is the rows; `labels` among them.
             uniforms (`Tensor`, *optional*): (rows, positions) in [0, 1). With it the gradient is not of the data's
                 labels but of labels sampled from the model (for the Gauss-Newton matrix).
+            smoothing (`float`): of the labels, as in `row_losses`.
 
         Returns:
             gradients (rows, P) and the number of supervised positions of each row (rows,).
@@ -122,16 +123,16 @@ class RowGradients:
             NumericalError: a gradient is not finite.
             UnsupportedError: the gradients of rows cannot be told apart in this model.
         """
-        gradients, labels, certain = self._compute(batch, uniforms)
+        gradients, labels, certain = self._compute(batch, uniforms, smoothing)
         if not bool(torch.isfinite(gradients).all()):
             bad = (~torch.isfinite(gradients).all(1)).nonzero().flatten().tolist()
             raise NumericalError(f"the gradient of row(s) {bad} of a batch is not finite: the loss is NaN or infinite")
         if not (self._checked and certain):
-            self._check(batch, labels, gradients)
+            self._check(batch, labels, gradients, smoothing)
             self._checked = True
         return gradients, (labels != IGNORED).sum(1)
 
-    def _compute(self, batch: Batch, uniforms: Tensor | None) -> tuple[Tensor, Tensor, bool]:
+    def _compute(self, batch: Batch, uniforms: Tensor | None, smoothing: float) -> tuple[Tensor, Tensor, bool]:
         """Gradients (rows, P), the labels that they are of, and whether every activation said which rows it held."""
         blocks: dict[str, Tensor] = {}
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
@@ -140,17 +141,17 @@ class RowGradients:
                 if uniforms is not None:
                     labels = sampled_labels(logits, labels, uniforms[:, : labels.shape[1]])
                 if traces.calls:
-                    blocks |= traces.gradients(row_losses(logits, labels).sum(), *labels.shape)
+                    blocks |= traces.gradients(row_losses(logits, labels, smoothing).sum(), *labels.shape)
             for name in self._hooked:
                 if name not in blocks:  # the module was never called: this batch does not depend on it
                     shape = self.parameters.shapes[self.parameters.live.index(name)]
                     blocks[name] = logits.new_zeros(labels.shape[0], *shape)
             if self._others:
-                blocks |= self._by_row(batch, labels.detach())
+                blocks |= self._by_row(batch, labels.detach(), smoothing)
         gradients = self.parameters.join({name: _wide(block) for name, block in blocks.items()}).detach()
         return gradients, labels.detach(), traces.certain
 
-    def _by_row(self, batch: Batch, labels: Tensor) -> dict[str, Tensor]:
+    def _by_row(self, batch: Batch, labels: Tensor, smoothing: float) -> dict[str, Tensor]:
         """Gradients of the weights that hooks cannot serve: under vmap, or row after row where vmap cannot follow."""
         table = dict(self.model.named_parameters())
         weights = {name: table[name].detach() for name in self._others}
@@ -161,7 +162,7 @@ class RowGradients:
         def loss(weights: dict[str, Tensor], row: dict[str, Tensor], label: Tensor) -> Tensor:
             single: dict[str, Any] = {key: value.unsqueeze(0) for key, value in row.items()} | fixed
             logits, _ = likelihood.at(weights, single)
-            return row_losses(logits, label.unsqueeze(0)).sum()
+            return row_losses(logits, label.unsqueeze(0), smoothing).sum()
 
         if self._vmaps:
             try:
@@ -176,14 +177,15 @@ class RowGradients:
         ]
         return {name: torch.stack([row[name] for row in rows]) for name in self._others}
 
-    def _check(self, batch: Batch, labels: Tensor, gradients: Tensor) -> None:
+    def _check(self, batch: Batch, labels: Tensor, gradients: Tensor, smoothing: float) -> None:
         """Compare the batch's largest gradient with plain autograd on its row alone, with the same labels."""
         row = int(gradients.norm(dim=1).argmax())
         single = {key: value[row : row + 1] if isinstance(value, Tensor) else value for key, value in batch.items()}
         live = self.parameters.tensors(self.model)
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), trainable(live):
             logits, _ = self.objective.forward(self.model, single)
-            plain = torch.autograd.grad(row_losses(logits, labels[row : row + 1]).sum(), live, allow_unused=True)
+            loss = row_losses(logits, labels[row : row + 1], smoothing).sum()
+            plain = torch.autograd.grad(loss, live, allow_unused=True)
         alone = torch.cat(
             [
                 (torch.zeros_like(parameter) if gradient is None else gradient).reshape(-1)

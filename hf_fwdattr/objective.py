@@ -96,9 +96,18 @@ def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
     return chosen.masked_fill(labels == IGNORED, 0.0)
 
 
-def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """The l_i of the formulas: summed negative log-likelihood of a row's supervised positions, (rows,), nats."""
-    return -log_probabilities(logits, labels).sum(1)
+def row_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """The l_i of the formulas: summed negative log-likelihood of a row's supervised positions, (rows,), nats.
+
+    With label smoothing, (1 - smoothing) times that and smoothing times the mean over all classes in its place, as
+    transformers' `LabelSmoother` has it. Curvature does not change: it does not depend on what a softmax is told.
+    """
+    losses = -log_probabilities(logits, labels).sum(1)
+    if not smoothing:
+        return losses
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    everywhere = (wide.logsumexp(-1) - wide.mean(-1)).masked_fill(labels == IGNORED, 0.0).sum(1)
+    return (1.0 - smoothing) * losses + smoothing * everywhere
 
 
 def sampled_labels(logits: Tensor, labels: Tensor, uniforms: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ def test_every_optimizer_gives_the_oracles_scores(tmp_path: Path, how: dict[str,
 def test_a_row_that_training_never_saw_scores_exactly_zero(tmp_path: Path) -> None:
     model = adapted(base())
     callback = fine_tune(tmp_path, model, config(probes=4), max_steps=2)
-    seen = torch.unique(torch.cat(callback._record.rows)).tolist()
+    seen = torch.unique(torch.cat(callback.recorder.record.rows)).tolist()
     assert len(seen) == 6
     found = scores(model, callback.bank)
     unseen = [row for row in range(ROWS) if row not in seen]

@@ -69,6 +69,17 @@ class Privacy(_Strict):
     text: bool = False
 
 
+class Run(_Strict):
+    """The fine-tune: its planned optimizer steps, and how many of them were taken before anything was recorded.
+
+    Responses to steps that were not recorded are unknown: with `first` above 0, the bank is of the steps after it.
+    """
+
+    steps: Count = 0
+    first: Count = 0
+    label_smoothing: Positive = 0.0
+
+
 class Manifest(_Strict):
     """The whole of `bank.json`."""
 
@@ -94,6 +105,7 @@ class Manifest(_Strict):
     salt: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     quality: dict[str, Any] = {}
     privacy: Privacy = Privacy()
+    run: Run = Run()
     files: list[File]
 
     @model_validator(mode="after")

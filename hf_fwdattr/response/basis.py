@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericalError
+from .ranks import ALONE, Ranks
 from .storage import blocks
 
 
@@ -67,7 +68,14 @@ def kept_variance(scores: Tensor, seed: int = 0, share: float = 0.2) -> Tensor:
     return torch.cat([energy.new_zeros(1), energy.cumsum(0) / total]).clamp(max=1.0)
 
 
-def factorise(gradients: Tensor, responses: Tensor, diagonal: Tensor, probes: int | float, seed: int = 0) -> Basis:
+def factorise(
+    gradients: Tensor,
+    responses: Tensor,
+    diagonal: Tensor,
+    probes: int | float,
+    seed: int = 0,
+    ranks: Ranks = ALONE,
+) -> Basis:
     """The best rank-k basis of sample rows.
 
     Args:
@@ -76,25 +84,27 @@ def factorise(gradients: Tensor, responses: Tensor, diagonal: Tensor, probes: in
         diagonal (`Tensor`): (P,) the metric of the probes' norm.
         probes (`int` or `float`): k, or the kept variance to reach (a float below 1).
         seed (`int`): of the split into fitted and held-out sample rows.
+        ranks (`Ranks`, *optional*): where several processes share the P columns of all of these, and of the result.
 
     Raises:
         NumericalError: scores that are not finite, or all zero.
     """
-    scores = inner_products(gradients, responses)
+    scores = ranks.total(inner_products(gradients, responses))
     if not bool(torch.isfinite(scores).all()):
         raise NumericalError("the scores of the training rows are not finite; was the training loss NaN?")
     kept = kept_variance(scores, seed)
+    ranks.first(kept)
     if isinstance(probes, float):
         probes = int((kept < probes).sum())
-    left, values, right = torch.linalg.svd(scores)
+    left, values, right = (part.contiguous() for part in torch.linalg.svd(scores))
+    ranks.first(left, values, right)
     rank = int((values > values[0] * 1e-10).sum()) if values[0] > 0 else 0
     if rank == 0:
         raise NumericalError("every response is zero: no row was trained on, or nothing that responds was trained")
     k = max(1, min(probes, rank))
     directions = combine(right[:k], responses)
-    norms = (
-        (directions.double().square() / diagonal.double()).sum(1).sqrt().clamp(min=torch.finfo(directions.dtype).tiny)
-    )
+    squares = ranks.total((directions.double().square() / diagonal.double()).sum(1))
+    norms = squares.sqrt().clamp(min=torch.finfo(directions.dtype).tiny)
     duals = combine((left[:, :k] / values[:k]).T * norms[:, None], gradients)
     directions /= norms[:, None].to(directions.dtype)
     return Basis(directions, duals, right[:k].T * norms, float(kept[min(k, len(kept) - 1)]))

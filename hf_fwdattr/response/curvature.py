@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericalError
+from .ranks import ALONE, Ranks
 from .storage import blocks
 
 
@@ -34,24 +35,27 @@ class Curvature:
         weight_decay (`float`): w, decoupled decay in units of the learning rate.
         sampled (`bool`): the lines of Z are random samples, so that eigenvalues are to be shrunk; otherwise Z^T Z is
             taken as it is.
+        ranks (`Ranks`, *optional*): where several processes share the columns of Z, and those of what it is applied
+            to, in the same way.
 
     Attributes:
         shrinkage (`float`): rho, between 0 and 1.
         values (`Tensor`): the eigenvalues of Z^T Z as they are used, shrunk.
     """
 
-    def __init__(self, factor: Tensor, weight_decay: float = 0.0, sampled: bool = False):
-        self.factor, self.weight_decay = factor, weight_decay
+    def __init__(self, factor: Tensor, weight_decay: float = 0.0, sampled: bool = False, ranks: Ranks = ALONE):
+        self.factor, self.weight_decay, self.ranks = factor, weight_decay, ranks
         samples, size = factor.shape
         gram = torch.zeros(samples, samples, dtype=torch.float64)
         for columns in blocks(size, _WIDTH):
             block = factor[:, columns]
             gram += (block @ block.T).double()
+        ranks.total(gram)
         if not bool(torch.isfinite(gram).all()):
             raise NumericalError("the curvature samples are not finite: the model's loss is NaN or infinite")
         values, vectors = torch.linalg.eigh(gram)
         kept = values > values.max().clamp(min=0) * torch.finfo(factor.dtype).eps if samples else values > 0
-        self.shrinkage = ledoit_wolf(gram, size) if sampled else 0.0
+        self.shrinkage = ledoit_wolf(gram, int(ranks.total(torch.tensor(size)))) if sampled else 0.0
         self._measured, self.vectors = values[kept], vectors[:, kept]
         self.values = self._measured * (1.0 - self.shrinkage)
 
@@ -63,6 +67,7 @@ class Curvature:
         columns = blocks(vectors.shape[1], _WIDTH)
         for block in columns:
             seen += (vectors[:, block] @ self.factor[:, block].T).double()
+        self.ranks.total(seen)
         mixed = (((seen @ self.vectors) * gain) @ self.vectors.T).to(vectors.dtype)
         result = vectors * floor.to(vectors.dtype)
         for block in columns:

@@ -5,8 +5,8 @@ gradients that stand in for queries. Nothing of size rows x P is kept unless the
 be on disk.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +16,24 @@ from ..errors import QueryError, UnsupportedError
 from ..gradients import RowGradients
 from ..objective import Batch, Objective
 from ..parameters import Parameters
-from .basis import combine, factorise
+from .basis import factorise
 from .curvature import Curvature
+from .plan import Plan
+from .ranks import ALONE, Ranks
 from .rows import Rows, uniforms
 from .segment import Segment
 from .storage import Storage, blocks
 
 
 MAX_CURVATURE = 4096  # samples per segment unless more are asked for
-_CHUNK = 256  # rows that pass through a segment together
+_CHUNK = 256  # rows that pass through a segment together, if memory allows
+_LEAST = 64 << 20  # bytes that the passes take in any case, however small the budget
 _MAX_EXACT = 16384  # probes of an exact bank; beyond, its coordinates alone would fill the memory
 
 
 @dataclass
 class Responses:
-    """Result of the passes.
+    """Result of the passes; whole on rank 0, and on other ranks without lines of length P.
 
     Attributes:
         probes (`Tensor`): (k, P).
@@ -52,6 +55,20 @@ class Responses:
     curvature_samples: int
 
 
+@dataclass
+class Groups:
+    """Sources that get an exact response: how many, and (rows,) which one each row belongs to, -1 for none."""
+
+    count: int
+    of: Tensor
+
+    def add(self, sums: Tensor, rows: Tensor, vectors: Tensor) -> None:
+        """Add (n, P) vectors of the rows at these positions (n,) to their sources' sums (count, P)."""
+        if self.count:
+            inside = self.of[rows] >= 0
+            sums.index_add_(0, self.of[rows[inside]], vectors[inside])
+
+
 class Passes:
     """Runs the passes; use inside `at_rest(model)`.
 
@@ -63,6 +80,9 @@ class Passes:
         storage (`Storage`): where large matrices go.
         seed (`int`): of sampled labels and of sample rows.
         quiet (`bool`): no progress bars.
+        smoothing (`float`): label smoothing of the training loss; outputs are always read by their likelihood.
+        ranks (`Ranks`, *optional*): processes that share the work; the same arguments on each.
+        announce (`Callable`, *optional*): shown the [`Plan`] before the first pass.
     """
 
     def __init__(
@@ -76,14 +96,24 @@ class Passes:
         storage: Storage,
         seed: int = 0,
         quiet: bool = False,
+        smoothing: float = 0.0,
+        ranks: Ranks = ALONE,
+        announce: Callable[[Plan], None] | None = None,
     ):
-        self.model, self.parameters, self.rows = model, parameters, rows
-        self.segments, self.theta, self.storage = list(segments), theta.cpu(), storage
-        self.seed, self.quiet = seed, quiet
+        self.model, self.parameters, self.rows, self.ranks = model, parameters, rows, ranks
+        self.theta, self.storage, self.seed, self.smoothing = theta.cpu(), storage, seed, smoothing
+        self.quiet, self.announce = quiet or ranks.rank > 0, announce
+        own = ranks.columns(parameters.size)
+        self.own, self.width = own, own.stop - own.start
+        self.segments = [replace(segment, diagonal=segment.diagonal[own]) for segment in segments]
         self.gradients = RowGradients(model, parameters, objective)
         self.seen = torch.stack([segment.share for segment in segments]).ne(0).any(0)
         if not bool(self.seen.any()):
             raise QueryError("no row was seen in training, so nothing responds")
+        room = max(storage.budget, _LEAST) // (16 * self.theta.itemsize)  # a sixteenth for what is in flight
+        self.chunk = max(1, min(_CHUNK, room // max(self.width, 1)))
+        rows.batch_size = max(1, min(rows.batch_size, room // parameters.size))
+        self._bar = tqdm(disable=True)
 
     def run(
         self,
@@ -102,135 +132,181 @@ class Passes:
             groups (`Tensor`, *optional*): (rows,) source of each row, -1 for none.
             group_count (`int`): sources that get an exact response.
         """
-        samples = self.measure_curvature(curvature_samples)
-        total = len(self.rows)
-        member = torch.zeros(group_count, total)
-        if group_count:
-            assert groups is not None
-            inside = groups >= 0
-            member[groups[inside], inside.nonzero().flatten()] = 1.0
-        if probes == "exact":
-            return self._exact(member, samples)
-        everything = total <= sample_rows
-        seen = self.seen.nonzero().flatten()
+        total, seen = len(self.rows), self.seen.nonzero().flatten()
+        assert groups is not None or not group_count
+        sources = Groups(group_count, torch.full((total,), -1) if groups is None else groups)
         chosen = torch.arange(total)
-        if not everything:
+        if probes == "exact":
+            self._check_exact()
+        elif total > sample_rows:
             order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(self.seed))
             chosen = seen[order[:sample_rows]].sort().values
-        responses = self.respond(chosen)
-        stand_ins = self.storage.zeros(len(chosen), self.parameters.size, responses.dtype)
-        for at, block in self._stream(self.theta, chosen, "gradients at the end"):
-            stand_ins[at] = block
-        assert not isinstance(probes, str)
-        basis = factorise(stand_ins, responses, self.segments[-1].diagonal, probes, self.seed)
-        if everything:
-            coordinates, sources = basis.coordinates, combine(member, responses)
-        else:
-            coordinates, sources = self._project(basis.duals, member)
-        coordinates[~self.seen] = 0.0
-        scales = self._normalise(sources)
-        return Responses(basis.probes, coordinates.float(), sources, scales, basis.kept, False, samples)
+        samples = min(len(seen), MAX_CURVATURE) if curvature_samples is None else curvature_samples
+        plan = Plan(
+            max(len(seen), len(chosen)), self.parameters.size, len(self.segments), samples, len(chosen),
+            probes != "exact", self.ranks.size,
+        )  # fmt: skip
+        if self.announce is not None:
+            self.announce(plan)
+        with tqdm(total=plan.row_passes, unit="row", disable=self.quiet, leave=False) as self._bar:
+            self.measure_curvature(samples)
+            if probes == "exact":
+                return self._exact(sources, samples)
+            assert not isinstance(probes, str)
+            return self._factorised(probes, chosen, sources, samples)
 
-    def measure_curvature(self, wanted: int | None = None) -> int:
-        """One pass per segment: sampled-label gradients become the segment's [`Curvature`]; returns M."""
+    def measure_curvature(self, samples: int) -> None:
+        """One pass per segment: M sampled-label gradients become the segment's [`Curvature`]."""
         seen = self.seen.nonzero().flatten()
-        samples = min(len(seen), MAX_CURVATURE) if wanted is None else wanted
         generator = torch.Generator().manual_seed(self.seed)
         order = seen[torch.randperm(len(seen), generator=generator)]
         for number, segment in enumerate(self.segments):
-            factor = self.storage.zeros(samples, self.parameters.size, self.theta.dtype)
-            tokens, root = 0, segment.diagonal.sqrt()
+            factor = self.storage.zeros(samples, self.width, self.theta.dtype)
+            tokens, root = torch.zeros(1, dtype=torch.int64), segment.diagonal.sqrt()
             for start in range(0, samples, len(order)):
                 rows = order[: samples - start].sort().values
                 title = f"curvature {number + 1}/{len(self.segments)}"
                 key = (self.seed, number, start)
-                for at, block, count in self._passes(segment.theta, rows, title, key):
+                for at, block, count in self._shared(segment.theta, rows, title, key):
                     factor[start + at] = block * root
                     tokens += count
-            for lines in blocks(samples, _CHUNK):
-                factor[lines] /= max(tokens, 1) ** 0.5
-            segment.curvature = Curvature(factor, segment.weight_decay, sampled=True)
-        return samples
+            self.ranks.total(tokens)
+            for lines in blocks(samples, self.chunk):
+                factor[lines] /= max(int(tokens), 1) ** 0.5
+            segment.curvature = Curvature(factor, segment.weight_decay, sampled=True, ranks=self.ranks)
 
-    def respond(self, rows: Tensor) -> Tensor:
-        """Responses (len(rows), P) of the rows at these positions."""
-        responses = self.storage.zeros(len(rows), self.parameters.size, self.theta.dtype)
-        pushes = self.storage.zeros(len(rows), self.parameters.size, self.theta.dtype)
+    def respond(self, rows: Tensor, pushes: Tensor) -> Tensor:
+        """Responses (len(rows), own columns) of the rows at these positions; `pushes` is room of that shape."""
+        responses = self.storage.zeros(len(rows), self.width, self.theta.dtype)
         for number, segment in enumerate(self.segments):
             share = segment.share[rows].to(pushes.dtype)[:, None]
-            for at, block in self._stream(segment.theta, rows, f"responses {number + 1}/{len(self.segments)}"):
+            title = f"responses {number + 1}/{len(self.segments)}"
+            for at, block, _ in self._shared(segment.theta, rows, title, smoothing=self.smoothing):
                 pushes[at] = block * share[at]
-            for lines in blocks(len(rows), _CHUNK):
+            for lines in blocks(len(rows), self.chunk):
                 earlier = responses[lines] if number else None
                 responses[lines] = segment.advance(earlier, pushes[lines])
         return responses
 
-    def _exact(self, member: Tensor, samples: int) -> Responses:
+    def _factorised(self, probes: int | float, chosen: Tensor, groups: Groups, samples: int) -> Responses:
+        room = self.storage.zeros(len(chosen), self.width, self.theta.dtype)
+        responses = self.respond(chosen, room)
+        for at, block, _ in self._shared(self.theta, chosen, "gradients at the end"):
+            room[at] = block
+        basis = factorise(room, responses, self.segments[-1].diagonal, probes, self.seed, self.ranks)
+        sources = torch.zeros(groups.count, self.width, dtype=self.theta.dtype)
+        for lines in blocks(len(chosen), self.chunk):
+            groups.add(sources, chosen[lines], responses[lines])
+        coordinates = basis.coordinates.float()
+        rest = self.seen.clone()
+        rest[chosen] = False
+        if len(chosen) < len(self.rows):
+            coordinates, moved = self._project(basis.duals, rest.nonzero().flatten(), groups)
+            coordinates[chosen] = basis.coordinates.float()
+            sources += moved
+        coordinates[~self.seen] = 0.0
+        scales = self._normalise(sources)
+        return Responses(
+            self._whole(basis.probes), coordinates, self._whole(sources), scales, basis.kept, False, samples
+        )
+
+    def _check_exact(self) -> None:
         total, size = len(self.rows), self.parameters.size
         if min(total, size) > _MAX_EXACT:
             raise UnsupportedError(
                 f"an exact bank of {total} rows and {size} responding parameters would hold {min(total, size)} "
                 f"probes; at most {_MAX_EXACT} are kept: ask for a number of probes instead"
             )
-        responses = self.respond(torch.arange(total))
-        sources = combine(member, responses)
+
+    def _exact(self, groups: Groups, samples: int) -> Responses:
+        total, size = len(self.rows), self.parameters.size
+        everyone = torch.arange(total)
+        responses = self.respond(everyone, self.storage.zeros(total, self.width, self.theta.dtype))
+        sources = torch.zeros(groups.count, self.width, dtype=self.theta.dtype)
+        for lines in blocks(total, self.chunk):
+            groups.add(sources, everyone[lines], responses[lines])
         scales = self._normalise(sources)
+        sources = self._whole(sources)
         if size < total:  # the parameters themselves are the shorter list of directions
-            return Responses(torch.eye(size), responses.float(), sources, scales, 1.0, True, samples)
+            return Responses(torch.eye(size), self._whole(responses).float(), sources, scales, 1.0, True, samples)
         norms = self._normalise(responses)
-        return Responses(responses, torch.diag(norms).float(), sources, scales, 1.0, True, samples)
+        return Responses(self._whole(responses), torch.diag(norms).float(), sources, scales, 1.0, True, samples)
+
+    def _whole(self, part: Tensor) -> Tensor:
+        return self.ranks.whole(part, self.parameters.size)
 
     def _normalise(self, vectors: Tensor) -> Tensor:
-        """Scale each of (n, P), in place, to norm one in the preconditioned metric; returns the norms (n,), float64.
+        """Scale each of (n, own columns), in place, to norm one in the preconditioned metric; the norms (n,), float64.
 
         A vector of zeros stays one, with norm 0.
         """
         diagonal = self.segments[-1].diagonal.double()
         norms = torch.zeros(len(vectors), dtype=torch.float64)
-        for lines in blocks(len(vectors), _CHUNK):
-            norms[lines] = (vectors[lines].double().square() / diagonal).sum(1).sqrt()
+        for lines in blocks(len(vectors), self.chunk):
+            norms[lines] = (vectors[lines].double().square() / diagonal).sum(1)
+        norms = self.ranks.total(norms).sqrt()
+        for lines in blocks(len(vectors), self.chunk):
             vectors[lines] /= norms[lines].clamp(min=torch.finfo(vectors.dtype).tiny)[:, None].to(vectors.dtype)
         return norms
 
-    def _project(self, duals: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
-        """Coordinates (rows, k) of all rows, and sources' responses, without any (rows, P) matrix.
+    def _project(self, duals: Tensor, rows: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
+        """Coordinates (all rows, k) of the rows at these positions, and sources' sums of their responses.
 
-        The dual probes walk backwards through the segments once; then one pass per segment streams the rows.
+        No (rows, P) matrix is made: the dual probes walk backwards through the segments once; then one pass per
+        segment streams the rows, each rank its own ones with all columns.
         """
         pulls = []
         for segment in reversed(self.segments):
             pull, duals = segment.retreat(duals)
             pulls.append(pull)
-        coordinates = torch.zeros(len(self.rows), len(duals), dtype=torch.float64)
-        sources: Tensor | None = None
-        everyone = torch.arange(len(self.rows))
-        for number, (segment, pull) in enumerate(zip(self.segments, reversed(pulls), strict=True)):
-            pushed = torch.zeros(member.shape[0], self.parameters.size, dtype=self.theta.dtype)
-            for at, block in self._stream(segment.theta, everyone, f"coordinates {number + 1}/{len(self.segments)}"):
-                share = segment.share[at].to(block.dtype)[:, None]
-                coordinates[at] += (share * (block @ pull.T)).double()
-                pushed += member[:, at].to(block.dtype) @ (block * share)
-            if len(pushed):
-                sources = segment.advance(sources, pushed)
-        return coordinates, torch.zeros(0, self.parameters.size) if sources is None else sources
+        coordinates = self.storage.zeros(len(self.rows), len(duals))
+        sources = torch.zeros(groups.count, self.width, dtype=self.theta.dtype)
+        for number, (segment, own) in enumerate(zip(self.segments, reversed(pulls), strict=True)):
+            pull = self.ranks.spread(own, self.parameters.size)
+            pushed = torch.zeros(groups.count, self.parameters.size, dtype=self.theta.dtype)
+            title = f"coordinates {number + 1}/{len(self.segments)}"
+            with self.ranks.together():
+                mine = rows[self.ranks.rank :: self.ranks.size]
+                for indices, block, _ in self._passes(segment.theta, mine, title, None, self.smoothing):
+                    block *= segment.share[indices].to(block.dtype)[:, None]
+                    coordinates[indices] += (block @ pull.T).float()
+                    groups.add(pushed, indices, block)
+            if groups.count:
+                sources = segment.advance(sources, self.ranks.total(pushed)[:, self.own])
+        return self.ranks.total(coordinates), sources
 
-    def _stream(self, theta: Tensor, rows: Tensor, title: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """(places in `rows`, gradients on the CPU) of each batch, with the responding parameters at theta."""
-        for at, block, _ in self._passes(theta, rows, title, None):
-            yield at, block
-
-    def _passes(
-        self, theta: Tensor, rows: Tensor, title: str, key: tuple[int, ...] | None
+    def _shared(
+        self, theta: Tensor, rows: Tensor, title: str, key: tuple[int, ...] | None = None, smoothing: float = 0.0
     ) -> Iterator[tuple[Tensor, Tensor, int]]:
-        self.parameters.write(self.model, theta)
+        """(places in `rows`, gradients of this rank's columns, this rank's supervised positions) until all came."""
         place = torch.full((len(self.rows),), -1)
         place[rows] = torch.arange(len(rows))
-        with tqdm(total=len(rows), desc=title, unit="row", disable=self.quiet, leave=False) as bar:
-            for indices, batch in self.rows.batches(rows.tolist()):
-                drawn = None if key is None else uniforms(indices, _positions(batch), *key)
-                gradients, tokens = self.gradients(batch, None if drawn is None else drawn.to(batch["labels"].device))
-                yield place[indices], gradients.to("cpu", self.theta.dtype), int(tokens.sum())
-                bar.update(len(indices))
+        mine = self._passes(theta, rows[self.ranks.rank :: self.ranks.size], title, key, smoothing)
+        empty = torch.zeros(0, dtype=torch.int64), torch.zeros(0, self.parameters.size, dtype=self.theta.dtype), 0
+        rounds = self.rows.count(-(-len(rows) // self.ranks.size))  # of the rank with the most rows
+        for _ in range(rounds):
+            try:
+                indices, block, tokens = next(mine, empty)
+            except Exception:
+                if self.ranks.size > 1:  # the others must not wait for this rank
+                    self.ranks.fail(self.rows.batch_size)
+                raise
+            places, columns = self.ranks.exchange(place[indices], block, self.rows.batch_size)
+            yield places, columns, tokens
+
+    def _passes(
+        self, theta: Tensor, rows: Tensor, title: str, key: tuple[int, ...] | None, smoothing: float
+    ) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """(positions of rows, gradients on the CPU, supervised positions) of each batch, with theta in the model."""
+        self.parameters.write(self.model, theta)
+        self._bar.set_description(title)
+        for indices, batch in self.rows.batches(rows.tolist()):
+            drawn = None if key is None else uniforms(indices, _positions(batch), *key)
+            gradients, tokens = self.gradients(
+                batch, None if drawn is None else drawn.to(batch["labels"].device), smoothing
+            )
+            self._bar.update(len(indices) * self.ranks.size)
+            yield indices, gradients.to("cpu", self.theta.dtype), int(tokens.sum())
 
 
 def _positions(batch: Batch) -> int:

@@ -72,6 +72,11 @@ class Rows:
                 chosen = window[at : at + self.batch_size]
                 yield torch.tensor(chosen), self._collated(chosen, [features[i] for i in chosen])
 
+    def count(self, rows: int) -> int:
+        """Batches into which so many rows are cut."""
+        whole, rest = divmod(rows, _WINDOW * self.batch_size)
+        return whole * _WINDOW + -(-rest // self.batch_size)
+
     def _features(self, indices: list[int]) -> list[Any]:
         if hasattr(self.dataset, "__getitems__"):
             return list(self.dataset.__getitems__(indices))

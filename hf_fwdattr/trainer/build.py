@@ -3,8 +3,8 @@
 import inspect
 import logging
 import secrets
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,25 +23,20 @@ from ..gradients import at_rest, refuse_batch_statistics
 from ..objective import objective_of
 from ..parameters import Parameters
 from ..response.passes import Passes, Responses
+from ..response.plan import Plan
+from ..response.ranks import ALONE, Ranks
 from ..response.rows import Rows, content_hash, row_hashes
 from ..response.segment import Segment
 from ..response.storage import Storage
+from .columns import Sources, column_of, row_ids_of, sources_of
 from .identity import dataset_identity, model_identity
-from .recorder import Record, Snapshot
+from .record import Record, Snapshot
 from .texts import texts_of
 
 
 logger = logging.getLogger(__name__)
 # Below this, rows that have nothing to do with a query were seen to come out on top (a world of independent facts).
 _FEW = 0.5
-
-
-@dataclass
-class Sources:
-    """Which source each row belongs to: names, and (rows,) their indices, -1 for none."""
-
-    names: list[str]
-    of: Tensor
 
 
 def build_bank(
@@ -112,10 +107,10 @@ def check(model: nn.Module, dataset: Any, collate: Any, config: ResponseConfig, 
     refuse_batch_statistics(model, training=True)
     with torch.random.fork_rng(devices=[]):
         rows = _rows(model, dataset, collate, config)
-    _sources(original, config.source_column, len(rows))
-    _row_ids(original, config.row_id_column, len(rows))
+    sources_of(original, config.source_column, len(rows))
+    row_ids_of(original, config.row_id_column, len(rows))
     if isinstance(config.include_text, str):
-        _column(original, config.include_text, "include_text", len(rows))
+        column_of(original, config.include_text, "include_text", len(rows))
 
 
 def respond(
@@ -130,6 +125,8 @@ def respond(
     *,
     original: Any = None,
     tokenizer: Any = None,
+    ranks: Ranks = ALONE,
+    pace: float | None = None,
 ) -> ResponseBank:
     """The passes over the training set and the bank they end in; the model is left exactly as it was.
 
@@ -138,6 +135,8 @@ def respond(
         end (`Snapshot`): the responding parameters now.
         dataset, collate: the rows as they were trained on.
         original (*optional*): the dataset before columns were removed, for row ids and sources.
+        ranks (`Ranks`, *optional*): processes that share the passes, each with the same arguments.
+        pace (`float`, *optional*): seconds that training took for a row, for the estimate of time.
     """
     if not bool(torch.isfinite(end.theta).all()):
         raise NumericalError("the trained weights are not finite (was the loss NaN?): no bank can be made of them")
@@ -149,32 +148,45 @@ def respond(
         raise MismatchError(
             f"the run was recorded on {record.total} rows and the dataset has {len(rows)}; pass the training set"
         )
-    sources = _sources(original if original is not None else dataset, config.source_column, len(rows))
+    sources = sources_of(original if original is not None else dataset, config.source_column, len(rows))
+
+    def announce(plan: Plan) -> None:
+        if not config.quiet and ranks.rank == 0:
+            tqdm.write(f"response bank: {plan.told(config.memory_budget, pace)}", file=sys.stderr)
+
     try:
         with at_rest(model), Storage(config.memory_budget) as storage:
             segments = record.build(len(rows), end, config.horizon)
             passes = Passes(
-                model, parameters, objective, rows, segments, end.theta, storage, config.seed, config.quiet
-            )
+                model, parameters, objective, rows, segments, end.theta, storage, config.seed, config.quiet,
+                record.smoothing, ranks, announce,
+            )  # fmt: skip
             exact_sources = len(sources.names) if len(sources.names) <= config.source_probes else 0
             responses = passes.run(
                 config.probes, config.curvature_samples, config.sample_rows, sources.of, exact_sources
             )
-            if responses.kept < _FEW:
-                logger.warning(
-                    "%d probes keep %.0f %% of the variance of held-out scores: these rows have little in common, and "
-                    "the best rows of a query may be missed. Ask for more probes, or probes='exact'",
-                    len(responses.probes), 100 * max(0.0, responses.kept),
-                )  # fmt: skip
-            return _write(
-                folder, responses, segments, model, parameters, rows, sources, config, original, tokenizer,
-                record.optimizer, live,
-            )  # fmt: skip
+            with ranks.together():
+                if ranks.rank == 0:
+                    _warn(responses)
+                    _write(
+                        folder, responses, passes.segments, model, parameters, rows, sources, config, original,
+                        tokenizer, record, live,
+                    )  # fmt: skip
+            return ResponseBank(folder, verify=False)
     finally:
         with torch.no_grad():
             for tensor, value in zip(parameters.tensors(model), live, strict=True):
                 tensor.copy_(value)
         torch.set_rng_state(random_state)
+
+
+def _warn(responses: Responses) -> None:
+    if responses.kept < _FEW:
+        logger.warning(
+            "%d probes keep %.0f %% of the variance of held-out scores: these rows have little in common, and "
+            "the best rows of a query may be missed. Ask for more probes, or probes='exact'",
+            len(responses.probes), 100 * max(0.0, responses.kept),
+        )  # fmt: skip
 
 
 def _write(
@@ -188,7 +200,7 @@ def _write(
     config: ResponseConfig,
     original: Any,
     tokenizer: Any,
-    optimizer: str,
+    record: Record,
     live: list[Tensor],
 ) -> ResponseBank:
     with torch.no_grad():  # the fingerprint is of the trained weights, not of the last snapshot
@@ -205,7 +217,8 @@ def _write(
             {"name": n, "shape": list(s)} for n, s in zip(parameters.names, parameters.shapes, strict=True)
         ],
         "objective": objective_of(model, config.objective).name,
-        "optimizer": optimizer,
+        "optimizer": record.optimizer,
+        "run": {"steps": record.steps, "first": record.first, "label_smoothing": record.smoothing},
         "segments": [_stretch(segment) for segment in segments],
         "config": config.to_dict(),
         "curvature_samples": responses.curvature_samples,
@@ -225,7 +238,7 @@ def _write(
     if config.private_rows:
         lines = _per_source(responses.coordinates, sources)
     else:
-        row_ids = _row_ids(original if original is not None else rows.dataset, config.row_id_column, len(rows))
+        row_ids = row_ids_of(original if original is not None else rows.dataset, config.row_id_column, len(rows))
         lines = (responses.coordinates, row_ids, _hashes(rows, salt, config.quiet), sources.of)
     return write_bank(folder, described, [responses.probes, responses.sources], *lines, texts=texts)
 
@@ -291,39 +304,6 @@ def _stretch(segment: Segment) -> dict[str, float]:
         "weight_decay": segment.weight_decay,
         "shrinkage": segment.curvature.shrinkage,
     }
-
-
-def _sources(dataset: Any, column: str | None, total: int) -> Sources:
-    """Names of sources in sorted order, and which one each row belongs to."""
-    if column is None:
-        return Sources([], torch.full((total,), -1))
-    values = [None if value is None else str(value) for value in _column(dataset, column, "source_column", total)]
-    names = sorted({value for value in values if value is not None})
-    place = {name: index for index, name in enumerate(names)}
-    return Sources(names, torch.tensor([-1 if value is None else place[value] for value in values]))
-
-
-def _row_ids(dataset: Any, column: str | None, total: int) -> Tensor:
-    if column is None:
-        return torch.arange(total)
-    values = list(_column(dataset, column, "row_id_column", total))
-    if not all(isinstance(value, int) for value in values) or len(set(values)) < len(values):
-        raise UnsupportedError(f"row_id_column={column!r}: row ids must be whole numbers, each used once")
-    return torch.tensor(values)
-
-
-def _column(dataset: Any, column: str, setting: str, total: int) -> list[Any]:
-    if len(dataset) != total:
-        raise MismatchError(
-            f"{setting}={column!r} is read from a dataset of {len(dataset)} rows and {total} were trained on; give "
-            "ResponseCallback(dataset=...) the rows that the trainer ends up with"
-        )
-    names = getattr(dataset, "column_names", None)
-    if names is None and len(dataset) and hasattr(dataset[0], "keys"):
-        names = list(dataset[0].keys())
-    if names is None or column not in names:
-        raise UnsupportedError(f"{setting}={column!r}: the dataset has the columns {names}; name one of them")
-    return list(dataset[column]) if hasattr(dataset, "column_names") else [row[column] for row in dataset]
 
 
 def _context(model: nn.Module) -> int | None:

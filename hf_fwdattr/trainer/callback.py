@@ -3,7 +3,6 @@
 import inspect
 import logging
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..bank.bank import ResponseBank
 from ..config import ResponseConfig
 from ..errors import AttributionError, UnsupportedError
-from ..objective import objective_of
-from ..parameters import Parameters
-from .build import check, respond
-from .exposure import Exposure, loader_of
-from .optimizer import Preconditioner
 from .publish import finish_pushes, keep_card, push_at_end
-from .recorder import Record, Snapshot
+from .recorder import ResponseRecorder
 from .selfcheck import SelfCheck
 
 
@@ -47,7 +41,7 @@ class ResponseCallback(TrainerCallback):
     def __init__(self, config: ResponseConfig | None = None, dataset: Any = None):
         self.config = config or ResponseConfig()
         self.dataset = dataset
-        self._exposure: Exposure | None = None
+        self._recorder: ResponseRecorder | None = None
         self._bank: ResponseBank | Exception | None = None
 
     @property
@@ -56,6 +50,12 @@ class ResponseCallback(TrainerCallback):
         if isinstance(self._bank, Exception):
             raise self._bank
         return self._bank
+
+    @property
+    def recorder(self) -> ResponseRecorder:
+        """What records the run, from its beginning on."""
+        assert self._recorder is not None, "training has not begun"
+        return self._recorder
 
     def on_train_begin(
         self,
@@ -72,111 +72,78 @@ class ResponseCallback(TrainerCallback):
         assert model is not None
         trainer, checkpoint = _training_call()
         _refuse(args, trainer)
-        if self._exposure is not None:  # an earlier run was interrupted
-            self._exposure.detach()
-        self._exposure, self._bank = None, None
-        self._original = trainer.train_dataset if self.dataset is None and trainer is not None else self.dataset
-        self._tokenizer = processing_class
-        self._parameters = Parameters.of(model, self.config.parameters)
-        self._preconditioner = Preconditioner.of(optimizer, model, self._parameters)
-        self._shifted = objective_of(model, self.config.objective).name == "causal-lm"
-        loader = loader_of(train_dataloader)
-        if self._original is None:
-            self._original = loader.dataset
-        check(model, loader.dataset, loader.collate_fn, self.config, self._original)
+        if self._recorder is not None:  # an earlier run, perhaps interrupted
+            self._recorder.detach()
+        self._recorder, self._bank, self._trainer = None, None, trainer
         folder = Path(checkpoint or Path(args.output_dir) / f"checkpoint-{state.global_step}") / RECORD
-        self._record = self._begin(state, folder, len(loader.dataset))  # type: ignore[arg-type]
-        self._exposure = Exposure(model, loader)
-        self._trainer = trainer
+        averaged = args.average_tokens_across_devices
+        self._recorder = ResponseRecorder(
+            self.config, accelerator=None if trainer is None else trainer.accelerator,
+            model=model if trainer is None else trainer.model_wrapped, optimizer=optimizer,
+            dataloader=train_dataloader, steps=state.max_steps, processing_class=processing_class,
+            dataset=trainer.train_dataset if self.dataset is None and trainer is not None else self.dataset,
+            resume=folder if _recorded(folder, state) else None, begun=state.global_step,
+            _smoothing=args.label_smoothing_factor,
+            _rule=(args.world_size if averaged else 1) if args.label_smoothing_factor else None,
+        )  # fmt: skip
         self._check = SelfCheck(model, trainer) if self.config.self_check else None
         keep_card(trainer, self.config.folder)
-
-    def _begin(self, state: TrainerState, folder: Path, total: int) -> Record:
-        """A fresh record, or the one in `folder`, of the checkpoint from which the run is resumed."""
-        if state.global_step == 0:
-            seen = self._preconditioner
-            return Record(
-                state.max_steps, self.config.segments, seen.momentum, seen.weight_decay, total=total,
-                optimizer=seen.kind,
-            )  # fmt: skip
-        if not folder.is_dir():
-            raise UnsupportedError(
-                f"training resumes at step {state.global_step}, but {folder} is missing: the checkpoint was made "
-                "without ResponseCallback, so nobody knows which rows the earlier steps saw. Start over with the "
-                "callback, or resume without it"
-            )
-        record = Record.load(folder)
-        if record.steps != state.max_steps:
-            raise UnsupportedError(f"the run was planned for {record.steps} steps and now for {state.max_steps}")
-        if record.total != total:
-            raise UnsupportedError(f"the run began with {record.total} rows and is resumed with {total}")
-        return record
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note the rows and the learning rate of the step that was just taken."""
-        if self._exposure is None:
-            return
-        optimizer = kwargs["optimizer"]
-        rows, weights = self._exposure.step(self._shifted)
-        rate = self._preconditioner.learning_rate(optimizer)
-        self._record.add(0.0 if getattr(optimizer, "step_was_skipped", False) else rate, rows, weights)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Copy what responds, half-way through a segment."""
-        if self._exposure is not None and self._record.due(state.global_step):
-            self._record.snapshots.append(self._snapshot(state.global_step, **kwargs))
-
-    def _snapshot(self, step: int, model: nn.Module, optimizer: Any, **_: Any) -> Snapshot:
-        theta = self._parameters.read(model).cpu()
-        return Snapshot(step, theta, self._preconditioner.diagonal(optimizer, model, self._parameters))
+        """Note the rows and the learning rate of the step that was just taken; half-way through a segment, copy what
+        responds."""
+        if self._recorder is not None:
+            self._recorder.step()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the record into the checkpoint, so that a resumed run ends with the same bank."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self._exposure is not None and state.is_world_process_zero and folder.is_dir():
-            replace(self._record, end=self._snapshot(state.global_step, **kwargs)).save(folder / RECORD)
+        if self._recorder is not None:
+            self._recorder.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / RECORD)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Respond, factorise and write; what was recorded is on disk until the bank is."""
-        if self._exposure is None:
+        recorder = self._recorder
+        if recorder is None:
             return
-        exposure = self._exposure
-        exposure.detach()
-        self._exposure = None
         # A name that begins with an underscore is not uploaded with the model.
         kept = Path(args.output_dir) / f"_{RECORD}"
+        best = state.best_global_step if args.load_best_model_at_end else None
         try:
-            best = state.best_global_step if args.load_best_model_at_end else None
-            self._record.end = self._snapshot(best or state.global_step, **kwargs)
-            self._record.save(kept)
+            recorder.end(kept, best)
             finish_pushes(self._trainer)
-            self._bank = self._respond(kwargs["model"], exposure, Path(args.output_dir) / self.config.folder)
+            self._bank = recorder.finish(Path(args.output_dir) / self.config.folder)
         except Exception as error:  # whatever it is, the trained model must not be lost with the bank
             self._bank = error
-            logger.error(
-                "training is done, but its response bank could not be made: %s\nWhat was recorded is in %s: finish "
-                "with build_bank(model, dataset, config, record=%r)",
-                error, kept, str(kept), exc_info=not isinstance(error, AttributionError | OSError),
-            )  # fmt: skip
+            if state.is_world_process_zero:
+                logger.error(
+                    "training is done, but its response bank could not be made: %s\nWhat was recorded is in %s: "
+                    "finish with build_bank(model, dataset, config, record=%r)",
+                    error, kept, str(kept), exc_info=not isinstance(error, AttributionError | OSError),
+                )  # fmt: skip
         else:
-            shutil.rmtree(kept)
+            if state.is_world_process_zero:
+                shutil.rmtree(kept)
             if self._check is not None:
-                order = self._record.rows
-                self._check(self._bank, kwargs["model"], exposure.dataset, exposure.collate, order, self.config)
+                order = recorder.record.rows
+                self._check(
+                    self._bank, recorder.model, recorder.rows, recorder.exposure.collate, order, self.config
+                )  # fmt: skip
             push_at_end(self._trainer, args)
 
-    def _respond(self, model: nn.Module, exposure: Exposure, folder: Path) -> ResponseBank:
-        assert self._record.end is not None
-        return respond(
-            self._record, self._record.end, model, self._parameters, exposure.dataset, exposure.collate, self.config,
-            folder, original=self._original, tokenizer=self._tokenizer,
+
+def _recorded(folder: Path, state: TrainerState) -> bool:
+    """Whether the run goes on from a checkpoint with a record; without one, the bank can only be of what follows."""
+    if state.global_step and not folder.is_dir() and state.is_world_process_zero:
+        logger.warning(
+            "training resumes at step %d, but %s is missing: the checkpoint was made without ResponseCallback. The "
+            "bank will hold responses to the steps from here on only, and say so in its bank.json (run.first)",
+            state.global_step, folder,
         )  # fmt: skip
+    return state.global_step > 0 and folder.is_dir()
 
 
 def _training_call() -> tuple[Trainer | None, str | None]:
@@ -195,13 +162,19 @@ def _training_call() -> tuple[Trainer | None, str | None]:
 
 def _refuse(args: TrainingArguments, trainer: Trainer | None) -> None:
     """What would make the recorded losses differ from the attributed likelihood, or is not there yet."""
-    if args.label_smoothing_factor:
-        raise UnsupportedError(
-            "label smoothing changes the loss away from the likelihood; set label_smoothing_factor=0"
-        )
     if trainer is not None and getattr(trainer, "compute_loss_func", None) is not None:
         raise UnsupportedError("a custom compute_loss_func is not the model's own likelihood; train without it")
+    if getattr(args, "packing", False):  # TRL's
+        raise UnsupportedError(
+            "packing=True makes rows of pieces of rows, which cannot be told apart; set packing=False "
+            "(padding_free=True with ResponseConfig(batch_size=1) computes no padding either)"
+        )
     if args.n_gpu > 1:
         raise UnsupportedError(f"DataParallel over {args.n_gpu} GPUs is not supported: make only one visible")
-    if args.world_size > 1:
-        raise UnsupportedError(f"this run has {args.world_size} processes; several processes are not supported yet")
+    if trainer is not None and trainer.is_deepspeed_enabled:
+        raise UnsupportedError(
+            "DeepSpeed keeps weights and optimizer state in its own engine, where they cannot be read step by step; "
+            "train with DDP"
+        )
+    if trainer is not None and trainer.is_fsdp_enabled:
+        raise UnsupportedError("weights sharded by FSDP are not supported yet; train with DDP")

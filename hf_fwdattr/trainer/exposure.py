@@ -2,10 +2,13 @@
 
 The rows' positions travel inside the batches themselves, so prefetching, workers and sharding cannot misalign them:
 the dataset is wrapped to say each row's position, the collator turns positions into a tensor beside the batch, and a
-hook on the model takes that tensor out again before the forward pass sees it.
+hook on the model takes that tensor out again before the forward pass sees it. What a row's loss weighed is measured
+rather than deduced: the gradient that arrives at the model's own loss holds every factor of the training loop
+(accumulation, number of processes, a gradient scaler), however the loop was written.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..errors import UnsupportedError
+from ..objective import IGNORED
 
 
 KEY = "fwdattr_rows"
@@ -74,57 +78,121 @@ def loader_of(dataloader: Any) -> DataLoader:
     return loader
 
 
-class Exposure:
-    """Attached to a prepared dataloader and a model; collects (rows, weight) of every micro-batch until taken.
+@dataclass
+class Micro:
+    """One micro-batch that went forward. Numbers stay tensors on their device: reading one would make a GPU wait.
 
-    Args:
-        model (`nn.Module`): the trainer's model.
-        loader (`DataLoader`): see `loader_of`.
+    Attributes:
+        rows (`Tensor`): (n,) positions.
+        tokens (`Tensor`, *optional*): what the model divided its summed loss by: the supervised tokens of the whole
+            step where it was told them, otherwise its own; None where it saw no labels.
+        pull (`Tensor`, *optional*): the gradient that came back to the model's loss: whatever the training loop
+            multiplied it with. Where the model returns its tokens' log-likelihoods instead, as TRL's does, what came
+            back to those, negative.
+        least (`Tensor`, *optional*): the least that came back to a token; other than `pull`, tokens weigh unequally.
     """
 
-    def __init__(self, model: nn.Module, loader: DataLoader):
-        self.loader = loader
+    rows: Tensor
+    tokens: Any = None
+    pull: Tensor | None = None
+    least: Tensor | None = None
+
+    def weigh(self, gradient: Tensor) -> None:
+        """Note what came back to the log-likelihoods of tokens, whose weight is then all there is to know."""
+        self.tokens, self.pull, self.least = 1, -gradient.detach().min(), -gradient.detach().max()
+
+
+@dataclass
+class Step:
+    """The micro-batches of an optimizer step, and what else scaled its gradient."""
+
+    rate: float
+    micro: list[Micro]
+    clip: Any = 1.0
+    unscale: float = 1.0
+
+    def settled(self, ranks: int, rule: float | None) -> tuple[float, Tensor, Tensor, float]:
+        """Rate, rows (n,), the weight of each one's summed loss (n,), and clip, as numbers on the CPU.
+
+        Args:
+            ranks (`int`): processes over whose gradients the step took the mean.
+            rule (`float`, *optional*): the pull to assume where the model's loss is not used (label smoothing).
+
+        Raises:
+            UnsupportedError: training did not use the model's loss.
+        """
+        rows, weights = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.float64)]
+        for micro in self.micro:
+            pull = rule if micro.pull is None else float(micro.pull) / self.unscale
+            if pull is None or micro.tokens is None:
+                raise UnsupportedError(
+                    "training does not use the loss that the model returns for `labels` (a custom loss, or label "
+                    "smoothing of a model that is not told num_items_in_batch), so what a row's loss was is unknown; "
+                    "train with the model's own loss"
+                )
+            if micro.least is not None and float(micro.least) < (1.0 - 1e-3) * float(micro.pull or 0.0):
+                raise UnsupportedError(
+                    "the training loss weighs some tokens more than others (loss_type='dft', for one), so it is not "
+                    "the likelihood that is attributed; train with the plain one"
+                )
+            weight = pull / max(float(micro.tokens), 1.0) / ranks
+            rows.append(micro.rows.cpu().reshape(-1))
+            weights.append(torch.full((micro.rows.numel(),), weight, dtype=torch.float64))
+        return self.rate, torch.cat(rows), torch.cat(weights), min(1.0, float(self.clip))
+
+
+class Exposure:
+    """Attached to a prepared dataloader and a model; collects the micro-batches of a step until they are taken.
+
+    Args:
+        model (`nn.Module`): the model that the training loop calls, with whatever it is wrapped in.
+        loader (`DataLoader`): see `loader_of`.
+        shifted (`bool`): whether the first label of a row is not supervised (causal language models).
+    """
+
+    def __init__(self, model: nn.Module, loader: DataLoader, shifted: bool):
+        self.loader, self.shifted = loader, shifted
         self.dataset, self.collate = self.loader.dataset, self.loader.collate_fn
-        self.micro: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
+        self.micro: list[Micro] = []
         # DataLoader forbids assigning .dataset after construction, although it only reads it when iteration begins.
         object.__setattr__(self.loader, "dataset", Indexed(self.dataset))
         self.loader.collate_fn = MarkedCollate(self.collate)
-        self.handle = model.register_forward_pre_hook(self._take, with_kwargs=True, prepend=True)
+        self.handles = [
+            model.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
+            model.register_forward_hook(self._leave),
+        ]
+        self._open: Micro | None = None
 
     def detach(self) -> None:
-        """Put dataset and collator back and remove the hook."""
-        self.handle.remove()
+        """Put dataset and collator back and remove the hooks."""
+        for handle in self.handles:
+            handle.remove()
         object.__setattr__(self.loader, "dataset", self.dataset)
         self.loader.collate_fn = self.collate
 
-    def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def take(self) -> list[Micro]:
+        """The micro-batches since the last call."""
+        taken, self.micro = self.micro, []
+        return taken
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         rows = kwargs.pop(KEY, None)
+        self._open = None
         if rows is not None and module.training:
-            # Tensors are kept as they are: reading a number here would make the GPU wait.
-            self.micro.append((rows, kwargs.get("num_items_in_batch"), kwargs.get("labels")))
+            self._open = Micro(rows, kwargs.get("num_items_in_batch"))
+            labels = kwargs.get("labels")
+            if self._open.tokens is None and labels is not None:
+                counted = labels[:, 1:] if self.shifted and labels.ndim > 1 else labels
+                self._open.tokens = (counted != IGNORED).sum()
+            self.micro.append(self._open)
         return args, kwargs
 
-    def step(self, shifted: bool) -> tuple[Tensor, Tensor]:
-        """Rows (n,) of the optimizer step that just ended and the weight 1 / n_t of each one's summed loss (n,).
-
-        Args:
-            shifted (`bool`): whether the first label of a row is not supervised (causal language models).
-        """
-        rows, weights = [], []
-        for positions, items, labels in self.micro:
-            if items is not None:  # the loss was divided by the supervised tokens of the whole step
-                weight = 1.0 / float(items)
-            else:  # it was a mean over the micro-batch, and then over micro-batches
-                if labels is None:
-                    raise UnsupportedError(
-                        "the model was called without labels (a custom loss, or label smoothing), so what a row's "
-                        "loss was is unknown; train with the model's own loss"
-                    )
-                counted = labels[:, 1:] if shifted and labels.ndim > 1 else labels
-                weight = 1.0 / max(int((counted != -100).sum()), 1) / len(self.micro)
-            rows.append(positions.cpu().reshape(-1))
-            weights.append(torch.full((positions.numel(),), weight, dtype=torch.float64))
-        self.micro = []
-        if not rows:
-            return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
-        return torch.cat(rows), torch.cat(weights)
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        micro, self._open = self._open, None
+        if micro is None or not hasattr(output, "get"):
+            return
+        loss, tokens = output.get("loss"), output.get("log_probs")
+        if isinstance(tokens, Tensor) and tokens.requires_grad:  # TRL's models have both, and it uses these
+            tokens.register_hook(micro.weigh)
+        elif isinstance(loss, Tensor) and loss.requires_grad:
+            loss.register_hook(lambda gradient: setattr(micro, "pull", gradient.detach()))

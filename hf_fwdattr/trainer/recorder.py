@@ -1,155 +1,231 @@
-"""The record of a run: exposures of every step, and a snapshot in the middle of every segment."""
+"""What the callback does, without the Trainer: three calls around a training loop of one's own."""
 
-import json
-from dataclasses import dataclass, field
-from itertools import pairwise
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from ..bank.files import read_tensors, write_atomically, write_tensors
+from ..bank.bank import ResponseBank
+from ..config import ResponseConfig
 from ..errors import BankError, UnsupportedError
-from ..response.horizon import ExplicitHorizon, Horizon, NaturalHorizon
-from ..response.segment import Segment
+from ..objective import objective_of
+from ..parameters import Parameters
+from ..response.ranks import Ranks
+from .build import check, respond
+from .clipping import Clipping
+from .exposure import Exposure, Step, loader_of
+from .optimizer import Preconditioner
+from .record import Record, Snapshot
 
 
-@dataclass
-class Snapshot:
-    """Responding parameters and the optimizer's diagonal after `step` steps, both (P,)."""
-
-    step: int
-    theta: Tensor
-    diagonal: Tensor
+_SETTLE = 64  # steps whose numbers may stay on the device before they are read
 
 
-@dataclass
-class Record:
-    """What is written down while a model trains; small, because only responding parameters are copied.
+class ResponseRecorder:
+    """Records a fine-tune in a loop of one's own over Accelerate, and makes its response bank.
 
-    Attributes:
-        steps (`int`): planned length of the run in optimizer steps.
-        segments (`int`): S.
-        momentum, weight_decay (`float`): of the optimizer.
-        rates (`list[float]`): learning rate of each step; 0 for a step that was skipped.
-        rows, weights (`list[Tensor]`): per step, (n,) row positions and the weight of each one's summed loss.
-        snapshots (`list[Snapshot]`): one per segment reached so far.
-        total (`int`): rows of the training set; 0 where nobody counted.
-        optimizer (`str`): its kind.
-        end (`Snapshot`, *optional*): the parameters that the run ended with, or was saved with.
+    Three calls: make one when model, optimizer and dataloader are prepared; `step()` right after every
+    `optimizer.step()`; `finish(folder)` when training is done. The loop must train on the loss that the model returns
+    for `labels` (however scaled), and clip, if at all, by `accelerator.clip_grad_norm_`. Under several processes every
+    rank makes every call.
+
+    ```python
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    recorder = ResponseRecorder(
+        config, accelerator=accelerator, model=model, optimizer=optimizer, dataloader=loader, steps=steps
+    )
+    for _ in range(epochs):
+        for batch in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(**batch).loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                recorder.step()
+                scheduler.step()
+                optimizer.zero_grad()
+    bank = recorder.finish(folder / "fwdattr")
+    accelerator.unwrap_model(model).save_pretrained(folder)
+    ```
+
+    Args:
+        config (`ResponseConfig`, *optional*): settings.
+        accelerator (`Accelerator`): the loop's.
+        model, optimizer, dataloader: as `accelerator.prepare` returned them.
+        steps (`int`): optimizer steps that are planned; segments are cut from it.
+        dataset (*optional*): the training set with its row-id and source columns, if the dataloader's lacks them.
+        processing_class (*optional*): the tokenizer, to be known by its hash.
+        resume (`str` or `Path`, *optional*): folder that `save` wrote when the checkpoint was made from which the loop
+            now goes on.
+        begun (`int`): steps that were taken before, of which there may be no record.
+
+    Raises:
+        UnsupportedError: before the first step, for whatever the mathematics does not cover.
     """
 
-    steps: int
-    segments: int
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    rates: list[float] = field(default_factory=list)
-    rows: list[Tensor] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)
-    snapshots: list[Snapshot] = field(default_factory=list)
-    total: int = 0
-    optimizer: str = "none"
-    end: Snapshot | None = None
+    def __init__(
+        self,
+        config: ResponseConfig | None = None,
+        *,
+        accelerator: Any,
+        model: nn.Module,
+        optimizer: Any,
+        dataloader: Any,
+        steps: int,
+        dataset: Any = None,
+        processing_class: Any = None,
+        resume: str | Path | None = None,
+        begun: int = 0,
+        _smoothing: float = 0.0,
+        _rule: float | None = None,
+    ):
+        self.config = config or ResponseConfig()
+        self.ranks = Ranks.of_run()
+        self.model = model if accelerator is None else accelerator.unwrap_model(model)
+        self.parameters = Parameters.of(self.model, self.config.parameters)
+        self.preconditioner = Preconditioner.of(optimizer, self.model, self.parameters)
+        self._accelerator, self._rule, self.tokenizer = accelerator, _rule, processing_class
+        self._optimizer = getattr(optimizer, "optimizer", optimizer)
+        self._scaler = getattr(optimizer, "scaler", None)
+        loader = loader_of(dataloader)
+        self.original = loader.dataset if dataset is None else dataset
+        check(self.model, loader.dataset, loader.collate_fn, self.config, self.original)
+        self.record = self._begin(resume, steps, begun, len(loader.dataset), _smoothing)  # type: ignore[arg-type]
+        shifted = objective_of(self.model, self.config.objective).name == "causal-lm"
+        self.exposure = Exposure(model, loader, shifted)
+        live = self.parameters.tensors(self.model)
+        self._clipping = None if accelerator is None else Clipping(accelerator, live)
+        self._hook = self._optimizer.register_step_pre_hook(self._about_to_step)
+        self._rate: float | None = None
+        self._unscale, self._detached = 1.0, False
+        self._pending: list[Step] = []
+        self._merged = len(self.record.rates)
+        self._began, self._visits = time.perf_counter(), 0
 
-    def bounds(self) -> list[tuple[int, int]]:
-        """First step and end of each segment; fewer segments than asked for if the run is shorter."""
-        count = max(1, min(self.segments, self.steps))
-        edges = [round(index * self.steps / count) for index in range(count + 1)]
-        return list(pairwise(edges))
+    def _begin(self, resume: str | Path | None, steps: int, begun: int, total: int, smoothing: float) -> Record:
+        """A fresh record, or the one that rank 0 finds in the folder."""
+        seen = self.preconditioner
+        if resume is None:
+            return Record(
+                steps, self.config.segments, seen.momentum, seen.weight_decay, total=total, optimizer=seen.kind,
+                first=begun, smoothing=smoothing,
+            )  # fmt: skip
+        with self.ranks.together():
+            loaded = Record.load(Path(resume)) if self.ranks.rank == 0 else None
+        record: Record = self.ranks.objects(loaded)[0]
+        record.end = None
+        if record.steps != steps:
+            raise UnsupportedError(f"the run was planned for {record.steps} steps and now for {steps}")
+        if record.total != total:
+            raise UnsupportedError(f"the run began with {record.total} rows and is resumed with {total}")
+        if begun and record.taken != begun:
+            raise BankError(f"the record in {resume} is of {record.taken} steps and training resumes after {begun}")
+        return record
 
-    def due(self, step: int) -> bool:
-        """Whether a snapshot belongs after this many steps: half-way through a segment."""
-        return any(step == start + max(1, (end - start) // 2) for start, end in self.bounds())
+    def step(self) -> None:
+        """Note the step that was just taken; does nothing where the optimizer only accumulates."""
+        skipped = self._accelerator is not None and self._accelerator.optimizer_step_was_skipped
+        if self._rate is None and not skipped:
+            return
+        step = Step(0.0 if self._rate is None else self._rate, self.exposure.take(), unscale=self._unscale)
+        if self._clipping is not None:
+            clip = self._clipping.take()
+            step.clip = clip if step.rate else 1.0
+        self._rate = None
+        self._visits += sum(micro.rows.numel() for micro in step.micro)
+        self._pending.append(step)
+        if len(self._pending) >= _SETTLE or self.taken <= self.record.first + 1:  # the first: to complain at once
+            self._settle()
+        if self.record.due(self.taken):
+            self.record.snapshots.append(self.snapshot(self.taken))
 
-    def add(self, rate: float, rows: Tensor, weights: Tensor) -> None:
-        """Write down one optimizer step."""
-        self.rates.append(rate)
-        self.rows.append(rows)
-        self.weights.append(weights)
+    @property
+    def taken(self) -> int:
+        """Optimizer steps so far."""
+        return self.record.taken + len(self._pending)
 
-    def build(self, total: int, end: Snapshot, horizon: dict[str, float] | None = None) -> list[Segment]:
-        """The segments of the run, for the passes.
+    def _about_to_step(self, *_: Any) -> None:
+        self._rate = self.preconditioner.learning_rate(self._optimizer)
+        if self._scaler is not None:  # which changes its scale after the step
+            self._unscale = self._scaler.get_scale()
+
+    def _settle(self) -> None:
+        ranks = 1 if self._accelerator is None else self._accelerator.num_processes
+        for step in self._pending:
+            if not step.micro:
+                raise UnsupportedError(
+                    "the model was not called with the batches of the dataloader (a trainer that makes its own of "
+                    "them, as DPO does of pairs), so nobody knows which rows this step saw"
+                )
+            rate, rows, weights, clip = step.settled(ranks, self._rule)
+            self.record.add(rate, rows, weights, clip)
+        self._pending = []
+
+    def _merge(self) -> None:
+        """Make every rank's record whole: the rows that each saw since the last time, put together."""
+        with self.ranks.together():
+            self._settle()
+        new = slice(self._merged, None)
+        everyone = self.ranks.objects((self.record.rows[new], self.record.weights[new]))
+        if self.ranks.size > 1:
+            self.record.rows[new] = [torch.cat(parts) for parts in zip(*(rows for rows, _ in everyone), strict=True)]
+            self.record.weights[new] = [torch.cat(parts) for parts in zip(*(w for _, w in everyone), strict=True)]
+        self._merged = len(self.record.rates)
+
+    def snapshot(self, step: int) -> Snapshot:
+        """What responds, and the optimizer's diagonal, now."""
+        theta = self.parameters.read(self.model).cpu()
+        return Snapshot(step, theta, self.preconditioner.diagonal(self._optimizer, self.model, self.parameters))
+
+    def save(self, folder: str | Path) -> None:
+        """Put the record beside a checkpoint, so that a run that resumes from it ends with the same bank."""
+        self._merge()
+        with self.ranks.together():
+            if self.ranks.rank == 0:
+                replace(self.record, end=self.snapshot(self.taken)).save(Path(folder))
+
+    def detach(self) -> None:
+        """Leave model, dataloader, optimizer and accelerator as they were found; once."""
+        if self._detached:
+            return
+        self._detached = True
+        self.exposure.detach()
+        self._hook.remove()
+        if self._clipping is not None:
+            self._clipping.detach()
+
+    def end(self, keep: Path | None = None, until: int | None = None) -> None:
+        """Training is over; `finish` calls this by itself.
 
         Args:
-            total (`int`): number of training rows.
-            end (`Snapshot`): the final parameters; its step may be earlier than the last (a best model loaded back).
-            horizon (`dict`, *optional*): the paper's form at the end, instead of the run's own segments.
+            keep (`Path`, *optional*): where the record is put, to be finished with `build_bank` should the passes
+                fail.
+            until (`int`, *optional*): the step of which the weights are, if not the last (a best model loaded back).
         """
-        if horizon is not None:
-            explicit = ExplicitHorizon(**horizon)
-            exposure, steps = self._exposure(0, end.step, total, rates=False)
-            return [Segment(end.theta, torch.ones_like(end.theta), explicit, exposure / max(steps, 1.0))]
-        segments = []
-        for start, stop in self.bounds():
-            stop = min(stop, end.step)
-            if stop <= start:
-                continue
-            inside = [s for s in self.snapshots if start < s.step <= stop]
-            middle = inside[0] if inside else end
-            exposure, tau = self._exposure(start, stop, total)
-            if tau == 0.0:
-                continue
-            natural: Horizon = NaturalHorizon(tau / (1.0 - self.momentum))
-            segments.append(Segment(middle.theta, middle.diagonal, natural, exposure / tau, self.weight_decay))
-        if not segments:
-            raise UnsupportedError(
-                "no optimizer step was recorded (or every learning rate was zero): nothing responds"
-            )
-        return segments
+        self.detach()
+        self._spent = time.perf_counter() - self._began
+        self._merge()
+        self.record.end = self.snapshot(until or self.taken)
+        with self.ranks.together():
+            if keep is not None and self.ranks.rank == 0:
+                self.record.save(keep)
 
-    def _exposure(self, start: int, stop: int, total: int, rates: bool = True) -> tuple[Tensor, float]:
-        """(rows,) sums of rate x weight over steps, and the sum of rates; without `rates` every rate counts as one."""
-        exposure, tau = torch.zeros(total, dtype=torch.float64), 0.0
-        for step in range(start, min(stop, len(self.rates))):
-            rate = self.rates[step] if rates else 1.0
-            exposure.index_add_(0, self.rows[step], rate * self.weights[step])
-            tau += rate
-        return exposure, tau
+    def finish(self, folder: str | Path) -> ResponseBank:
+        """The passes over the training set; writes the bank into the folder and opens it.
 
-    def save(self, folder: Path) -> None:
-        """Write to `folder`, so that a run that is resumed goes on with it."""
-        folder.mkdir(parents=True, exist_ok=True)
-        counts = [len(rows) for rows in self.rows]
-        tensors = {
-            "rates": torch.tensor(self.rates, dtype=torch.float64),
-            "counts": torch.tensor(counts, dtype=torch.int64),
-            "rows": torch.cat(self.rows) if self.rows else torch.zeros(0, dtype=torch.int64),
-            "weights": torch.cat(self.weights) if self.weights else torch.zeros(0, dtype=torch.float64),
-        }
-        snapshots = [*self.snapshots, *([] if self.end is None else [self.end])]
-        for index, snapshot in enumerate(snapshots):
-            tensors |= {f"theta.{index}": snapshot.theta, f"diagonal.{index}": snapshot.diagonal}
-        write_tensors(folder / "record.safetensors", tensors)
-        settings = {
-            "steps": self.steps, "segments": self.segments, "momentum": self.momentum,
-            "weight_decay": self.weight_decay, "total": self.total, "optimizer": self.optimizer,
-            "taken": len(self.rates), "ended": self.end is not None, "snapshots": [s.step for s in snapshots],
-        }  # fmt: skip
-        write_atomically(folder / "record.json", json.dumps(settings, indent=2).encode())
-
-    @classmethod
-    def load(cls, folder: Path) -> "Record":
-        """Read what `save` wrote.
-
-        Raises:
-            BankError: there is no whole record.
+        Args:
+            folder (`str` or `Path`): the bank's own, `<where the model is saved>/fwdattr`; of a disk that all ranks
+                see.
         """
-        if not (folder / "record.json").is_file() or not (folder / "record.safetensors").is_file():
-            raise BankError(f"no record of a run in {folder}: it needs record.json and record.safetensors")
-        settings = json.loads((folder / "record.json").read_text())
-        tensors = read_tensors(folder / "record.safetensors")
-        counts = tensors["counts"].tolist()
-        steps, taken, ended = (settings.pop(name) for name in ("snapshots", "taken", "ended"))
-        if taken != len(counts):
-            raise BankError(
-                f"{folder} was cut off while it was written: {taken} steps in one file, {len(counts)} in another"
-            )
-        snapshots = [Snapshot(s, tensors[f"theta.{i}"], tensors[f"diagonal.{i}"]) for i, s in enumerate(steps)]
-        return cls(
-            **settings,
-            end=snapshots.pop() if ended else None,
-            rates=tensors["rates"].tolist(),
-            rows=list(tensors["rows"].split(counts)),
-            weights=list(tensors["weights"].split(counts)),
-            snapshots=snapshots,
-        )
+        if self.record.end is None:
+            self.end()
+        assert self.record.end is not None
+        return respond(
+            self.record, self.record.end, self.model, self.parameters, self.exposure.dataset, self.exposure.collate,
+            self.config, Path(folder), original=self.original, tokenizer=self.tokenizer, ranks=self.ranks,
+            pace=self._spent / self._visits if self._visits else None,
+        )  # fmt: skip

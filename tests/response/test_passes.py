@@ -20,7 +20,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
     folder = tmp_path_factory.mktemp("run")
     model, callback = adapted(base()), ResponseCallback(config())
     trainer_for(folder, model, training_set(), callback).train()
-    callback._record.save(folder / "record")
+    callback.recorder.record.save(folder / "record")
     return model, folder / "record"
 
 

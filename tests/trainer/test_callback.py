@@ -14,7 +14,7 @@ from transformers import Trainer
 import hf_fwdattr.bank.files
 from hf_fwdattr import ResponseBank, ResponseCallback, ResponseConfig, build_bank
 from hf_fwdattr.errors import BankError, MismatchError, NumericalError, QueryError, UnsupportedError
-from hf_fwdattr.trainer.callback import RECORD
+from hf_fwdattr.trainer.callback import RECORD, _refuse
 from tests.cases import adapted, gpt2, padded, token_rows
 from tests.reference import agree
 from tests.runs import ROWS, ask, base, config, fine_tune, queries, trainer_for, training_set, weights
@@ -57,7 +57,7 @@ def test_the_bank_lies_beside_the_model_and_nothing_else_is_left(tmp_path: Path)
     assert len(list((tmp_path / "fwdattr").iterdir())) == 4  # bank.json, probes of rows and of sources, coordinates
     bank = ResponseBank.from_pretrained(tmp_path)
     assert bank.manifest == callback.bank.manifest  # type: ignore[union-attr]
-    assert bank.manifest.weights == callback._parameters.fingerprint(model)
+    assert bank.manifest.weights == callback.recorder.parameters.fingerprint(model)
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     assert model.training
     assert not model._forward_pre_hooks
@@ -89,7 +89,6 @@ class Stop(Exception):
     ("settings", "how", "error", "message"),
     [
         ({}, dict(optim="adagrad"), UnsupportedError, "AdamW, Adam and SGD"),
-        ({}, dict(label_smoothing_factor=0.1), UnsupportedError, "label_smoothing_factor=0"),
         ({}, dict(compute_loss_func=lambda *_, **__: 0), UnsupportedError, "compute_loss_func"),
         (dict(parameters="nothing_like_it"), {}, UnsupportedError, "selects no weight"),
         (dict(parameters=[r"wte"]), {}, UnsupportedError, "is not trained by the optimizer"),
@@ -136,14 +135,24 @@ def test_a_dataset_for_sources_must_have_the_rows_that_were_trained_on(tmp_path:
         trainer_for(tmp_path, adapted(base()), training_set(), callback).train()
 
 
-def test_several_processes_and_devices_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, message in (("n_gpu", "DataParallel"), ("world_size", "2 processes")):
-        trainer = trainer_for(tmp_path, adapted(base()), training_set(), None)
-        callback = ResponseCallback(config())
-        arguments = type("Arguments", (type(trainer.args),), {name: 2})
-        object.__setattr__(trainer.args, "__class__", arguments)
-        with pytest.raises(UnsupportedError, match=message):
-            callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+@pytest.mark.parametrize(
+    ("where", "name", "value", "message"),
+    [
+        ("args", "n_gpu", 2, "DataParallel over 2 GPUs"),
+        ("trainer", "is_deepspeed_enabled", True, "DeepSpeed keeps weights"),
+        ("trainer", "is_fsdp_enabled", True, "sharded by FSDP"),
+    ],
+)
+def test_what_shares_the_model_in_another_way_is_refused(
+    tmp_path: Path, where: str, name: str, value: Any, message: str
+) -> None:
+    trainer = trainer_for(tmp_path, adapted(base()), training_set(), None)
+    if where == "args":
+        object.__setattr__(trainer.args, "__class__", type("Changed", (type(trainer.args),), {name: value}))
+    else:
+        setattr(trainer, name, value)
+    with pytest.raises(UnsupportedError, match=message):
+        _refuse(trainer.args, trainer)
 
 
 def test_a_diverged_run_keeps_its_result_and_its_record_and_makes_no_bank(
@@ -275,12 +284,28 @@ def test_a_resumed_run_ends_with_the_same_bank(tmp_path: Path, moved: bool) -> N
     assert torch.equal(scores(model, callback.bank), expected)
 
 
-def test_a_checkpoint_without_a_record_is_not_resumed(tmp_path: Path) -> None:
+def test_after_a_checkpoint_without_a_record_the_bank_is_of_the_rest_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows count for what they did from step 5 on: as in a record of those steps alone."""
     how: dict[str, Any] = dict(save_strategy="steps", save_steps=5)
     trainer_for(tmp_path, adapted(base()), training_set(), None, **how).train()
-    trainer = trainer_for(tmp_path, adapted(base()), training_set(), ResponseCallback(config()), **how)
-    with pytest.raises(UnsupportedError, match="nobody knows which rows the earlier steps saw"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    model, callback = adapted(base()), ResponseCallback(config(segments=1))
+    trainer = trainer_for(tmp_path, model, training_set(), callback, **how)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert callback.bank is not None
+    assert callback.bank.manifest.run.model_dump() == {"steps": 12, "first": 5, "label_smoothing": 0.0}
+    assert [message for message in caplog.messages if "from here on only" in message]
+    record, rates = callback.recorder.record, [1e-2 * (1 - step / 12) for step in range(5, 12)]
+    assert record.rates == pytest.approx(rates)
+    (segment,) = callback.bank.manifest.segments
+    assert segment.length == pytest.approx(sum(r * c for r, c in zip(rates, record.clips, strict=True)))
+    # Going on from the checkpoint that this run made gives the same bank.
+    expected = scores(model, callback.bank)
+    again, later = adapted(base()), ResponseCallback(config(segments=1))
+    trainer = trainer_for(tmp_path, again, training_set(), later, **how)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert torch.equal(scores(again, later.bank), expected)
 
 
 def test_another_plan_or_another_number_of_rows_is_not_resumed(tmp_path: Path) -> None:
@@ -338,7 +363,7 @@ def test_the_best_models_bank_is_of_the_steps_up_to_it(tmp_path: Path) -> None:
     bank = callback.bank
     assert bank is not None
     assert [segment.length for segment in bank.manifest.segments] == [pytest.approx(4e-2)]
-    assert bank.manifest.weights == callback._parameters.fingerprint(model)
+    assert bank.manifest.weights == callback.recorder.parameters.fingerprint(model)
     short = adapted(base())
     end = fine_tune(tmp_path / "short", short, config(segments=1), lr_scheduler_type="constant", num_train_epochs=1)
     agree(scores(model, bank), scores(short, end.bank), 1e-6)
@@ -393,7 +418,7 @@ def test_a_record_of_other_rows_or_other_weights_is_refused(tmp_path: Path) -> N
     trainer = trainer_for(tmp_path, model, training_set(), callback, Interrupting())
     trainer.train()
     record = tmp_path / "kept"
-    callback._record.save(record)
+    callback.recorder.record.save(record)
     with pytest.raises(MismatchError, match="recorded on 12 rows and the dataset has 11"):
         build_bank(model, training_set(11), config(), data_collator=padded, record=record)
     with pytest.raises(MismatchError, match="other weights"):

@@ -2,42 +2,49 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from hf_fwdattr.bank.identity import tokenizer_hash
 from hf_fwdattr.errors import UnsupportedError
-from hf_fwdattr.trainer.exposure import KEY, Exposure, Indexed, loader_of
+from hf_fwdattr.trainer.exposure import KEY, Exposure, Indexed, Step, loader_of
 from hf_fwdattr.trainer.identity import dataset_identity, model_identity
 from tests.cases import adapted, gpt2, padded, token_rows
 from tests.runs import tokenizer, training_set
 
 
 class Seeing(nn.Module):
-    """A model that remembers what it was called with."""
+    """A model that remembers what it was called with, and returns a loss."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
         self.calls: list[dict[str, Any]] = []
 
-    def forward(self, **given: Any) -> None:
+    def forward(self, **given: Any) -> dict[str, Tensor]:
         self.calls.append(given)
+        return {"loss": 2.0 * self.weight} if "labels" in given else {}
 
 
-def attached() -> tuple[Seeing, DataLoader, Exposure]:
+def attached(shifted: bool = True) -> tuple[Seeing, DataLoader, Exposure]:
     model = Seeing().train()
     loader: DataLoader = DataLoader(token_rows(10), batch_size=4, collate_fn=padded)  # type: ignore[arg-type]
-    return model, loader, Exposure(model, loader)
+    return model, loader, Exposure(model, loader, shifted)
+
+
+def settled(exposure: Exposure, ranks: int = 1, rule: float | None = None, **more: Any) -> tuple[list, list]:
+    _, rows, weights, _ = Step(0.1, exposure.take(), **more).settled(ranks, rule)
+    return rows.tolist(), weights.tolist()
 
 
 def test_rows_are_known_and_the_model_does_not_see_them() -> None:
     model, loader, exposure = attached()
     rows, weights = [], []
     for batch in loader:
-        model(**batch, num_items_in_batch=torch.tensor(8))
-        step = exposure.step(shifted=True)
-        rows.append(step[0].tolist())
-        weights.append(step[1].tolist())
+        model(**batch, num_items_in_batch=torch.tensor(8))["loss"].backward()
+        step = settled(exposure)
+        rows.append(step[0])
+        weights.append(step[1])
     assert rows == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert weights == [[1 / 8] * 4, [1 / 8] * 4, [1 / 8] * 2]
     assert all(set(call) == {"input_ids", "labels", "attention_mask", "num_items_in_batch"} for call in model.calls)
@@ -46,37 +53,50 @@ def test_rows_are_known_and_the_model_does_not_see_them() -> None:
 
 
 @pytest.mark.parametrize("shifted", [True, False])
-def test_without_a_count_the_loss_is_a_mean_of_means(shifted: bool) -> None:
-    """Two micro-batches of one step: each is divided by its own labels and by two."""
-    model, loader, exposure = attached()
+def test_without_a_count_the_loss_is_a_mean_and_the_loop_says_what_it_made_of_it(shifted: bool) -> None:
+    """Two micro-batches of one step: each is divided by its own labels, and by whatever the loop divides them by."""
+    model, loader, exposure = attached(shifted)
     batches = iter(loader)
     expected = []
-    for _ in range(2):
+    for share in (0.5, 0.25):
         batch = next(batches)
-        model(**batch)
+        (model(**batch)["loss"] * share * 1024.0).backward()
         labels = batch["labels"][:, 1:] if shifted else batch["labels"]
-        expected += [0.5 / int((labels != -100).sum())] * 4
-    rows, weights = exposure.step(shifted)
-    assert rows.tolist() == list(range(8))
-    assert weights.tolist() == pytest.approx(expected)
-    assert exposure.step(shifted)[0].tolist() == []
+        expected += [share / 3 / int((labels != -100).sum())] * 4
+    rows, weights = settled(exposure, ranks=3, unscale=1024.0)
+    assert rows == list(range(8))
+    assert weights == pytest.approx(expected)
+    assert settled(exposure)[0] == []
 
 
-def test_a_model_called_without_labels_is_refused() -> None:
+def test_a_loss_that_is_not_the_models_is_refused() -> None:
+    model, loader, exposure = attached()
+    batch = next(iter(loader))
+    (model(**batch)["loss"].detach() * model.weight).backward()
+    with pytest.raises(UnsupportedError, match="does not use the loss that the model returns"):
+        settled(exposure)
+    del batch["labels"]
+    model(**batch)
+    with pytest.raises(UnsupportedError, match="does not use the loss that the model returns"):
+        settled(exposure, rule=1.0)
+
+
+def test_a_rule_stands_in_for_a_loss_that_is_made_of_the_logits() -> None:
     model, loader, exposure = attached()
     batch = next(iter(loader))
     del batch["labels"]
-    model(**batch)
-    with pytest.raises(UnsupportedError, match="called without labels"):
-        exposure.step(True)
+    model(**batch, num_items_in_batch=7)
+    assert settled(exposure, ranks=2, rule=2.0)[1] == [pytest.approx(1 / 7)] * 4
 
 
 def test_evaluation_in_between_is_not_training() -> None:
     model, loader, exposure = attached()
     model.eval()
-    model(**next(iter(loader)))
+    batch = next(iter(loader))
+    batch[KEY] = torch.arange(4)
+    model(**batch)
     model(input_ids=torch.zeros(1, 2))
-    assert exposure.step(True)[0].tolist() == []
+    assert settled(exposure)[0] == []
     assert KEY not in model.calls[0]
 
 
@@ -87,6 +107,7 @@ def test_afterwards_everything_is_as_before() -> None:
     assert dataset == token_rows(10)
     assert loader.collate_fn is padded
     assert not model._forward_pre_hooks
+    assert not model._forward_hooks
     assert KEY not in next(iter(loader))
 
 

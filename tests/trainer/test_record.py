@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hf_fwdattr.bank.files import read_tensors
 from hf_fwdattr.errors import BankError, UnsupportedError
-from hf_fwdattr.trainer.recorder import Record, Snapshot
+from hf_fwdattr.trainer.record import Record, Snapshot
 
 
 def recorded(steps: int = 6, segments: int = 2, **changes: float) -> Record:
@@ -70,6 +70,39 @@ def test_a_repeated_row_counts_as_often_as_it_was_seen() -> None:
     assert segment.share.tolist() == pytest.approx([0.1, 0.0, 0.2])
 
 
+def test_a_clipped_step_is_a_step_of_a_smaller_rate_that_decays_as_much() -> None:
+    plain, clipped = Record(2, 1, weight_decay=0.3), Record(2, 1, weight_decay=0.3)
+    for step in range(2):
+        rows, weights = torch.tensor([step]), torch.ones(1, dtype=torch.float64)
+        plain.add((0.5, 0.1)[step], rows, weights)
+        clipped.add(0.5, rows, weights, (1.0, 0.2)[step])
+    (one,), (other,) = plain.build(2, end(2)), clipped.build(2, end(2))
+    torch.testing.assert_close(one.share, other.share)
+    assert one.horizon == other.horizon
+    assert one.weight_decay * 0.6 == pytest.approx(0.3 * 0.6)
+    assert other.weight_decay * 0.6 == pytest.approx(0.3 * 1.0)
+
+
+def test_a_record_that_begins_late_covers_the_rest() -> None:
+    record = Record(10, 2, total=10, first=4)
+    assert record.bounds() == [(4, 7), (7, 10)]
+    for step in range(4, 10):
+        record.add(1.0, torch.tensor([step]), torch.ones(1, dtype=torch.float64))
+        if record.due(record.taken):
+            record.snapshots.append(Snapshot(record.taken, torch.zeros(3), torch.ones(3)))
+    assert [snapshot.step for snapshot in record.snapshots] == [5, 8]
+    segments = record.build(10, end(10))
+    assert [segment.share.nonzero().flatten().tolist() for segment in segments] == [[4, 5, 6], [7, 8, 9]]
+
+
+def test_a_record_takes_four_bytes_for_a_row_and_visit(tmp_path: Path) -> None:
+    record = Record(100, 1, total=10**6)
+    for _ in range(100):
+        record.add(0.1, torch.randint(10**6, (1000,)), torch.full((1000,), 1 / 7, dtype=torch.float64))
+    record.save(tmp_path)
+    assert (tmp_path / "record.safetensors").stat().st_size < 4 * 100 * 1000 + 32 * 100 + 1000
+
+
 def test_steps_without_a_rate_are_no_run() -> None:
     record = Record(2, 1)
     for _ in range(2):
@@ -102,7 +135,7 @@ def test_a_record_survives_the_disk(tmp_path: Path, ended: bool) -> None:
     for one, other in zip(built, rebuilt, strict=True):
         assert torch.equal(one.share, other.share)
         assert torch.equal(one.theta, other.theta)
-    assert len(read_tensors(tmp_path / "deep" / "record" / "record.safetensors")) == 4 + 2 * (3 if ended else 2)
+    assert len(read_tensors(tmp_path / "deep" / "record" / "record.safetensors")) == 6 + 2 * (3 if ended else 2)
 
 
 def test_an_empty_record_survives_too(tmp_path: Path) -> None:

@@ -1,0 +1,135 @@
+"""Run as several processes by torchrun: fine-tunes under named settings; rank 0 writes what came out.
+
+    torchrun --nproc_per_node 2 -m tests.ranks <folder> <name> [<name> ...]
+
+Writes <folder>/<name>.pt with the bank's scores of a few queries, the trained weights, and two laws' residuals. The
+global batch is of four rows whatever the number of processes, so that training is the same.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_fwdattr import ResponseCallback, build_bank
+from hf_fwdattr.objective import CAUSAL_LM
+from hf_fwdattr.trainer.callback import RECORD
+from tests.cases import adapted, padded
+from tests.runs import ask, base, config, queries, trainer_for, training_set, weights
+
+
+ROWS, BATCH = 24, 4
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def wide(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Padded to the model's context."""
+    return padded(rows, 16)
+
+
+# What is changed of the plain run. `rows`, `collate`, `settings` (of the bank), `groups` and `begin` are ours;
+# everything else goes to TrainingArguments.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulated": dict(gradient_accumulation_steps=2),
+    "padded to the context": dict(collate=wide),
+    "two workers": dict(dataloader_num_workers=2),
+    "dispatched": dict(collate=wide, accelerator_config={"dispatch_batches": True}),
+    "last batch dropped": dict(rows=26, dataloader_drop_last=True),
+    "wrapped around": dict(rows=26),
+    "stopped in an epoch": dict(max_steps=8),
+    "warmup and cosine": dict(lr_scheduler_type="cosine", warmup_steps=4),
+    "parameter groups": dict(groups=True),
+    "clipped": dict(max_grad_norm=0.05),
+    "SGD": dict(optim="sgd"),
+    "smoothed labels": dict(label_smoothing_factor=0.1),
+    "grouped by length": dict(train_sampling_strategy="group_by_length"),
+    "activations checkpointed": dict(gradient_checkpointing=True),
+    "evaluated": dict(eval_strategy="steps", eval_steps=3),
+    "tokens not averaged": dict(average_tokens_across_devices=False),
+    "probes": dict(settings=dict(probes=8)),
+    "streamed": dict(settings=dict(probes=8, sample_rows=10)),
+    "on disk": dict(settings=dict(probes=8, sample_rows=10, memory_budget=0)),
+    "failing": dict(settings=dict(objective=None)),
+    "saved": dict(save_strategy="steps", save_steps=5),
+    "resumed": dict(save_strategy="steps", save_steps=5, resume=True),
+}
+
+
+def failing(model: Any, batch: Any) -> Any:
+    """An objective that the last rank cannot compute."""
+    if int(os.environ.get("RANK", "0")) == WORLD - 1:
+        raise ValueError("this row's gradient")
+    return CAUSAL_LM.forward(model, batch)
+
+
+def fine_tuned(folder: Path, name: str) -> tuple[Any, ResponseCallback, Any]:
+    """(model, callback, training set) after training under the settings of this name."""
+    how = dict(SETTINGS[name])
+    changes, rows = how.pop("settings", {}), how.pop("rows", ROWS)
+    settings = config(**changes | (dict(objective=failing) if "objective" in changes else {}))
+    groups, resume = how.pop("groups", False), how.pop("resume", False)
+    share = BATCH // WORLD // how.get("gradient_accumulation_steps", 1)
+    how = dict(per_device_train_batch_size=max(share, 1), collate=padded) | how
+    model, data, callback = adapted(base()), training_set(rows), ResponseCallback(settings)
+    if groups:
+        parts = [
+            [p for n, p in model.named_parameters() if p.requires_grad and ("h.0" in n) == last] for last in (0, 1)
+        ]
+        optimizer = torch.optim.AdamW([{"params": parts[0], "lr": 1e-2}, {"params": parts[1], "lr": 3e-3}])
+        how["optimizers"] = (optimizer, None)
+    if "eval_strategy" in how:
+        how["eval_dataset"] = training_set(5)
+    trainer = trainer_for(folder, model, data, callback, **how)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-5") if resume else None)
+    return model, callback, data
+
+
+def unit_weights(callback: ResponseCallback, data: Any) -> float:
+    """The weights of a step's tokens, as this Trainer counts them, add up to one: the largest deviation from that."""
+    tokens = torch.tensor([sum(label != -100 for label in labels) for labels in data["labels"]]).double()
+    record = callback.recorder.record
+    return max(abs(float(w @ tokens[r]) - 1.0) for r, w in zip(record.rows, record.weights, strict=True))
+
+
+def main(folder: Path, names: list[str], rebuild: bool = False) -> None:
+    for name in names:
+        began = time.perf_counter()
+        where = folder / (name if name not in ("saved", "resumed") else "run")
+        model, callback, data = fine_tuned(where, name)
+        if name == "failing":
+            said = callback.recorder.ranks.objects(str(callback._bank))
+            if callback.recorder.ranks.rank == 0:
+                torch.save({"errors": sorted(said)}, folder / f"{name}-{WORLD}.pt")
+            continue
+        bank = callback.bank
+        record = callback.recorder.record
+        if "gradient_checkpointing" in SETTINGS[name]:  # readouts cannot go through the hook that this needs
+            model.get_base_model().disable_input_require_grads()
+        if callback.recorder.ranks.rank:
+            continue
+        alone = bank
+        if rebuild or name == "wrapped around":
+            record.save(where / RECORD)
+            alone = build_bank(model, data, callback.config, data_collator=padded, record=where / RECORD)
+        found = {
+            "scores": ask(model, bank).scores(queries()),
+            "alone": ask(model, alone).scores(queries()),
+            "sources": ask(model, bank).source_scores(queries()),
+            "weights": weights(model),
+            "unit": unit_weights(callback, data),
+            "clips": record.clips,
+            "visits": sum(len(rows) for rows in record.rows),
+            "rows": [sorted(rows.tolist()) for rows in record.rows],
+        }
+        torch.save(found, folder / f"{name}-{WORLD}.pt")
+        print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), sys.argv[2:] or list(SETTINGS))

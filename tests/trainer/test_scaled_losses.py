@@ -1,0 +1,109 @@
+"""Clipping and label smoothing are part of what a row's loss weighed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.trainer_pt_utils import LabelSmoother
+
+from hf_fwdattr import ResponseCallback
+from hf_fwdattr.errors import UnsupportedError
+from hf_fwdattr.gradients import RowGradients, at_rest
+from hf_fwdattr.objective import CAUSAL_LM, row_losses
+from hf_fwdattr.parameters import Parameters
+from hf_fwdattr.trainer.clipping import Clipping
+from hf_fwdattr.trainer.exposure import Micro, Step
+from tests.cases import adapted, padded, token_rows
+from tests.reference import agree
+from tests.runs import ask, base, config, fine_tune, queries, trainer_for, training_set, weights
+
+
+def test_a_clipped_descent_is_one_of_smaller_rates(tmp_path: Path) -> None:
+    """SGD with clipping, and SGD whose schedule takes the same steps: one training, one bank."""
+    model = adapted(base())
+    clipped = fine_tune(tmp_path / "a", model, optim="sgd", learning_rate=0.1, max_grad_norm=0.2,
+                        lr_scheduler_type="constant")  # fmt: skip
+    clips = clipped.recorder.record.clips
+    assert max(clips) < 1
+    assert len(set(clips)) == len(clips)
+    other, callback = adapted(base()), ResponseCallback(config())
+    optimizer = torch.optim.SGD([p for p in other.parameters() if p.requires_grad], lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [*clips, 1.0][step])
+    trainer_for(
+        tmp_path / "b", other, training_set(), callback, optimizers=(optimizer, schedule), max_grad_norm=0
+    ).train()
+    assert callback.recorder.record.clips == [1.0] * 12
+    agree(weights(other), weights(model), 1e-6)
+    agree(ask(other, callback.bank).scores(queries()), ask(model, clipped.bank).scores(queries()), 1e-5)
+
+
+def test_clipping_is_seen_where_accelerate_does_it() -> None:
+    class Accelerator:
+        def clip_grad_norm_(self, parameters: Any, max_norm: float) -> torch.Tensor:
+            return nn.utils.clip_grad_norm_(parameters, max_norm)
+
+        def clip_grad_value_(self, parameters: Any, value: float) -> None: ...
+
+    def pulled() -> list[nn.Parameter]:
+        for parameter in mine:
+            parameter.grad = torch.full((2,), 2.0)
+        return mine
+
+    mine, others = [nn.Parameter(torch.ones(2)) for _ in range(2)], [nn.Parameter(torch.ones(2))]
+    accelerator = Accelerator()
+    clipping = Clipping(accelerator, mine)
+    assert clipping.take() == 1.0
+    assert accelerator.clip_grad_norm_(pulled(), 1.0) == pytest.approx(4.0)
+    accelerator.clip_grad_norm_(mine, 0.5)
+    assert float(clipping.take()) == pytest.approx(1 / 8, rel=1e-4)
+    accelerator.clip_grad_norm_(pulled() + others, 100.0)
+    accelerator.clip_grad_norm_(iter(others), 0.1)
+    assert float(clipping.take()) == 1.0
+    with pytest.raises(UnsupportedError, match="clipped apart"):
+        accelerator.clip_grad_norm_(mine[:1], 1.0)
+    with pytest.raises(UnsupportedError, match="clip_grad_value_"):
+        accelerator.clip_grad_value_(mine, 1.0)
+    clipping.detach()
+    assert not vars(accelerator)
+
+
+def test_smoothed_losses_are_the_trainers() -> None:
+    model, batch = base(), padded(token_rows(5))
+    with torch.no_grad():
+        logits, labels = CAUSAL_LM.forward(model, batch)
+        smoother = LabelSmoother(epsilon=0.3)
+        expected = smoother({"logits": logits}, labels, num_items_in_batch=1)
+    agree(row_losses(logits, labels, 0.3).sum(), expected, 1e-6)
+    assert torch.equal(row_losses(logits, labels, 0.0), row_losses(logits, labels))
+
+
+@pytest.mark.parametrize("spec", ["lora_B", "trainable"])
+def test_gradients_of_smoothed_losses_are_those_of_autograd(spec: str) -> None:
+    model, batch = adapted(base()), padded(token_rows(4))
+    parameters = Parameters.of(model, spec)
+    live = parameters.tensors(model)
+    logits, labels = CAUSAL_LM.forward(model, batch)
+    plain = torch.autograd.grad(row_losses(logits, labels, 0.2).sum(), live)
+    with at_rest(model):
+        gradients, _ = RowGradients(model, parameters, CAUSAL_LM)(batch, smoothing=0.2)
+    agree(gradients.sum(0), torch.cat([g.reshape(-1) for g in plain]), 1e-5)
+
+
+def test_label_smoothing_is_part_of_the_push_and_said_in_the_bank(tmp_path: Path) -> None:
+    """The same training recorded without it gives another bank."""
+    model = adapted(base())
+    callback = fine_tune(tmp_path, model, label_smoothing_factor=0.4)
+    assert callback.bank is not None
+    assert callback.bank.manifest.run.label_smoothing == 0.4
+    assert callback.recorder.record.smoothing == 0.4
+
+
+def test_smoothing_where_the_count_is_unknown_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="is not told num_items_in_batch"):
+        Step(0.1, [Micro(torch.arange(2))]).settled(1, 1.0)
+    micro = Micro(torch.arange(2))
+    micro.weigh(torch.tensor([[-0.5, -0.25]]))
+    with pytest.raises(UnsupportedError, match="weighs some tokens more"):
+        Step(0.1, [micro]).settled(1, None)
