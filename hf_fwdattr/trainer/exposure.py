@@ -17,9 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ..errors import UnsupportedError
 from ..objective import IGNORED
-
-
-KEY = "fwdattr_rows"
+from .stream import KEY, MarkedStream
 
 
 class Indexed:
@@ -63,19 +61,29 @@ class MarkedCollate:
         return batch
 
 
-def loader_of(dataloader: Any) -> DataLoader:
-    """The DataLoader inside the trainer's prepared one.
+def loader_of(dataloader: Any, row_id_column: str | None = None) -> DataLoader:
+    """The DataLoader inside the prepared one.
 
     Raises:
-        UnsupportedError: a dataset without random access.
+        UnsupportedError: a dataset without random access whose rows have no ids.
     """
     loader: DataLoader = getattr(dataloader, "base_dataloader", dataloader)
-    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
+    if not streams(loader) and not hasattr(loader.dataset, "__len__"):
         raise UnsupportedError(
-            "the training set is a stream: rows have no position to attribute to. Use a map-style dataset "
-            "(for example `Dataset.from_generator`), or train without ResponseCallback"
+            f"a {type(loader.dataset).__name__} has no length: give a dataset, or an IterableDataset"
+        )
+    if streams(loader) and row_id_column is None:
+        raise UnsupportedError(
+            "the training set is a stream: its rows have no position to attribute to. Give them a column of whole "
+            "numbers and name it in ResponseConfig(row_id_column=...), or use a map-style dataset "
+            "(`Dataset.from_generator`)"
         )
     return loader
+
+
+def streams(loader: DataLoader) -> bool:
+    """Whether its dataset has no random access."""
+    return isinstance(loader.dataset, IterableDataset)
 
 
 @dataclass
@@ -148,14 +156,17 @@ class Exposure:
         model (`nn.Module`): the model that the training loop calls, with whatever it is wrapped in.
         loader (`DataLoader`): see `loader_of`.
         shifted (`bool`): whether the first label of a row is not supervised (causal language models).
+        row_id_column (`str`, *optional*): by which the rows of a stream are known; positions are not used then.
     """
 
-    def __init__(self, model: nn.Module, loader: DataLoader, shifted: bool):
+    def __init__(self, model: nn.Module, loader: DataLoader, shifted: bool, row_id_column: str | None = None):
         self.loader, self.shifted = loader, shifted
         self.dataset, self.collate = self.loader.dataset, self.loader.collate_fn
         self.micro: list[Micro] = []
+        stream = streams(loader) and row_id_column is not None
+        marked = MarkedStream(self.dataset, str(row_id_column)) if stream else Indexed(self.dataset)
         # DataLoader forbids assigning .dataset after construction, although it only reads it when iteration begins.
-        object.__setattr__(self.loader, "dataset", Indexed(self.dataset))
+        object.__setattr__(self.loader, "dataset", marked)
         self.loader.collate_fn = MarkedCollate(self.collate)
         self.handles = [
             model.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),

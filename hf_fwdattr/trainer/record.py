@@ -138,7 +138,7 @@ class Record:
             "rates": torch.tensor(self.rates, dtype=torch.float64),
             "clips": torch.tensor(self.clips, dtype=torch.float64),
             "counts": torch.tensor([len(rows) for rows in self.rows], dtype=torch.int32),
-            "rows": rows if self.total >= 1 << 31 else rows.int(),
+            "rows": rows.int() if len(rows) == 0 or int(rows.abs().max()) < 1 << 31 else rows,
             "weights": values,  # nearly always the same for all rows of a step
             "runs": runs.int(),
         }

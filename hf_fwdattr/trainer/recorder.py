@@ -16,9 +16,10 @@ from ..parameters import Parameters
 from ..response.ranks import Ranks
 from .build import check, respond
 from .clipping import Clipping
-from .exposure import Exposure, Step, loader_of
+from .exposure import Exposure, Step, loader_of, streams
 from .optimizer import Preconditioner
 from .record import Record, Snapshot
+from .stream import KeptRows, first_rows
 
 
 _SETTLE = 64  # steps whose numbers may stay on the device before they are read
@@ -91,12 +92,20 @@ class ResponseRecorder:
         self._accelerator, self._rule, self.tokenizer = accelerator, _rule, processing_class
         self._optimizer = getattr(optimizer, "optimizer", optimizer)
         self._scaler = getattr(optimizer, "scaler", None)
-        loader = loader_of(dataloader)
-        self.original = loader.dataset if dataset is None else dataset
-        check(self.model, loader.dataset, loader.collate_fn, self.config, self.original)
-        self.record = self._begin(resume, steps, begun, len(loader.dataset), _smoothing)  # type: ignore[arg-type]
+        column = self.config.row_id_column
+        loader = loader_of(dataloader, column)
+        found: Any = loader.dataset
+        self.original = found if dataset is None else dataset
+        self.rows = None if streams(loader) else found  # of a stream, known only when it was read
+        total = 0 if self.rows is None else len(self.rows)
+        if self.rows is None:
+            some = first_rows(self.original, self.config.batch_size)
+            check(self.model, some, loader.collate_fn, self.config, some)
+        else:
+            check(self.model, self.rows, loader.collate_fn, self.config, self.original)
+        self.record = self._begin(resume, steps, begun, total, _smoothing)
         shifted = objective_of(self.model, self.config.objective).name == "causal-lm"
-        self.exposure = Exposure(model, loader, shifted)
+        self.exposure = Exposure(model, loader, shifted, column)
         live = self.parameters.tensors(self.model)
         self._clipping = None if accelerator is None else Clipping(accelerator, live)
         self._hook = self._optimizer.register_step_pre_hook(self._about_to_step)
@@ -209,10 +218,21 @@ class ResponseRecorder:
         self.detach()
         self._spent = time.perf_counter() - self._began
         self._merge()
+        if self.rows is None:
+            self._keep_rows()
         self.record.end = self.snapshot(until or self.taken)
         with self.ranks.together():
             if keep is not None and self.ranks.rank == 0:
                 self.record.save(keep)
+
+    def _keep_rows(self) -> None:
+        """From the ids of a stream's rows to positions in a dataset of those that were seen."""
+        seen = torch.cat(self.record.rows).unique()
+        with self.ranks.together():
+            self._kept = KeptRows(self.original, str(self.config.row_id_column), seen.tolist())
+        self.rows = self.original = self._kept.dataset
+        self.record.rows = [torch.searchsorted(seen, rows) for rows in self.record.rows]
+        self.record.total = len(self.rows)
 
     def finish(self, folder: str | Path) -> ResponseBank:
         """The passes over the training set; writes the bank into the folder and opens it.
@@ -225,7 +245,7 @@ class ResponseRecorder:
             self.end()
         assert self.record.end is not None
         return respond(
-            self.record, self.record.end, self.model, self.parameters, self.exposure.dataset, self.exposure.collate,
-            self.config, Path(folder), original=self.original, tokenizer=self.tokenizer, ranks=self.ranks,
+            self.record, self.record.end, self.model, self.parameters, self.rows, self.exposure.collate, self.config,
+            Path(folder), original=self.original, tokenizer=self.tokenizer, ranks=self.ranks,
             pace=self._spent / self._visits if self._visits else None,
         )  # fmt: skip

@@ -114,12 +114,6 @@ def test_adam_with_coupled_decay_is_refused_before_the_first_step(tmp_path: Path
         fine_tune(tmp_path, model, optimizers=(optimizer, None))
 
 
-def test_a_stream_is_refused(tmp_path: Path) -> None:
-    stream = training_set().select_columns(["input_ids", "labels"]).to_iterable_dataset()
-    with pytest.raises(UnsupportedError, match="the training set is a stream"):
-        fine_tune(tmp_path, adapted(base()), config(source_column=None), stream, max_steps=3)
-
-
 def test_a_collator_that_draws_is_refused(tmp_path: Path) -> None:
     def masked(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = padded(rows)
