@@ -51,6 +51,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "activations checkpointed": dict(gradient_checkpointing=True),
     "evaluated": dict(eval_strategy="steps", eval_steps=3),
     "tokens not averaged": dict(average_tokens_across_devices=False),
+    "float32": dict(dtype=torch.float32),
+    "bf16 autocast": dict(dtype=torch.float32, bf16=True),
+    "compiled, eager": dict(torch_compile=True, torch_compile_backend="eager"),
+    "compiled, inductor": dict(torch_compile=True),
+    "stream": dict(stream=True, settings=dict(row_id_column="number"), max_steps=18, collate=wide),
+    "best model loaded": dict(
+        eval_strategy="steps",
+        eval_steps=3,
+        save_strategy="steps",
+        save_steps=3,
+        load_best_model_at_end=True,
+        learning_rate=0.3,
+    ),
     "probes": dict(settings=dict(probes=8)),
     "streamed": dict(settings=dict(probes=8, sample_rows=10)),
     "on disk": dict(settings=dict(probes=8, sample_rows=10, memory_budget=0)),
@@ -75,13 +88,16 @@ def fine_tuned(folder: Path, name: str) -> tuple[Any, ResponseCallback, Any]:
     groups, resume = how.pop("groups", False), how.pop("resume", False)
     share = BATCH // WORLD // how.get("gradient_accumulation_steps", 1)
     how = dict(per_device_train_batch_size=max(share, 1), collate=padded) | how
-    model, data, callback = adapted(base()), training_set(rows), ResponseCallback(settings)
+    dtype = how.pop("dtype", torch.float64)
+    model, data, callback = adapted(base(dtype)), training_set(rows), ResponseCallback(settings)
     if groups:
         parts = [
             [p for n, p in model.named_parameters() if p.requires_grad and ("h.0" in n) == last] for last in (0, 1)
         ]
         optimizer = torch.optim.AdamW([{"params": parts[0], "lr": 1e-2}, {"params": parts[1], "lr": 3e-3}])
         how["optimizers"] = (optimizer, None)
+    if how.pop("stream", False):
+        data = data.to_iterable_dataset()
     if "eval_strategy" in how:
         how["eval_dataset"] = training_set(5)
     trainer = trainer_for(folder, model, data, callback, **how)
@@ -96,7 +112,7 @@ def unit_weights(callback: ResponseCallback, data: Any) -> float:
     return max(abs(float(w @ tokens[r]) - 1.0) for r, w in zip(record.rows, record.weights, strict=True))
 
 
-def main(folder: Path, names: list[str], rebuild: bool = False) -> None:
+def main(folder: Path, names: list[str]) -> None:
     for name in names:
         began = time.perf_counter()
         where = folder / (name if name not in ("saved", "resumed") else "run")
@@ -113,7 +129,7 @@ def main(folder: Path, names: list[str], rebuild: bool = False) -> None:
         if callback.recorder.ranks.rank:
             continue
         alone = bank
-        if rebuild or name == "wrapped around":
+        if "FWDATTR_REBUILD" in os.environ or name == "wrapped around":
             record.save(where / RECORD)
             alone = build_bank(model, data, callback.config, data_collator=padded, record=where / RECORD)
         found = {

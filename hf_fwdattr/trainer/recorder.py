@@ -86,7 +86,7 @@ class ResponseRecorder:
     ):
         self.config = config or ResponseConfig()
         self.ranks = Ranks.of_run()
-        self.model = model if accelerator is None else accelerator.unwrap_model(model)
+        self.model = model if accelerator is None else accelerator.unwrap_model(model, keep_torch_compile=False)
         self.parameters = Parameters.of(self.model, self.config.parameters)
         self.preconditioner = Preconditioner.of(optimizer, self.model, self.parameters)
         self._accelerator, self._rule, self.tokenizer = accelerator, _rule, processing_class

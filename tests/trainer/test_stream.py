@@ -51,14 +51,12 @@ def test_a_stream_with_row_ids_makes_the_bank_of_its_rows(tmp_path: Path) -> Non
 
 def test_a_resumed_stream_ends_with_the_same_bank(tmp_path: Path) -> None:
     settings, how = config(row_id_column="number"), dict(max_steps=6, save_strategy="steps", save_steps=3)
-    banks, models = [], []
+    found = []
     for resume in (None, str(tmp_path / "checkpoint-3")):
         model, callback = adapted(base()), ResponseCallback(settings)
         trainer_for(tmp_path, model, Stream(training_set().to_list()), callback, **how).train(resume)
-        models.append(model)
-        banks.append(callback.bank)
-    one, other = (ask(m, b).scores(queries()) for m, b in zip(models, banks, strict=True))
-    assert torch.equal(one, other)
+        found.append(ask(model, callback.bank).scores(queries()))
+    assert torch.equal(*found)
 
 
 def test_a_stream_without_row_ids_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""The same bank however training is run: every configuration against the plain run of one process.
+
+    python scripts/accelerate_table.py [--ranks 1 2 4] [--only NAME ...]
+
+Each line is a real fine-tune of a tiny GPT-2 with LoRA in float64 (24 rows, global batch of four, three epochs),
+started by torchrun over gloo on CPUs. Printed are the largest differences of scores, relative to the largest score:
+from the same configuration on one rank (training is the same, so the bank must be); from the plain run, where
+mathematics says that the configuration changes nothing; and of the bank that one process builds from the record. The
+last column: how far the weights of a step's tokens are from adding up to one, as those of a mean must.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from results import report
+
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.ranks import SETTINGS  # noqa: E402
+
+
+# What does not change the training, and hence not the bank.
+NEUTRAL = {
+    "plain", "accumulated", "padded to the context", "two workers", "dispatched", "evaluated", "saved", "resumed",
+    "activations checkpointed", "float32", "bf16 autocast", "compiled, eager", "compiled, inductor",
+}  # fmt: skip
+ONE_RANK = {"compiled, eager", "compiled, inductor", "failing"}  # slow, or no configuration
+
+
+def run(ranks: int, names: list[str], folder: Path) -> None:
+    """One torchrun for all configurations."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FWDATTR_REBUILD": "1"}
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m",
+         "tests.ranks", str(folder), *names],
+        env=environment, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--only", nargs="+", default=[name for name in SETTINGS if name != "failing"])
+    options = parser.parse_args()
+    started, rows = time.time(), []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for ranks in sorted({1, *options.ranks}):
+            names = ["plain", *(n for n in options.only if n != "plain" and (ranks == 1 or n not in ONE_RANK))]
+            run(ranks, names, folder)
+            plain = torch.load(folder / "plain-1.pt")
+            for name in names:
+                found, alone = (torch.load(folder / f"{name}-{count}.pt") for count in (ranks, 1))
+                same = found["rows"] == alone["rows"]
+                rows.append(
+                    {
+                        "configuration": name,
+                        "ranks": ranks,
+                        "against one rank": f"{deviation(found['scores'], alone['scores']):.0e}"
+                        if same
+                        else "other batches",
+                        "against plain": f"{deviation(found['scores'], plain['scores']):.0e}"
+                        if name in NEUTRAL
+                        else "",
+                        "against one process's passes": f"{deviation(found['scores'], found['alone']):.0e}",
+                        "tokens' weights": f"{found['unit']:.0e}",
+                    }
+                )
+    report("accelerate", "The same bank however training is run: relative differences of scores", rows, started)
+
+
+if __name__ == "__main__":
+    main()
