@@ -1,8 +1,11 @@
 """What a response bank costs, as ratios within one run: training with and without, a query against plain forwards.
 
     python scripts/cost.py [--pairs 5] [--probes 128]
+    python scripts/cost.py --smollm2 [--model HUB_ID_OR_FOLDER]    SmolLM2-135M with LoRA: training loop and passes
+    python scripts/cost.py --peaks [1000 20000]                    peak memory of the passes by number of rows
 
-Also the peak memory of training and of the passes for one and for four times the rows, and the bank's bytes per row.
+The first also prints the peak memory of training and of the passes for one and for four times the rows, and the bank's
+bytes per row. Training is timed by the processor's clock on one thread, which other processes do not disturb.
 """
 
 import argparse
@@ -12,15 +15,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import corpora
 import lora_world
 import torch
-from datasets import concatenate_datasets
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from results import report
-from transformers import Trainer, TrainerCallback, default_data_collator, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    Trainer,
+    TrainerCallback,
+    default_data_collator,
+    pipeline,
+    set_seed,
+)
 
-from hf_fwdattr import ResponseCallback, ResponseConfig
+from hf_fwdattr import ResponseCallback, ResponseConfig, build_bank
 from hf_fwdattr.objective import CAUSAL_LM
 
 
@@ -28,22 +41,57 @@ class Clock(TrainerCallback):
     """Seconds of the training loop itself; stands before the measured callback in the list."""
 
     def on_train_begin(self, *_, **__):
-        self.began = time.perf_counter()
+        self.began = time.process_time()
 
     def on_train_end(self, *_, **__):
-        self.loop = time.perf_counter() - self.began
+        self.loop = time.process_time() - self.began
 
 
-def train(world, rows, callbacks, folder):
+def train(world, rows, callbacks, folder, **changes):
     """One fine-tune; returns (seconds of the loop, seconds in all, trainer)."""
     clock = Clock()
     trainer = Trainer(
-        model=world.model(), args=lora_world.arguments(folder, seed=0), train_dataset=rows,
+        model=world.model(), args=lora_world.arguments(folder, seed=0, **changes), train_dataset=rows,
         data_collator=default_data_collator, callbacks=[clock, *callbacks],
     )  # fmt: skip
-    began = time.perf_counter()
+    began = time.process_time()
     trainer.train()
-    return clock.loop, time.perf_counter() - began, trainer
+    return clock.loop, time.process_time() - began, trainer
+
+
+@dataclass
+class SmolLM2:
+    """SmolLM2-135M with a fresh adapter on q and v: what a World offers, as far as training is concerned."""
+
+    path: str
+
+    def model(self):
+        set_seed(0)
+        base = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
+        return get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+
+
+def ratios(world, rows, pairs: int, epochs: int, callback_of, **changes) -> tuple[list[dict], object, object]:
+    """Paired runs with and without the callback: ratios of the loop, and of all of it in epochs; trainer, callback."""
+    loops, passes, times = [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        train(world, rows, [], folder, **changes | {"max_steps": 2})  # warm up
+    folder = tempfile.mkdtemp(prefix="fwdattr-cost-")
+    for _ in range(pairs):
+        plain, _, _ = train(world, rows, [], folder, **changes)
+        callback = callback_of()
+        loop, total, trainer = train(world, rows, [callback], folder, **changes)
+        loops.append(loop / plain)
+        passes.append((total - loop) / (plain / epochs))
+        times.append(plain)
+    table = [
+        {"what": "training loop with the callback, against without", "ratio": statistics.median(loops),
+         "low": min(loops), "high": max(loops), "seconds": statistics.median(times)},
+        {"what": "the passes and all after training, in epochs of training", "ratio": statistics.median(passes),
+         "low": min(passes), "high": max(passes),
+         "seconds": statistics.median(passes) * statistics.median(times) / epochs},
+    ]  # fmt: skip
+    return table, trainer, callback
 
 
 def bank_callback(probes, **settings):
@@ -53,23 +101,25 @@ def bank_callback(probes, **settings):
 
 
 def peak_of(options: list[str]) -> float:
-    """Peak resident memory in MiB of this script in a process of its own, which only trains."""
+    """Peak resident memory in MiB of this script in a process of its own."""
     done = subprocess.run([sys.executable, __file__, "--memory", *options], capture_output=True, text=True, check=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def memory_run(kind: str, copies: int, probes: int) -> None:
-    """What `peak_of` starts: train on the rows repeated `copies` times, with or without the callback."""
+def memory_run(kind: str, count: int, probes: int) -> None:
+    """What `peak_of` starts: train on so many rows with or without the callback, or only make their passes."""
     world = lora_world.load()
-    rows = concatenate_datasets([world.rows] * copies)
-    settings = {"sample_rows": 480, "curvature_samples": 480, "segments": 1}
-    callbacks = [] if kind == "plain" else [bank_callback(probes, **settings)]
+    rows = world.rows.select([i % len(world.rows) for i in range(count)])
+    settings = {"sample_rows": 480, "curvature_samples": 480}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            model=world.model(), args=lora_world.arguments(folder, seed=0, num_train_epochs=1), train_dataset=rows,
-            data_collator=default_data_collator, callbacks=callbacks,
-        )  # fmt: skip
-        trainer.train()
+        if kind == "passes":
+            rows = rows.map(lambda row: {key: row[key][:16] for key in ("input_ids", "labels")})
+            horizon = {"steps": 100, "step_size": 1e-4}
+            config = ResponseConfig(parameters="lora", probes=probes, quiet=True, horizon=horizon, **settings)
+            build_bank(world.model(), rows, config, folder=folder)
+        else:
+            callbacks = [] if kind == "plain" else [bank_callback(probes, segments=1, **settings)]
+            train(world, rows, callbacks, folder, num_train_epochs=1)
     # Not ru_maxrss: that one survives exec and would report the parent's peak.
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     print(json.dumps(int(peak.split()[1]) / 1024))
@@ -114,41 +164,61 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--probes", type=int, default=128)
-    parser.add_argument("--memory", nargs=2, metavar=("KIND", "COPIES"))
+    parser.add_argument("--smollm2", action="store_true")
+    parser.add_argument("--model", help="another folder or Hub id for --smollm2")
+    parser.add_argument("--peaks", nargs="*", type=int)
+    parser.add_argument("--memory", nargs=2, metavar=("KIND", "ROWS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
         memory_run(options.memory[0], int(options.memory[1]), options.probes)
-        return
+    elif options.peaks is not None:
+        peaks(options.peaks or [1000, 20000], options.probes)
+    elif options.smollm2:
+        smollm2(options.model, options.pairs)
+    else:
+        small_world(options.pairs, options.probes)
+
+
+def peaks(counts: list[int], probes: int) -> None:
+    """One segment over rows of 16 tokens, 480 of them sample rows."""
+    started = time.time()
+    rows = [{"rows": count, "peak of the passes, MiB": round(peak_of(["passes", str(count)]))} for count in counts]
+    report("cost_peaks", "Peak memory of the passes by number of rows", rows, started)
+
+
+def smollm2(model: str | None, pairs: int) -> None:
+    """24 rows of 64 tokens, batches of six, one epoch, one segment: 2 S + 1 = 3 epochs of passes."""
+    started = time.time()
+    world = SmolLM2(model or str(corpora.smollm2(corpora.cache_folder() / "smollm2-135m")))
+    tokens = torch.randint(1000, 20000, (24, 64), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = Dataset.from_dict({"input_ids": tokens, "labels": tokens})
+    table, _, callback = ratios(
+        world, rows, pairs, 1,
+        lambda: ResponseCallback(ResponseConfig(probes=16, segments=1, batch_size=6, quiet=True)),
+        per_device_train_batch_size=6, num_train_epochs=1,
+    )  # fmt: skip
+    report("cost_smollm2", "Cost on SmolLM2-135M with LoRA", table, started, responding=callback.bank.manifest.size)
+
+
+def small_world(pairs: int, probes: int) -> None:
+    """The world of lora_world.py: training, passes, queries, memory."""
     started = time.time()
     world = lora_world.load()
-    loops, totals, seconds = [], [], []
-    with tempfile.TemporaryDirectory() as folder:
-        train(world, world.rows, [], folder)  # warm up
-        for _ in range(options.pairs):
-            plain, plain_total, _ = train(world, world.rows, [], folder)
-            callback = bank_callback(options.probes)
-            loop, total, trainer = train(world, world.rows, [callback], folder)
-            loops.append(loop / plain)
-            totals.append(total / plain_total)
-            seconds.append(total - loop)
-        trainer.save_model(folder)
-        attribute = pipeline("training-data-attribution", model=folder, tokenizer=world.tokenizer(), device="cpu")
-        rows = [
-            {"what": "training loop with the callback, against without", "ratio": statistics.median(loops),
-             "low": min(loops), "high": max(loops), "seconds": plain},
-            {"what": "training and passes, against training without", "ratio": statistics.median(totals),
-             "low": min(totals), "high": max(totals), "seconds": statistics.median(seconds)},
-            *query_ratios(attribute, world, options.probes),
-        ]  # fmt: skip
+    table, trainer, callback = ratios(world, world.rows, pairs, 3, lambda: bank_callback(probes))
+    trainer.save_model(trainer.args.output_dir)
+    attribute = pipeline(
+        "training-data-attribution", model=trainer.args.output_dir, tokenizer=world.tokenizer(), device="cpu"
+    )
+    table += query_ratios(attribute, world, probes)
     files = callback.bank.manifest.files
     per_row = sum(file.size for file in files if file.kind == "coordinates") / len(world.rows)
     memory = {
-        f"{kind}, {copies * 480} rows": round(peak_of([kind, str(copies)]))
+        f"{kind}, {count} rows": round(peak_of([kind, str(count)]))
         for kind in ("plain", "bank")
-        for copies in (1, 4)
+        for count in (480, 1920)
     }
     report(
-        "cost", "Cost, as ratios", rows, started,
+        "cost", "Cost, as ratios", table, started,
         bank_bytes_per_row=round(per_row), probe_bytes=sum(f.size for f in files if f.kind == "probes"),
         epochs_of_training=3, peak_memory_MiB=memory,
     )  # fmt: skip

@@ -164,6 +164,11 @@ def _refuse(args: TrainingArguments, trainer: Trainer | None) -> None:
     """What would make the recorded losses differ from the attributed likelihood, or is not there yet."""
     if trainer is not None and getattr(trainer, "compute_loss_func", None) is not None:
         raise UnsupportedError("a custom compute_loss_func is not the model's own likelihood; train without it")
+    if hasattr(trainer, "ref_model"):  # TRL's DPO, KTO, GRPO
+        raise UnsupportedError(
+            f"{type(trainer).__name__} compares outputs with those of a reference model: its loss is no likelihood of "
+            "an output, and its rows are no outputs; responses are known for supervised fine-tuning (SFTTrainer)"
+        )
     if getattr(args, "packing", False):  # TRL's
         raise UnsupportedError(
             "packing=True makes rows of pieces of rows, which cannot be told apart; set packing=False "
