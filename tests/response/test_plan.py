@@ -1,0 +1,74 @@
+"""What is said before the passes is what they then do."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_fwdattr import ResponseCallback, build_bank
+from hf_fwdattr.gradients import RowGradients
+from hf_fwdattr.response.plan import Plan
+from tests.cases import adapted, padded
+from tests.runs import base, config, trainer_for, training_set
+
+
+@given(st.integers(1, 10**6), st.integers(1, 8), st.integers(1, 10**6), st.integers(1, 4096), st.booleans())
+def test_passes_are_at_most_two_per_segment_and_one(
+    rows: int, segments: int, chosen: int, samples: int, stand_ins: bool
+) -> None:
+    plan = Plan(rows, 10, segments, min(samples, rows), min(chosen, rows), stand_ins)
+    assert plan.row_passes <= (2 * segments + 1) * rows
+
+
+def test_a_plan_in_words() -> None:
+    plan = Plan(20000, 1_000_000, 3, 4096, 2048, True, ranks=2)
+    assert plan.told(4 << 30, 0.02) == (
+        "74,336 rows forward and backward (3.7 times the 20,000 trained on), 4.0 GiB in memory, 26.5 GiB on disk on "
+        "each of 2 ranks, about 12 min at training's speed"
+    )
+    assert Plan(10, 100, 1, 10, 10).told(1 << 30) == (
+        "30 rows forward and backward (3.0 times the 10 trained on), 12 KiB in memory"
+    )
+
+
+@pytest.mark.parametrize("changes", [dict(probes=6), dict(probes=6, sample_rows=5), dict(probes="exact")], ids=str)
+def test_as_many_rows_are_read_as_was_said(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, callback = adapted(base()), ResponseCallback(config())
+    trainer_for(tmp_path, model, training_set(), callback, max_steps=4).train()
+    callback.recorder.record.save(tmp_path / "record")
+    read, real = [0], RowGradients.__call__
+
+    def counted(self: RowGradients, batch: Any, *more: Any) -> Any:
+        read[0] += len(batch["labels"])
+        return real(self, batch, *more)
+
+    monkeypatch.setattr(RowGradients, "__call__", counted)
+    settings = config(quiet=False, **changes)
+    build_bank(model, training_set(), settings, data_collator=padded, record=tmp_path / "record")
+    said = capsys.readouterr().err
+    assert f"response bank: {read[0]} rows forward and backward" in said
+
+
+def test_a_small_budget_makes_small_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches and chunks shrink until what is in flight fits; the bank is the same to rounding."""
+    model, callback = adapted(base()), ResponseCallback(config(probes=6))
+    trainer_for(tmp_path, model, training_set(), callback).train()
+    assert callback.bank is not None
+    callback.recorder.record.save(tmp_path / "record")
+    monkeypatch.setattr("hf_fwdattr.response.passes._LEAST", 16 * 8 * 3 * callback.bank.manifest.size)
+    sizes, real = [], RowGradients.__call__
+
+    def seen(self: RowGradients, batch: Any, *more: Any) -> Any:
+        sizes.append(len(batch["labels"]))
+        return real(self, batch, *more)
+
+    monkeypatch.setattr(RowGradients, "__call__", seen)
+    settings = config(probes=6, memory_budget=0, batch_size=12)
+    bank = build_bank(model, training_set(), settings, data_collator=padded, record=tmp_path / "record")
+    assert max(sizes) == 3
+    torch.testing.assert_close(bank.probes().abs(), callback.bank.probes().abs(), rtol=1e-4, atol=1e-6)
