@@ -72,6 +72,8 @@ class ResponseCallback(TrainerCallback):
         assert model is not None
         trainer, checkpoint = _training_call()
         _refuse(args, trainer)
+        if self.config.self_check and args.world_size > 1:
+            raise UnsupportedError("self_check trains again in one process; set self_check=0 under several")
         if self._recorder is not None:  # an earlier run, perhaps interrupted
             self._recorder.detach()
         self._recorder, self._bank, self._trainer = None, None, trainer
