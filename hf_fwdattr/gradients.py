@@ -88,6 +88,23 @@ def refuse_batch_statistics(model: nn.Module, training: bool = False) -> None:
         )
 
 
+def refuse_silent_kernels(model: nn.Module) -> None:
+    """Refuse layers through which gradients vanish without a word.
+
+    Raises:
+        UnsupportedError: bitsandbytes on a CPU, whose kernels of evaluation mode know no derivative.
+    """
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if type(module).__module__.startswith("bitsandbytes") and getattr(weight, "device", None) == torch.device(
+            "cpu"
+        ):
+            raise UnsupportedError(
+                f"{name} is a {type(module).__name__} of bitsandbytes on a CPU, where it gives no gradients in "
+                "evaluation mode: every response would be zero. Load the base model without quantisation"
+            )
+
+
 class RowGradients:
     """Computes gradients of row losses with respect to the responding parameters; use inside [`at_rest`].
 
@@ -103,6 +120,7 @@ class RowGradients:
                 "the model is in training mode, where dropout makes every gradient a different one; call model.eval()"
             )
         refuse_batch_statistics(model)
+        refuse_silent_kernels(model)
         self.model, self.parameters, self.objective = model, parameters, objective
         self._hooked, self._others = _partition(model, parameters)
         self._checked, self._vmaps = False, True

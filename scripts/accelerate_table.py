@@ -39,11 +39,13 @@ ONE_RANK = {"compiled, eager", "compiled, inductor", "failing"}  # slow, or no c
 def run(ranks: int, names: list[str], folder: Path) -> None:
     """One torchrun for all configurations."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FWDATTR_REBUILD": "1"}
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m",
          "tests.ranks", str(folder), *names],
-        env=environment, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=environment, cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
 
 
 def deviation(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -80,8 +80,8 @@ def failing(model: Any, batch: Any) -> Any:
     return CAUSAL_LM.forward(model, batch)
 
 
-def fine_tuned(folder: Path, name: str) -> tuple[Any, ResponseCallback, Any]:
-    """(model, callback, training set) after training under the settings of this name."""
+def fine_tuned(folder: Path, name: str) -> tuple[Any, ResponseCallback]:
+    """(model, callback) after training under the settings of this name."""
     how = dict(SETTINGS[name])
     changes, rows = how.pop("settings", {}), how.pop("rows", ROWS)
     settings = config(**changes | (dict(objective=failing) if "objective" in changes else {}))
@@ -102,12 +102,14 @@ def fine_tuned(folder: Path, name: str) -> tuple[Any, ResponseCallback, Any]:
         how["eval_dataset"] = training_set(5)
     trainer = trainer_for(folder, model, data, callback, **how)
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-5") if resume else None)
-    return model, callback, data
+    return model, callback
 
 
-def unit_weights(callback: ResponseCallback, data: Any) -> float:
+def unit_weights(callback: ResponseCallback) -> float:
     """The weights of a step's tokens, as this Trainer counts them, add up to one: the largest deviation from that."""
-    tokens = torch.tensor([sum(label != -100 for label in labels) for labels in data["labels"]]).double()
+    tokens = torch.tensor(
+        [sum(label != -100 for label in labels) for labels in callback.recorder.original["labels"]]
+    ).double()
     record = callback.recorder.record
     return max(abs(float(w @ tokens[r]) - 1.0) for r, w in zip(record.rows, record.weights, strict=True))
 
@@ -116,7 +118,7 @@ def main(folder: Path, names: list[str]) -> None:
     for name in names:
         began = time.perf_counter()
         where = folder / (name if name not in ("saved", "resumed") else "run")
-        model, callback, data = fine_tuned(where, name)
+        model, callback = fine_tuned(where, name)
         if name == "failing":
             said = callback.recorder.ranks.objects(str(callback._bank))
             if callback.recorder.ranks.rank == 0:
@@ -131,13 +133,15 @@ def main(folder: Path, names: list[str]) -> None:
         alone = bank
         if "FWDATTR_REBUILD" in os.environ or name == "wrapped around":
             record.save(where / RECORD)
-            alone = build_bank(model, data, callback.config, data_collator=padded, record=where / RECORD)
+            alone = build_bank(
+                model, callback.recorder.original, callback.config, data_collator=padded, record=where / RECORD
+            )
         found = {
             "scores": ask(model, bank).scores(queries()),
             "alone": ask(model, alone).scores(queries()),
             "sources": ask(model, bank).source_scores(queries()),
             "weights": weights(model),
-            "unit": unit_weights(callback, data),
+            "unit": unit_weights(callback),
             "clips": record.clips,
             "visits": sum(len(rows) for rows in record.rows),
             "rows": [sorted(rows.tolist()) for rows in record.rows],

@@ -19,7 +19,7 @@ from ..bank.identity import tokenizer_hash
 from ..bank.writing import temporary_bank_folder, write_bank
 from ..config import ResponseConfig
 from ..errors import MismatchError, NumericalError, UnsupportedError
-from ..gradients import at_rest, refuse_batch_statistics
+from ..gradients import at_rest, refuse_batch_statistics, refuse_silent_kernels
 from ..objective import objective_of
 from ..parameters import Parameters
 from ..response.passes import Passes, Responses
@@ -105,6 +105,7 @@ def build_bank(
 def check(model: nn.Module, dataset: Any, collate: Any, config: ResponseConfig, original: Any) -> None:
     """Refuse before the first step, as far as one row shows it, what the passes would refuse after the last one."""
     refuse_batch_statistics(model, training=True)
+    refuse_silent_kernels(model)
     with torch.random.fork_rng(devices=[]):
         rows = _rows(model, dataset, collate, config)
     sources_of(original, config.source_column, len(rows))

@@ -107,3 +107,12 @@ def test_smoothing_where_the_count_is_unknown_is_refused() -> None:
     micro.weigh(torch.tensor([[-0.5, -0.25]]))
     with pytest.raises(UnsupportedError, match="weighs some tokens more"):
         Step(0.1, [micro]).settled(1, None)
+
+
+def test_quantised_layers_on_a_cpu_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    """Seen with bitsandbytes 0.50: its CPU kernels gave gradients, forward and backward, that were all zero."""
+    model = adapted(base())
+    kind = type("Linear4bit", (nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
+    model.add_module("q_proj", kind(2, 2))
+    with pytest.raises(UnsupportedError, match="q_proj is a Linear4bit of bitsandbytes on a CPU"):
+        fine_tune(tmp_path, model)
