@@ -4,7 +4,7 @@
 
 Each line is a real fine-tune of a tiny GPT-2 with LoRA in float64 (24 rows, global batch of four, three epochs),
 started by torchrun over gloo on CPUs. Printed are the largest differences of scores, relative to the largest score:
-from the same configuration on one rank (training is the same, so the bank must be); from the plain run, where
+from the same configuration on one rank (where training ended with the same weights, the bank must be the same); from the plain run, where
 mathematics says that the configuration changes nothing; and of the bank that one process builds from the record. The
 last column: how far the weights of a step's tokens are from adding up to one, as those of a mean must.
 """
@@ -67,21 +67,18 @@ def main() -> None:
             plain = torch.load(folder / "plain-1.pt")
             for name in names:
                 found, alone = (torch.load(folder / f"{name}-{count}.pt") for count in (ranks, 1))
+                trained = deviation(found["weights"], alone["weights"])
                 same = found["rows"] == alone["rows"]
-                rows.append(
-                    {
-                        "configuration": name,
-                        "ranks": ranks,
-                        "against one rank": f"{deviation(found['scores'], alone['scores']):.0e}"
-                        if same
-                        else "other batches",
-                        "against plain": f"{deviation(found['scores'], plain['scores']):.0e}"
-                        if name in NEUTRAL
-                        else "",
-                        "against one process's passes": f"{deviation(found['scores'], found['alone']):.0e}",
-                        "tokens' weights": f"{found['unit']:.0e}",
-                    }
-                )
+                line = {
+                    "configuration": name,
+                    "ranks": ranks,
+                    "weights against one rank": f"{trained:.0e}" if same else "other batches",
+                    "against one rank": f"{deviation(found['scores'], alone['scores']):.0e}" if same else "",
+                    "against plain": f"{deviation(found['scores'], plain['scores']):.0e}" if name in NEUTRAL else "",
+                    "against one process's passes": f"{deviation(found['scores'], found['alone']):.0e}",
+                    "tokens' weights": f"{found['unit']:.0e}",
+                }
+                rows.append(line)
     report("accelerate", "The same bank however training is run: relative differences of scores", rows, started)
 
 
