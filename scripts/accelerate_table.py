@@ -3,10 +3,11 @@
     python scripts/accelerate_table.py [--ranks 1 2 4] [--only NAME ...]
 
 Each line is a real fine-tune of a tiny GPT-2 with LoRA in float64 (24 rows, global batch of four, three epochs),
-started by torchrun over gloo on CPUs. Printed are the largest differences of scores, relative to the largest score:
-from the same configuration on one rank (where training ended with the same weights, the bank must be the same); from the plain run, where
-mathematics says that the configuration changes nothing; and of the bank that one process builds from the record. The
-last column: how far the weights of a step's tokens are from adding up to one, as those of a mean must.
+started by torchrun over gloo on CPUs. Printed are the largest differences, relative to the largest value: of the
+trained weights and of the scores from the same configuration on one rank (where training ended with the same weights,
+the bank must be the same); of the scores from the plain run, where mathematics says that the configuration changes
+nothing; and from those of the bank that one process builds of the record. The last column: how far the weights of a
+step's tokens are from adding up to one, as those of a mean must.
 """
 
 import argparse
