@@ -4,8 +4,8 @@
 
 The tiny world of tests/test_sources_removed.py: eight sources of four rows, six epochs. Each source's weight is nudged
 to 1.2 and 0.8 in real runs of the same batches, and the change of 16 queries' losses per unit of weight is compared
-with the scores, once with every step's clipping counted as a smaller rate and once as if nothing had been clipped. Medians
-over the sources. A norm of 0 clips nothing. About ten minutes on one core.
+with the scores, once with every step's clipping counted as a smaller rate and once as if nothing had been clipped.
+Medians over the sources. A norm of 0 clips nothing. About ten minutes on one core.
 """
 
 import argparse
