@@ -19,7 +19,7 @@ MODULES = {
 
 # What each room may import of the others. `evaluation` judges any method, so it knows none of them.
 BASE = {"errors", "parameters", "objective"}
-PASSES = BASE | {"gradients", "response"}
+PASSES = BASE | {"gradients", "response", "synthetic"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "response": BASE | {"gradients"},
     "bank": {"errors", "parameters"},
     "readout": BASE,
+    "synthetic": BASE | {"readout"},
     "evaluation": set(),
     "trainer": PASSES | {"config", "bank", "evaluation"},
     "loading": BASE | {"bank"},
