@@ -19,15 +19,16 @@ MODULES = {
 
 # What each room may import of the others. `evaluation` judges any method, so it knows none of them.
 BASE = {"errors", "parameters", "objective"}
-PASSES = BASE | {"gradients", "response", "synthetic"}
+PASSES = BASE | {"gradients", "quantised", "response", "synthetic"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
     "parameters": {"errors"},
     "objective": {"errors", "parameters"},
+    "quantised": set(),
     "gradients": BASE,
-    "response": BASE | {"gradients"},
-    "bank": {"errors", "parameters"},
+    "response": BASE | {"gradients", "quantised", "synthetic"},
+    "bank": {"errors", "parameters", "quantised"},
     "readout": BASE,
     "synthetic": BASE | {"readout"},
     "evaluation": set(),

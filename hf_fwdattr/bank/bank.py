@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import BankError, MismatchError
 from ..parameters import Parameters
+from ..quantised import Quantised
 from .files import copy_atomically, finite, inside, names_in, no_strangers, slices, sweep, write_atomically
 from .hub import Remote, is_repository, pinned
 from .identity import check_model, check_rows, check_tokenizer
@@ -21,6 +22,7 @@ from .text import read_texts
 
 
 _STREAM = 1 << 14  # rows that are scored together
+_BLOCK = 1 << 26  # bytes of rows' own responses that are read together
 
 
 class ResponseBank:
@@ -241,6 +243,43 @@ class ResponseBank:
         """Blocks of (n, 16) bytes."""
         for file in self._files("coordinates"):
             yield from slices(self.path(file), "row_hashes", _STREAM)
+
+    def responses(self) -> Iterator[Quantised]:
+        """Blocks of rows' own responses, in order; none where the bank does not keep them."""
+        for file in self._files("responses"):
+            path, width = self.path(file), max(1, _BLOCK // max(self.manifest.size, 1))
+            for values, steps in zip(slices(path, "responses", width), slices(path, "steps", width), strict=True):
+                yield Quantised(values, finite(steps, file.name))
+
+    def responses_of(self, places: Sequence[int]) -> Tensor:
+        """(rows, P), float32: the own responses of the rows at these positions, in this order.
+
+        Raises:
+            BankError: the bank does not keep them.
+        """
+        found = torch.zeros(len(places), self.manifest.size)
+        wanted = dict(enumerate(places))
+        for file in self._files("responses"):
+            here = {at: place - file.first for at, place in wanted.items() if 0 <= place - file.first < file.lines}
+            if not here:
+                continue
+            with safe_open(self.path(file), framework="pt") as shard:
+                values, steps = shard.get_slice("responses"), shard.get_slice("steps")
+                for at, line in here.items():
+                    row = Quantised(values[line : line + 1], finite(steps[line : line + 1], file.name))
+                    found[at] = row.unpacked()[0]
+                    del wanted[at]
+        if wanted:
+            raise BankError(f"the bank keeps no response of row {next(iter(wanted.values()))}")
+        return found
+
+    def maps(self) -> dict[str, Tensor]:
+        """Maps of errors, (d, out) in float32, by canonical path of the layer; see `synthetic.gradients`."""
+        found = {}
+        for file in self._files("maps"):
+            with safe_open(self.path(file), framework="pt") as shard:
+                found |= {name: finite(shard.get_tensor(name).float(), file.name) for name in shard.keys()}  # noqa: SIM118
+        return found
 
     def texts(self, places: Sequence[int]) -> list[str]:
         """Text of the rows at these positions; only shards that hold some of them are downloaded.

@@ -23,13 +23,15 @@ from ..errors import BankError
 
 # Nothing else in the folder is ever deleted: shards under the names that `write_bank` gives, and unfinished files.
 # (safetensors writes its files as .tmp and six letters first, and a kill leaves them.)
-OURS = re.compile(r"(?:probes|coordinates|text)-[0-9a-f]{8}-[0-9]{5}\.safetensors|\.partial-.+|\.tmp[0-9A-Za-z]{6}")
+OURS = re.compile(
+    r"(?:probes|coordinates|text|responses|maps)-[0-9a-f]{8}-[0-9]{5}\.safetensors|\.partial-.+|\.tmp[0-9A-Za-z]{6}"
+)
 _HARMLESS = re.compile(r"\..+|.+\.(?:md|txt)|LICENSE|NOTICE")
 _MODELS = {"config.json", "adapter_config.json"}
 _CHUNK = 1 << 22
 _MAX_HEADER = 1 << 20
 _MOST_VALUES = 1 << 20  # of a JSON text: each takes some hundred bytes once it is parsed
-_WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1}
+_WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "I8": 1}
 
 
 def write_atomically(path: Path, data: bytes) -> None:

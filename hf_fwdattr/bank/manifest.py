@@ -54,7 +54,7 @@ class File(_Strict):
     """One shard: its name, its size in bytes, its hash, and which lines of the whole it holds."""
 
     name: str
-    kind: Literal["probes", "coordinates", "text"]
+    kind: Literal["probes", "coordinates", "text", "responses", "maps"]
     size: Count
     sha256: Sha256
     first: Count
@@ -81,7 +81,13 @@ class Run(_Strict):
 
 
 class Manifest(_Strict):
-    """The whole of `bank.json`."""
+    """The whole of `bank.json`.
+
+    Attributes (those that do not speak for themselves):
+        responses (`int`): rows whose own responses are kept, all or none.
+        maps (`list[Parameter]`): matrices from the error at the end of the model to that at a layer's output.
+        first_look (`float`): share of the variance of training rows' scores that one forward explains.
+    """
 
     schema_version: Literal[1] = 1
     libraries: dict[str, str]
@@ -99,6 +105,9 @@ class Manifest(_Strict):
     source_scales: list[Positive]
     exact: bool
     kept_variance: Positive
+    responses: Count = 0
+    first_look: Annotated[float, Field(le=1, allow_inf_nan=False)] | None = None
+    maps: list[Parameter] = []
     dtype: Literal["float32", "bfloat16", "float16"]
     dataset: DatasetIdentity
     sources: list[str]
@@ -114,6 +123,7 @@ class Manifest(_Strict):
             ("parameters", [parameter.name for parameter in self.parameters]),
             ("sources", self.sources),
             ("files", [file.name for file in self.files]),
+            ("maps", [table.name for table in self.maps]),
         ):
             if len(set(values)) < len(values):
                 raise ValueError(f"{what} names something twice")
@@ -122,6 +132,12 @@ class Manifest(_Strict):
                 f"source_probes={self.source_probes} and {len(self.source_scales)} source_scales do not fit "
                 f"{len(self.sources)} sources"
             )
+        if self.responses not in (0, self.dataset.rows) or (self.responses and self.privacy.rows == "sources"):
+            raise ValueError(
+                f"responses={self.responses} are neither none nor those of {self.dataset.rows} known rows"
+            )
+        if any(len(table.shape) != 2 for table in self.maps):
+            raise ValueError("a map of errors is a matrix")
         if self.privacy.text and self.privacy.rows == "sources":
             raise ValueError("privacy keeps the rows' text and no rows: one excludes the other")
         return self

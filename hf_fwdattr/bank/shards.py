@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..errors import BankError
+from ..quantised import stretches
 from .files import check_header, digest, inside, no_link
 from .manifest import File, Manifest
 
@@ -16,18 +17,20 @@ def check_layout(manifest: Manifest) -> None:
     Raises:
         BankError: naming the file, and both values.
     """
-    expected: dict[str, int] = {"probes": 0, "coordinates": 0, "text": 0}
+    expected: dict[str, int] = dict.fromkeys(("probes", "coordinates", "text", "responses", "maps"), 0)
     for file in manifest.files:
         inside(Path(), file.name)
         if file.first != expected[file.kind]:
             raise BankError(f"{file.name} begins at line {file.first} and should begin at {expected[file.kind]}")
         expected[file.kind] += file.lines
     width, texts = manifest.probes + manifest.source_probes, manifest.dataset.rows if manifest.privacy.text else 0
-    if expected != {"probes": width, "coordinates": manifest.lines, "text": texts}:
-        raise BankError(
-            f"the shards hold {expected['probes']} probes and {expected['coordinates']} rows, {expected['text']} of "
-            f"them with text; bank.json says {width}, {manifest.lines} and {texts}"
-        )
+    said = {
+        "probes": width, "coordinates": manifest.lines, "text": texts, "responses": manifest.responses,
+        "maps": len(manifest.maps),
+    }  # fmt: skip
+    for kind, lines in expected.items():
+        if lines != said[kind]:
+            raise BankError(f"the shards hold {lines} lines of {kind} and bank.json says {said[kind]}")
 
 
 def check_shard(path: Path, file: File, manifest: Manifest, verify: bool = True) -> None:
@@ -64,6 +67,10 @@ def check_table(found: dict[str, tuple[str, tuple[int, ...]]], file: File, manif
             "coordinates": (stored, (lines, manifest.probes)), "row_ids": ("I64", (lines,)),
             "row_hashes": ("U8", (lines, 16)), "sources": ("I32", (lines,)),
         },
+        "responses": {
+            "responses": ("I8", (lines, manifest.size)), "steps": ("F32", (lines, stretches(manifest.size))),
+        },
+        "maps": {table.name: ("F16", tuple(table.shape)) for table in manifest.maps},
         "text": {"text": ("U8", letters if len(letters) == 1 else (0,)), "offsets": ("I64", (lines + 1,))},
     }  # fmt: skip
     wanted = tables[file.kind]

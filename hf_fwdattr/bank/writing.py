@@ -4,13 +4,14 @@ import secrets
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..quantised import Quantised
 from .bank import ResponseBank
 from .files import digest, finite, names_in, no_strangers, sweep, write_atomically, write_tensors
 from .manifest import MANIFEST, File, Manifest
@@ -19,6 +20,7 @@ from .text import packed
 
 _SHARD = 1 << 30  # bytes per shard: few and large
 _TEXT = 1 << 22  # bytes of text per shard: whoever looks at a handful of rows downloads the shards they are in
+_RESPONSES = 1 << 28  # of rows' own responses
 
 
 def write_bank(
@@ -31,6 +33,8 @@ def write_bank(
     sources: Tensor,
     shard_size: int = _SHARD,
     texts: Iterable[str] | None = None,
+    responses: Quantised | None = None,
+    maps: Mapping[str, Tensor] | None = None,
 ) -> ResponseBank:
     """Write a bank and open it.
 
@@ -40,6 +44,8 @@ def write_bank(
         probes (`Sequence[Tensor]`): matrices (k_i, P) whose lines follow each other.
         coordinates (`Tensor`): (rows, k). row_ids, sources: (rows,). row_hashes: (rows, 16) bytes.
         texts (*optional*): of every row, in order.
+        responses (`Quantised`, *optional*): of every row, in order.
+        maps (`Mapping[str, Tensor]`, *optional*): of errors; see `synthetic.gradients`.
 
     Raises:
         BankError: a value that is not finite, or a file in the folder that is no part of a bank.
@@ -54,13 +60,17 @@ def write_bank(
             "probes": _probe_shards(probes, described, shard_size),
             "coordinates": _row_shards(lines, described, shard_size),
             "text": packed(texts or (), min(shard_size, _TEXT)),
+            "responses": _response_shards(responses, min(shard_size, _RESPONSES)),
+            "maps": _map_shards(maps or {}),
         }
         for kind, parts in shards.items():
             first = 0
             for number, tensors in enumerate(parts):
                 written.append(_shard(folder, f"{kind}-{tag}-{number:05d}.safetensors", kind, first, tensors))
                 first += written[-1].lines
-        manifest = Manifest.model_validate(described | {"files": written})
+        tables = [{"name": name, "shape": list(table.shape)} for name, table in (maps or {}).items()]
+        kept = {"responses": 0 if responses is None else len(responses), "maps": tables}
+        manifest = Manifest.model_validate(described | kept | {"files": written})
         write_atomically(folder / MANIFEST, manifest.to_json())
     except BaseException:
         # An interrupt may come just after bank.json was renamed into place: what it names must stay.
@@ -101,6 +111,20 @@ def _row_shards(parts: Sequence[Tensor], described: dict[str, Any], size: int) -
         yield {"coordinates": coordinates, "row_ids": ids, "row_hashes": hashes, "sources": sources}
 
 
+def _response_shards(responses: Quantised | None, size: int) -> Iterator[dict[str, Tensor]]:
+    if responses is not None:
+        width = max(1, size // max(responses.values.shape[1], 1))
+        for at in range(0, len(responses), width):
+            steps = finite(responses.steps[at : at + width], "a row's own response")
+            yield {"responses": responses.values[at : at + width], "steps": steps}
+
+
+def _map_shards(maps: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """All of them in one shard: each query needs all."""
+    if maps:
+        yield {name: finite(table.to(torch.float16), f"the map of {name}") for name, table in maps.items()}
+
+
 def _lines(parts: Sequence[Tensor], start: int, end: int) -> Tensor:
     """Lines start..end of matrices laid below each other, without joining all of them."""
     chosen, at = [], 0
@@ -115,5 +139,7 @@ def _lines(parts: Sequence[Tensor], start: int, end: int) -> Tensor:
 def _shard(folder: Path, name: str, kind: Any, first: int, tensors: dict[str, Tensor]) -> File:
     write_tensors(folder / name, tensors)
     path, lines = folder / name, len(next(iter(tensors.values())))
+    if kind == "maps":
+        lines = len(tensors)
     lines -= kind == "text"  # its first tensor says where each row begins, and where the last ends
     return File(name=name, kind=kind, size=path.stat().st_size, sha256=digest(path), first=first, lines=lines)

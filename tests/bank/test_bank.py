@@ -17,6 +17,7 @@ from hf_fwdattr.bank.manifest import read_manifest
 from hf_fwdattr.bank.writing import write_bank
 from hf_fwdattr.errors import BankError, MismatchError
 from hf_fwdattr.parameters import Parameters
+from hf_fwdattr.quantised import Quantised
 from tests.cases import adapted, gpt2, llama
 from tests.reference import agree
 
@@ -59,6 +60,17 @@ def written_with_text(folder: Path, shard_size: int = 1 << 30, **changes: Any) -
     return write_bank(folder, told, **parts(), shard_size=shard_size, texts=TEXTS)
 
 
+RESPONSES = torch.randn(ROWS, P, generator=torch.Generator().manual_seed(5))
+MAPS = {"model.layers.0.mlp.down_proj": torch.eye(3), "lm.head": torch.tensor([[0.5, -0.25]])}
+
+
+def written_whole(folder: Path, shard_size: int = 1 << 30) -> ResponseBank:
+    """A bank that keeps everything that a bank may keep."""
+    told = described(privacy={"text": True})
+    kept = {"texts": TEXTS, "responses": Quantised.of(RESPONSES), "maps": MAPS}
+    return write_bank(folder, told, **parts(), shard_size=shard_size, **kept)
+
+
 def contents(bank: ResponseBank) -> dict[str, Any]:
     blocks = list(bank.coordinates())
     return {
@@ -84,6 +96,25 @@ def test_what_is_written_is_read(tmp_path: Path, shard_size: int, monkeypatch: p
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert len(bank) == ROWS
     assert len(list(tmp_path.glob("*.safetensors"))) == len(bank.manifest.files) >= (2 if shard_size > 1000 else 4)
+
+
+@pytest.mark.parametrize("shard_size", [1 << 30, 3 * P, 1])
+def test_responses_and_maps_are_read(tmp_path: Path, shard_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_fwdattr.bank.bank, "_BLOCK", 2 * P)
+    written_whole(tmp_path, shard_size)
+    bank = ResponseBank.from_pretrained(tmp_path)
+    expected = Quantised.of(RESPONSES).unpacked()
+    assert torch.equal(torch.cat([block.unpacked() for block in bank.responses()]), expected)
+    assert torch.equal(bank.responses_of([9, 0, 9, 3]), expected[[9, 0, 9, 3]])
+    assert {name: table.tolist() for name, table in bank.maps().items()} == {n: t.tolist() for n, t in MAPS.items()}
+    assert bank.manifest.responses == ROWS
+    with pytest.raises(BankError, match="keeps no response of row 10"):
+        bank.responses_of([0, 10])
+    copied = ResponseBank(bank.save_pretrained(tmp_path / "copy"))
+    assert torch.equal(copied.responses_of([4]), expected[[4]])
+    without = written(tmp_path / "without")
+    assert not list(without.responses())
+    assert without.maps() == {}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from hf_fwdattr.bank.bank import ResponseBank
 from hf_fwdattr.bank.files import check_header
 from hf_fwdattr.errors import BankError
-from tests.bank.test_bank import FILES, ROWS, SOURCES, K, P, described, written, written_with_text
+from tests.bank.test_bank import FILES, ROWS, SOURCES, K, P, described, written, written_whole
 
 
 Damage = Callable[[Path], object]
@@ -178,8 +178,29 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "swapped kinds": (swapped("probes", "coordinates"), r"has \d+ bytes and bank\.json says \d+"),
     "missing text": (lambda f: shard(f, "text").unlink(), r"text-.* is missing; download the bank again"),
     "flipped text": (lambda f: flipped(shard(f, "text")), "was changed: its sha256 is not"),
-    "text that is not told of": (put("privacy", {}), "10 of them with text; bank.json says 5, 10 and 0"),
-    "text of sources only": (put("privacy", {"rows": "sources", "text": True}), "one excludes the other"),
+    "text that is not told of": (put("privacy", {}), "the shards hold 10 lines of text and bank.json says 0"),
+    "fewer responses": (put("responses", 0), "the shards hold 10 lines of responses and bank.json says 0"),
+    "a map more": (
+        edited(lambda v: v["maps"].append({"name": "more", "shape": [1, 1]})),
+        r"holds .* and bank\.json says",
+    ),
+    "maps twice": (edited(lambda v: v["maps"].append(v["maps"][0])), "maps names something twice"),
+    "a map that is none": (edited(lambda v: v["maps"][0].update(shape=[9])), "a map of errors is a matrix"),
+    "other map": (edited(lambda v: v["maps"][0].update(shape=[1, 9])), r"holds .*'F16', \(3, 3\).* bank\.json says"),
+    "wider responses": (
+        forged(
+            "responses", lambda p: save_file({"responses": torch.zeros(10, 6).int(), "steps": torch.zeros(10, 1)}, p)
+        ),
+        r"'responses': \('I32', \(10, 6\)\)",
+    ),
+    "too good a first look": (put("first_look", 1.5), "first_look: Input should be less than or equal to 1"),
+    "missing responses": (lambda f: shard(f, "responses").unlink(), "is missing; download the bank again"),
+    "flipped map": (lambda f: flipped(shard(f, "maps")), "was changed: its sha256 is not"),
+    "text of sources only": (
+        edited(lambda v: v.update(privacy={"rows": "sources", "text": True}, responses=0)),
+        "one excludes the other",
+    ),
+    "responses of sources only": (put("privacy", {"rows": "sources"}), "responses=10 are neither none nor"),
     "missing file": (lambda f: shard(f, "probes").unlink(), r"probes-.* is missing; download the bank again"),
     "folder as file": (as_folder, "is missing; download the bank again"),
     "link": (linked, "is a link that leads out of the bank's folder"),
@@ -189,9 +210,9 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "wrong order": (edited(lambda v: v["files"][0].update(first=1)), "begins at line 1 and should begin at 0"),
     "fewer rows": (
         edited(lambda v: v["dataset"].update(rows=9)),
-        "10 rows, 10 of them with text; bank.json says 5, 9 and 9",
+        "responses=10 are neither none nor those of 9 known rows",
     ),
-    "no shards": (put("files", []), "the shards hold 0 probes and 0 rows, .* bank.json says 5, 10 and 10"),
+    "no shards": (put("files", []), "the shards hold 0 lines of probes and bank.json says 5"),
     "other shapes": (
         edited(lambda v: v["parameters"][0].update(shape=[2, 3])),
         r"'probes': \('F32', \(3, 6\)\).* and bank\.json says .*\(3, 8\)",
@@ -259,7 +280,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_every_damage_has_its_message(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "fwdattr"
-    written_with_text(folder)
+    written_whole(folder)
     damage, message = DAMAGES[name]
     damage(folder)
     before = sorted((path.name, path.lstat().st_size) for path in folder.iterdir())
