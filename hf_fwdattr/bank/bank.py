@@ -275,7 +275,7 @@ class ResponseBank:
 
     def maps(self) -> dict[str, Tensor]:
         """Maps of errors, (d, out) in float32, by canonical path of the layer; see `synthetic.gradients`."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for file in self._files("maps"):
             with safe_open(self.path(file), framework="pt") as shard:
                 found |= {name: finite(shard.get_tensor(name).float(), file.name) for name in shard.keys()}  # noqa: SIM118

@@ -112,8 +112,10 @@ class Attention(Block):
         state = self._state(model, trace, error.shape[1])
         assert state is not None
         module: Any = model.get_submodule(self.path)
-        parts = (part.to(error.dtype) for part in (state.query, state.key, state.value, state.weights))
-        errors = list(attention(*parts, module.scaling, _heads(error, module.head_dim)))
+        query, key, value, weights = (
+            part.to(error.dtype) for part in (state.query, state.key, state.value, state.weights)
+        )
+        errors = list(attention(query, key, value, weights, module.scaling, _heads(error, module.head_dim)))
         sharing = state.query.shape[1] // state.raw[1].shape[1]  # heads with one key: their errors are added up
         errors[1:] = [part.unflatten(1, (-1, sharing)).sum(2) for part in errors[1:]]
         if state.turn is not None:
@@ -163,6 +165,7 @@ class Attention(Block):
 def blocks_of(model: nn.Module) -> list[Block]:
     """Attentions and MLPs whose layers are called as those of GPT-2, or of Llama and its descendants."""
     found: list[Block] = []
+    inputs: tuple[str, ...]
     for path, module in model.named_modules():
         children = {name for name, _ in module.named_children()}
         for inputs, output in ((("q_proj", "k_proj", "v_proj"), "o_proj"), (("c_attn",), "c_proj")):

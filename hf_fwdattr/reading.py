@@ -1,0 +1,268 @@
+"""Queries read with a bank: along all of its probes, or in two stages within a budget of forward passes.
+
+In two stages, one plain forward predicts the query's gradient (`synthetic`), whose products with the rows' own
+responses are a first look at every row. A few probes, read exactly, correct it where the prediction errs most for most
+queries; then the rows that matter are read exactly, each along its own response.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .bank.bank import ResponseBank
+from .errors import QueryError
+from .objective import CAUSAL_LM, IGNORED
+from .parameters import Parameters
+from .readout.ranking import Ranked, rank, scores, source_coordinates
+from .synthetic.gradients import SyntheticGradients
+
+
+Query = Mapping[str, Sequence[int]]
+BUDGET = 96  # forward passes for naming rows, where the bank allows two stages: measured by scripts/readout_curve.py
+_SHARE = 3  # one in so many forward passes goes to a probe, the others to rows
+_PROPONENTS = 2 / 3  # of the rows that are read exactly; the others are opponents
+
+
+@dataclass
+class Attributed:
+    """What is behind one query.
+
+    Attributes:
+        sides (`tuple[Ranked, ...]`): proponents and opponents; empty where no rows are wanted.
+        sources (`Tensor`): (sources,) nats, float64.
+    """
+
+    sides: tuple[Ranked, ...]
+    sources: Tensor
+
+
+class Reader:
+    """Reads token lists with a bank.
+
+    Args:
+        bank (`ResponseBank`): what is read along.
+        model (`nn.Module`): the model that the bank belongs to, in evaluation mode.
+        parameters (`Parameters`): what responds in it.
+        engine (`Callable`): `readout.jvp.read` or `readout.difference.read`.
+    """
+
+    def __init__(self, bank: ResponseBank, model: nn.Module, parameters: Parameters, engine: Callable[..., Tensor]):
+        self.bank, self.model, self.parameters, self._engine = bank, model, parameters, engine
+        self._held: tuple[int, Tensor] | None = None
+
+    @property
+    def _device(self) -> torch.device:
+        return self.parameters.tensors(self.model)[0].device
+
+    @cached_property
+    def _first_look(self) -> SyntheticGradients | None:
+        """Predicts gradients; None where the bank keeps no maps."""
+        if not self.bank.manifest.maps:
+            return None
+        maps = {name: table.to(self._device) for name, table in self.bank.maps().items()}
+        return SyntheticGradients(self.model, self.parameters, CAUSAL_LM, maps)
+
+    def budget(self, asked: int | None) -> int | None:
+        """Forward passes for naming rows; None: all of the bank's probes.
+
+        Raises:
+            QueryError: fewer were asked for than the bank's probes, and it keeps no maps.
+        """
+        first_look = bool(self.bank.manifest.maps)
+        if asked is None:
+            return BUDGET if first_look and self.bank.manifest.probes >= BUDGET else None
+        if asked < 1:
+            raise QueryError(f"budget={asked}: a query takes at least one forward pass")
+        if not first_look and asked < self.bank.manifest.probes + 1:
+            raise QueryError(
+                f"budget={asked}: the bank keeps nothing that a first look could use, so a query takes a forward pass "
+                f"for each of its {self.bank.manifest.probes} probes; leave budget out"
+            )
+        return asked if first_look else None
+
+    def along(self, queries: Sequence[Query], directions: Tensor) -> Tensor:
+        """(queries, positions, n): derivatives of each token's log-likelihood along (n, P)."""
+        return self._engine(self.model, self.parameters, CAUSAL_LM, self.batch(queries), directions)
+
+    def probes(self, queries: Sequence[Query], lines: slice) -> Tensor:
+        """(queries, positions, lines): the readout along some of the bank's probes, the rows' before the sources'."""
+        return self.along(queries, self._lines(lines))
+
+    def summed(self, queries: Sequence[Query], lines: slice, batch_size: int | None) -> Tensor:
+        """(queries, lines): readouts summed over output tokens, float64, on the CPU."""
+        step = batch_size or (8 if self._device.type == "cuda" else 1)
+        parts = [self.probes(queries[at : at + step], lines).double().sum(1) for at in range(0, len(queries), step)]
+        return torch.cat(parts).cpu()
+
+    def scores(self, queries: Sequence[Query], batch_size: int | None = None, budget: int | None = None) -> Tensor:
+        """(queries, rows) in nats, float32, on the CPU: from all probes, or from `budget` forward passes."""
+        if budget is None:
+            readout = self.summed(queries, slice(0, self.bank.manifest.probes), batch_size)
+            return scores(readout[:, None], self.bank.coordinates())
+        step = batch_size or 8
+        spent = min(budget - 1, self.bank.manifest.probes)
+        parts = [self._estimate(queries[at : at + step], spent) for at in range(0, len(queries), step)]
+        return torch.cat(parts).float()
+
+    def per_source(self, summed: Tensor) -> Tensor:
+        """(queries, sources) from readouts summed over tokens.
+
+        Exact where sources have probes, whose readout `summed` then is; else from the sum of their rows' coordinates.
+        """
+        manifest = self.bank.manifest
+        if manifest.source_probes:
+            return summed * torch.tensor(manifest.source_scales, dtype=torch.float64)
+        return summed @ source_coordinates(self.bank.coordinates(), len(manifest.sources)).T
+
+    def attribute(self, queries: Sequence[Query], count: int, budget: int | None) -> list["Attributed"]:
+        """Rows on either side, and all sources, of each query; with `count` 0 only what sources need is read."""
+        manifest = self.bank.manifest
+        if budget is not None and count:
+            return [self._in_stages(query, count, budget) for query in queries]
+        start = 0 if count or not manifest.source_probes else manifest.probes
+        found = []
+        for readout in self.probes(queries, slice(start, None)):
+            sides = rank(readout[None, :, : manifest.probes], self.bank.coordinates(), count)[0] if count else ()
+            summed = readout.double().sum(0, keepdim=True).cpu()
+            found.append(Attributed(sides, self.per_source(summed[:, -manifest.source_probes :])[0]))
+        return found
+
+    def _in_stages(self, query: Query, count: int, budget: int) -> "Attributed":
+        manifest = self.bank.manifest
+        sides, estimate = self.rank(query, count, budget)
+        if manifest.source_probes:
+            own = slice(manifest.probes, None)
+            return Attributed(sides, self.per_source(self.summed([query], own, 1))[0])
+        values = torch.zeros(len(manifest.sources), dtype=torch.float64)
+        _, sources = self._named(torch.arange(len(estimate)))
+        known = sources >= 0
+        return Attributed(sides, values.index_add_(0, sources[known].long(), estimate[known]))
+
+    def rank(self, query: Query, count: int, budget: int) -> tuple[tuple[Ranked, Ranked], Tensor]:
+        """Proponents and opponents of one query in two stages, and estimates (rows,) of all scores, float64.
+
+        The scores of the rows named are exact up to the eighth bit of their responses; where the bank has no responses
+        of rows, they are what its probes keep.
+        """
+        spent = min((budget - 1) // _SHARE, self.bank.manifest.probes)
+        left = budget - 1 - spent
+        estimate = self._estimate([query], spent)[0]
+        up = min(max(count, round(left * _PROPONENTS)), len(estimate))
+        down = min(max(count, left - up), len(estimate))
+        places = torch.cat([estimate.topk(up).indices, (-estimate).topk(down).indices]).unique()
+        ids, sources = self._named(places)
+        tokens = self.along([query], self._responses_of(places).to(self._device))[0].double().cpu()
+        exact = tokens.sum(0)
+        estimate[places] = exact
+        read = Ranked(places, ids, sources, exact.float(), tokens.T.float())
+        return (_sorted(read, count, 1.0), _sorted(read, count, -1.0)), estimate
+
+    def _estimate(self, queries: Sequence[Query], spent: int) -> Tensor:
+        """(queries, rows), float64: the first look, corrected along the first `spent` probes."""
+        assert self._first_look is not None
+        manifest = self.bank.manifest
+        gradients = self._first_look(self.batch(queries)).cpu()
+        head = self._lines(slice(0, spent if manifest.responses else manifest.probes)).cpu()
+        predicted = (gradients @ head.T).double()
+        exact = self.probes(queries, slice(0, spent)).double().sum(1).cpu() if spent else predicted[:, :0]
+        change = exact - predicted[:, :spent]
+        if manifest.responses:
+            own = torch.cat([block.products(gradients) for block in self.bank.responses()], dim=1)
+        else:
+            own, change = (
+                torch.zeros(len(queries), len(self.bank)).double(),
+                torch.cat([exact, predicted[:, spent:]], 1),
+            )
+        if not change.shape[1]:
+            return own
+        blocks = [block[:, : change.shape[1]].double() for _, _, block in self.bank.coordinates()]
+        return own + torch.cat([change @ block.T for block in blocks], dim=1)
+
+    def _responses_of(self, places: Tensor) -> Tensor:
+        """(n, P): rows' own responses, or what the probes keep of them."""
+        if self.bank.manifest.responses:
+            return self.bank.responses_of(places.tolist())
+        found, at = [], 0
+        for _, _, block in self.bank.coordinates():
+            here = places[(places >= at) & (places < at + len(block))]
+            found.append(block[here - at])
+            at += len(block)
+        return torch.cat(found) @ self._lines(slice(0, self.bank.manifest.probes)).cpu()
+
+    def _named(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and sources (n,) of rows at ascending positions."""
+        ids, sources, at = [], [], 0
+        for own, source, _ in self.bank.coordinates():
+            here = places[(places >= at) & (places < at + len(own))] - at
+            ids.append(own[here])
+            sources.append(source[here])
+            at += len(own)
+        return torch.cat(ids), torch.cat(sources)
+
+    def _lines(self, lines: slice) -> Tensor:
+        """(lines, P) on the model's device, read from the bank when they are first asked for, and kept."""
+        manifest = self.bank.manifest
+        start, end, _ = lines.indices(manifest.probes + manifest.source_probes)
+        first, held = self._held or (start, None)
+        if held is None or not first <= start <= end <= first + len(held):
+            last = end if held is None else max(end, first + len(held))
+            first = min(start, first)
+            held = self.bank.probes(lines=slice(first, last)).to(self._device)
+            self._held = first, held
+        return held[start - first : end - first]
+
+    def batch(self, queries: Sequence[Query]) -> dict[str, Tensor]:
+        """Token lists as a batch on the model's device, right-padded together.
+
+        Raises:
+            QueryError: no supervised token, labels that do not fit, or too long for the model.
+        """
+        self.check(queries)
+        width = max(len(query["input_ids"]) for query in queries)
+
+        def padded(lists: list[list[int]], fill: int) -> Tensor:
+            return torch.tensor([line + [fill] * (width - len(line)) for line in lists], device=self._device)
+
+        return {
+            "input_ids": padded([list(query["input_ids"]) for query in queries], 0),
+            "attention_mask": padded([[1] * len(query["input_ids"]) for query in queries], 0),
+            "labels": padded([list(query["labels"]) for query in queries], IGNORED),
+        }
+
+    def check(self, queries: Sequence[Query]) -> None:
+        """Refuse queries that cannot be scored, before anything is computed."""
+        settings: Any = self.model.config
+        longest, known = getattr(settings, "max_position_embeddings", None), getattr(settings, "vocab_size", None)
+        if not queries:
+            raise QueryError("there are no queries to score")
+        for number, query in enumerate(queries):
+            ids, labels = query["input_ids"], query["labels"]
+            if len(ids) != len(labels):
+                raise QueryError(
+                    f"query {number} has {len(ids)} input_ids and {len(labels)} labels; one label per token"
+                )
+            if not any(label != IGNORED for label in labels[1:]):
+                raise QueryError(
+                    f"query {number} has no supervised token (all labels are -100, or only its first token)"
+                )
+            if longest is not None and len(ids) > longest:
+                raise QueryError(
+                    f"query {number} has {len(ids)} tokens and the model reads at most {longest}; shorten it"
+                )
+            for what, values in (("token", ids), ("label", [label for label in labels if label != IGNORED])):
+                strange = [v for v in values if v < 0 or (known is not None and v >= known)]
+                if strange:
+                    raise QueryError(f"query {number} has the {what} {strange[0]}, which is not in the vocabulary")
+
+
+def _sorted(rows: Ranked, count: int, sign: float) -> Ranked:
+    """The rows whose scores have this sign, largest magnitude first, at most `count`."""
+    order = torch.argsort(sign * rows.scores, descending=True, stable=True)[:count]
+    order = order[sign * rows.scores[order] > 0]
+    return Ranked(
+        rows.positions[order], rows.ids[order], rows.sources[order], rows.scores[order], rows.token_scores[order]
+    )
