@@ -52,6 +52,16 @@ class ResponseConfig:
     source_probes: int = _help(
         "Sources get a probe of their own, hence exact scores, when there are at most this many.", default=64
     )
+    first_look: bool = _help(
+        "Keep what predicts a query's gradient from one forward pass, so that rows can be named in two stages; costs "
+        "a pass over at most 512 rows.",
+        default=True,
+    )
+    responses_budget: int = _help(
+        "Bytes of rows' own responses, one for each row and responding parameter, that the bank may keep for the two "
+        "stages; it keeps all rows' or none, none with private_rows or more than sample_rows rows, and 0 keeps none.",
+        default=1 << 29,
+    )
     memory_budget: int = _help(
         "Bytes of matrices held in memory during the passes; more goes to disk.", default=4 << 30
     )

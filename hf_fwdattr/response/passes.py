@@ -16,6 +16,7 @@ from ..errors import QueryError, UnsupportedError
 from ..gradients import RowGradients
 from ..objective import Batch, Objective
 from ..parameters import Parameters
+from ..quantised import Quantised
 from .basis import factorise
 from .curvature import Curvature
 from .plan import Plan
@@ -44,6 +45,7 @@ class Responses:
         kept (`float`): share of held-out score variance that the probes keep.
         exact (`bool`): whether the probes are the responses themselves.
         curvature_samples (`int`): per segment.
+        own (`Quantised`, *optional*): the responses themselves in 8 bits, if they were to be kept.
     """
 
     probes: Tensor
@@ -53,6 +55,13 @@ class Responses:
     kept: float
     exact: bool
     curvature_samples: int
+    own: Quantised | None = None
+
+    def products(self, gradients: Tensor) -> Tensor:
+        """(queries, rows), float64: products of gradients (queries, P) with the rows' responses, as well as known."""
+        if self.own is not None:
+            return self.own.products(gradients)
+        return (gradients.to(self.probes.dtype) @ self.probes.T).double() @ self.coordinates.double().T
 
 
 @dataclass
@@ -122,6 +131,7 @@ class Passes:
         sample_rows: int = 2048,
         groups: Tensor | None = None,
         group_count: int = 0,
+        keep: int = 0,
     ) -> Responses:
         """Responses of the whole training set.
 
@@ -131,6 +141,7 @@ class Passes:
             sample_rows (`int`): rows from which the basis is found.
             groups (`Tensor`, *optional*): (rows,) source of each row, -1 for none.
             group_count (`int`): sources that get an exact response.
+            keep (`int`): bytes that all rows' own responses may take in 8 bits.
         """
         total, seen = len(self.rows), self.seen.nonzero().flatten()
         assert groups is not None or not group_count
@@ -153,7 +164,7 @@ class Passes:
             if probes == "exact":
                 return self._exact(sources, samples)
             assert not isinstance(probes, str)
-            return self._factorised(probes, chosen, sources, samples)
+            return self._factorised(probes, chosen, sources, samples, keep)
 
     def measure_curvature(self, samples: int) -> None:
         """One pass per segment: M sampled-label gradients become the segment's [`Curvature`]."""
@@ -188,7 +199,7 @@ class Passes:
                 responses[lines] = segment.advance(earlier, pushes[lines])
         return responses
 
-    def _factorised(self, probes: int | float, chosen: Tensor, groups: Groups, samples: int) -> Responses:
+    def _factorised(self, probes: int | float, chosen: Tensor, groups: Groups, samples: int, keep: int) -> Responses:
         room = self.storage.zeros(len(chosen), self.width, self.theta.dtype)
         responses = self.respond(chosen, room)
         for at, block, _ in self._shared(self.theta, chosen, "gradients at the end"):
@@ -205,10 +216,23 @@ class Passes:
             coordinates[chosen] = basis.coordinates.float()
             sources += moved
         coordinates[~self.seen] = 0.0
+        small = len(self.rows) * self.parameters.size <= keep
+        own = self._quantised(responses) if small and len(chosen) == len(self.rows) else None
         scales = self._normalise(sources)
         return Responses(
-            self._whole(basis.probes), coordinates, self._whole(sources), scales, basis.kept, False, samples
+            self._whole(basis.probes), coordinates, self._whole(sources), scales, basis.kept, False, samples, own
         )
+
+    def _quantised(self, responses: Tensor) -> Quantised | None:
+        """Responses (rows, own columns) of all rows in 8 bits, on rank 0; None on other ranks."""
+        parts = []
+        for lines in blocks(len(responses), self.chunk):
+            whole = self._whole(responses[lines])
+            if self.ranks.rank == 0:
+                parts.append(Quantised.of(whole))
+        if not parts:
+            return None
+        return Quantised(torch.cat([part.values for part in parts]), torch.cat([part.steps for part in parts]))
 
     def _check_exact(self) -> None:
         total, size = len(self.rows), self.parameters.size

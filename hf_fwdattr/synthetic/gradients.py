@@ -8,6 +8,7 @@ Its products with responses are a first look at all rows, for the price of one f
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,8 @@ class SyntheticGradients:
         head = output_layer(model, parameters, objective)
         if head is None:
             raise UnsupportedError("only a causal language model with a plain output layer shows its error at the end")
-        self._head, self._weights = head, weights_of(model, parameters)
+        self._head: Any = head
+        self._weights = weights_of(model, parameters)
         self._hosts = {weight.host: None for weight in self._weights}
         blocks = [block for block in blocks_of(model) if set(block.inputs) & set(self._hosts)]
         self._blocks: dict[str, Block] = {path: block for block in blocks for path in block.inputs}
@@ -54,6 +56,12 @@ class SyntheticGradients:
             if unknown:
                 raise UnsupportedError(f"the bank predicts errors at {unknown[0]!r}, a layer that the model has not")
             self._maps = {paths[name]: value for name, value in maps.items()}
+
+    @property
+    def fitting_bytes(self) -> int:
+        """What `fit` holds in memory, about."""
+        width = int(self._head.weight.shape[1])
+        return 8 * width * width * (len(self._ends()) + 2)
 
     def fit(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
         """Fit the maps on training rows and return them, float32, by canonical path; runs backwards once per batch."""

@@ -29,6 +29,7 @@ from ..response.rows import Rows, content_hash, row_hashes
 from ..response.segment import Segment
 from ..response.storage import Storage
 from .columns import Sources, column_of, row_ids_of, sources_of
+from .first_look import first_look
 from .identity import dataset_identity, model_identity
 from .record import Record, Snapshot
 from .texts import texts_of
@@ -164,7 +165,12 @@ def respond(
             )  # fmt: skip
             exact_sources = len(sources.names) if len(sources.names) <= config.source_probes else 0
             responses = passes.run(
-                config.probes, config.curvature_samples, config.sample_rows, sources.of, exact_sources
+                config.probes,
+                config.curvature_samples,
+                config.sample_rows,
+                sources.of,
+                exact_sources,
+                0 if config.private_rows or not config.first_look else config.responses_budget,
             )
             with ranks.together():
                 if ranks.rank == 0:
@@ -241,7 +247,16 @@ def _write(
     else:
         row_ids = row_ids_of(original if original is not None else rows.dataset, config.row_id_column, len(rows))
         lines = (responses.coordinates, row_ids, _hashes(rows, salt, config.quiet), sources.of)
-    return write_bank(folder, described, [responses.probes, responses.sources], *lines, texts=texts)
+    maps = {}
+    if config.first_look and not config.private_rows:
+        look = first_look(
+            model, parameters, objective_of(model, config.objective), rows, responses.products, config.memory_budget
+        )
+        maps, described["first_look"] = (look.maps, look.share) if look is not None else ({}, None)
+    return write_bank(
+        folder, described, [responses.probes, responses.sources], *lines, texts=texts,
+        responses=responses.own if maps else None, maps=maps,
+    )  # fmt: skip
 
 
 def _per_source(coordinates: Tensor, sources: Sources) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,0 +1,75 @@
+"""What a bank keeps so that one forward pass gives a first look at every row: maps of errors, and their worth."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError
+from ..gradients import RowGradients
+from ..objective import Objective
+from ..parameters import Parameters
+from ..response.rows import Rows
+from ..synthetic.gradients import SyntheticGradients
+
+
+_FITTED = 512  # rows from which the maps are fitted, at most: some dozens of tokens a row against d^2 numbers a map
+_HELD = 32  # rows on which they are judged, at most
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class FirstLook:
+    """Maps of errors by canonical path of the layer, and the share of score variance that they explain.
+
+    Attributes:
+        maps (`dict[str, Tensor]`): see `synthetic.gradients`.
+        share (`float`): of the scores of rows that were not fitted on, 1 at best; may be negative.
+    """
+
+    maps: dict[str, Tensor]
+    share: float
+
+
+def first_look(
+    model: nn.Module,
+    parameters: Parameters,
+    objective: Objective,
+    rows: Rows,
+    products: Callable[[Tensor], Tensor],
+    memory: int,
+) -> FirstLook | None:
+    """Fit the maps of a model at the end of its training, and judge them; None where they cannot be had.
+
+    Args:
+        rows (`Rows`): the training set; a few hundred rows of it are read.
+        products (`Callable`): gradients (queries, P) -> their products with all rows' responses (queries, rows).
+        memory (`int`): bytes that fitting may take.
+    """
+    try:
+        synthetic = SyntheticGradients(model, parameters, objective)
+        if synthetic.fitting_bytes > memory:
+            raise UnsupportedError(
+                f"fitting the maps would take {synthetic.fitting_bytes / 2**30:.1f} GiB, more than memory_budget"
+            )
+        held = _spread(len(rows), _HELD)
+        fitted = [place for place in _spread(len(rows), _FITTED + _HELD) if place not in set(held)] or held
+        maps = synthetic.fit(batch for _, batch in rows.batches(fitted))
+    except UnsupportedError as error:
+        logger.info("the bank allows no first look (a query will take a forward pass for each probe): %s", error)
+        return None
+    gradients = RowGradients(model, parameters, objective)
+    exact, predicted = [], []
+    for _, batch in rows.batches(held):
+        exact.append(products(-gradients(batch)[0].cpu()))
+        predicted.append(products(synthetic(batch).cpu()))
+    scores = torch.cat(exact)
+    missed = (scores - torch.cat(predicted)).square().sum() / scores.square().sum().clamp(min=1e-30)
+    return FirstLook(maps, 1.0 - float(missed))
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """At most `count` positions, evenly over all."""
+    return sorted({round(at * (total - 1) / max(count - 1, 1)) for at in range(min(count, total))})

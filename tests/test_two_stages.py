@@ -1,0 +1,138 @@
+"""Rows named in two stages, against all probes and against reverse mode."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_fwdattr.errors import QueryError
+from hf_fwdattr.objective import CAUSAL_LM
+from hf_fwdattr.reading import Reader
+from tests.cases import adapted, padded
+from tests.reference import agree, row_gradient
+from tests.runs import ROWS, TrainingDataAttributionPipeline, ask, base, config, fine_tune, oracle, queries
+
+
+@pytest.fixture(scope="module", params=["responses", "exact", "probes alone"])
+def tuned(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Any]:
+    """A fine-tuned model and a bank with maps that keeps its rows' responses, all probes, or few."""
+    settings = {"responses": {"probes": 3}, "exact": {}, "probes alone": {"probes": 4, "responses_budget": 0}}
+    model = adapted(base())
+    callback = fine_tune(tmp_path_factory.mktemp("run"), model, config(**settings[request.param]))
+    return request.param, model, callback.bank
+
+
+def reader(model: Any, bank: Any) -> Reader:
+    return ask(model, bank)._reader
+
+
+def responses(kind: str, bank: Any) -> torch.Tensor:
+    """(rows, P) as the bank knows them."""
+    if kind == "responses":
+        return torch.cat([block.unpacked() for block in bank.responses()]).double()
+    return (
+        torch.cat([block.double() for _, _, block in bank.coordinates()])
+        @ bank.probes()[: bank.manifest.probes].double()
+    )
+
+
+def test_what_is_kept(tuned: tuple[str, Any, Any]) -> None:
+    kind, _, bank = tuned
+    assert bank.manifest.responses == (ROWS if kind == "responses" else 0)
+    assert all(name.endswith("c_proj") for name in bank.maps())
+    assert 0 < bank.manifest.first_look <= 1
+
+
+def test_with_passes_for_every_row_all_named_scores_are_exact(tuned: tuple[str, Any, Any]) -> None:
+    kind, model, bank = tuned
+    parameters = bank.check_model(model)
+    for query in queries():
+        gradient = -row_gradient(model.eval(), parameters, CAUSAL_LM, padded([query])).double()
+        expected = responses(kind, bank) @ gradient
+        (best, worst), estimate = reader(model, bank).rank(query, ROWS, 100)
+        agree(estimate, expected, 1e-4)
+        order = expected.argsort(descending=True)
+        assert best.positions.tolist() == [int(i) for i in order if expected[i] > 0]
+        assert worst.positions.tolist() == [int(i) for i in order.flip(0) if expected[i] < 0]
+        agree(
+            torch.cat([best.scores, worst.scores]).double(),
+            expected[torch.cat([best.positions, worst.positions])],
+            1e-4,
+        )
+        agree(best.token_scores.sum(1), best.scores, 1e-5)
+
+
+def test_every_exact_probe_brings_the_estimate_nearer(tuned: tuple[str, Any, Any]) -> None:
+    kind, model, bank = tuned
+    if kind == "exact":
+        return  # its probes are single rows, and each only corrects that one
+    truth = oracle(model, bank, queries()) if kind != "responses" else None
+    parameters = bank.check_model(model)
+    if truth is None:
+        gradients = torch.stack([-row_gradient(model.eval(), parameters, CAUSAL_LM, padded([q])) for q in queries()])
+        truth = gradients.double() @ responses(kind, bank).T
+    off = [
+        float((reader(model, bank).scores(queries(), budget=n).double() - truth).norm() / truth.norm())
+        for n in (1, 99)
+    ]
+    assert off[1] < off[0] < 1
+    if kind == "probes alone":
+        assert off[1] < 1e-4  # all of its probes were read
+
+
+def test_a_first_look_is_the_predicted_gradient_times_the_responses(tuned: tuple[str, Any, Any]) -> None:
+    kind, model, bank = tuned
+    own = reader(model, bank)
+    assert own._first_look is not None
+    expected = own._first_look(padded(queries())).double() @ responses(kind, bank).T
+    agree(ask(model, bank).scores(queries(), budget=1), expected, 1e-5)
+
+
+def test_the_pipeline_names_the_same_rows_either_way(tuned: tuple[str, Any, Any]) -> None:
+    kind, model, bank = tuned
+    attribute = ask(model, bank)
+    asked = {"prompt": "w1 w2", "completion": "w3 w4 w5"}
+    whole, staged = attribute(asked, budget="all", top_k=3), attribute(asked, budget=60, top_k=3)
+    assert [len(example["token_scores"]) for example in staged["examples"]] == [3] * len(staged["examples"])
+    if kind != "responses":  # which knows more than the few probes do
+        assert [example["row"] for example in staged["examples"]] == [example["row"] for example in whole["examples"]]
+    assert [source["source"] for source in staged["sources"]] == [source["source"] for source in whole["sources"]]
+    scores = [[source["score"] for source in result["sources"]] for result in (staged, whole)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+    both = attribute([asked, {"prompt": "w9", "completion": "w4"}], budget=60, top_k=3, batch_size=2)
+    assert [example["row"] for example in both[0]["examples"]] == [example["row"] for example in staged["examples"]]
+
+
+def test_sources_without_probes_are_the_sums_of_their_rows(tmp_path: Path) -> None:
+    model = adapted(base())
+    bank: Any = fine_tune(tmp_path, model, config(source_probes=0)).bank
+    query = queries()[0]
+    (found,) = reader(model, bank).attribute([query], 3, 100)
+    scores = ask(model, bank).scores([query])[0].double()
+    sources = torch.cat([sources for _, sources, _ in bank.coordinates()])
+    expected = torch.stack([scores[sources == index].sum() for index in range(len(bank.manifest.sources))])
+    agree(found.sources, expected, 1e-4)
+
+
+def test_budgets(tuned: tuple[str, Any, Any], tmp_path: Path) -> None:
+    _, model, bank = tuned
+    attribute: TrainingDataAttributionPipeline = ask(model, bank)
+    with pytest.raises(QueryError, match="budget=0: a query takes at least one forward pass"):
+        attribute.scores(queries(), budget=0)
+    with pytest.raises(ValueError, match="budget='some': a number of forward passes, or 'all'"):
+        attribute("w1", budget="some")
+    other = adapted(base())
+    plain: Any = fine_tune(tmp_path, other, config(first_look=False)).bank
+    assert not plain.manifest.maps
+    assert plain.manifest.first_look is None
+    with pytest.raises(QueryError, match="budget=5: the bank keeps nothing that a first look could use"):
+        ask(other, plain).scores(queries(), budget=5)
+    agree(ask(other, plain).scores(queries(), budget=ROWS + 1), ask(other, plain).scores(queries()), 1e-6)
+
+
+def test_no_rows_no_responses(tmp_path: Path) -> None:
+    """A bank that keeps sources only must not keep rows' responses by another door."""
+    bank: Any = fine_tune(tmp_path, adapted(base()), config(probes=3, private_rows=True)).bank
+    assert bank.manifest.responses == 0
+    assert not bank.manifest.maps
