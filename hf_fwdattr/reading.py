@@ -23,6 +23,7 @@ from .synthetic.gradients import SyntheticGradients
 
 Query = Mapping[str, Sequence[int]]
 BUDGET = 96  # forward passes for naming rows, where the bank allows two stages: measured by scripts/readout_curve.py
+_UNPACKED = 1 << 30  # bytes of rows' own responses that may be held as float32 between queries
 _SHARE = 3  # one in so many forward passes goes to a probe, the others to rows
 _PROPONENTS = 2 / 3  # of the rows that are read exactly; the others are opponents
 
@@ -171,7 +172,7 @@ class Reader:
         exact = self.probes(queries, slice(0, spent)).double().sum(1).cpu() if spent else predicted[:, :0]
         change = exact - predicted[:, :spent]
         if manifest.responses:
-            own = torch.cat([block.products(gradients) for block in self.bank.responses()], dim=1)
+            own = self._products(gradients)
         else:
             own, change = (
                 torch.zeros(len(queries), len(self.bank)).double(),
@@ -181,6 +182,17 @@ class Reader:
             return own
         blocks = [block[:, : change.shape[1]].double() for _, _, block in self.bank.coordinates()]
         return own + torch.cat([change @ block.T for block in blocks], dim=1)
+
+    def _products(self, gradients: Tensor) -> Tensor:
+        """(queries, rows), float64: with rows' own responses, kept unpacked between queries if they are few."""
+        manifest = self.bank.manifest
+        if 4 * manifest.responses * manifest.size > _UNPACKED:
+            return torch.cat([block.products(gradients) for block in self.bank.responses()], dim=1)
+        return (gradients.float() @ self._unpacked.T).double()
+
+    @cached_property
+    def _unpacked(self) -> Tensor:
+        return torch.cat([block.unpacked() for block in self.bank.responses()])
 
     def _responses_of(self, places: Tensor) -> Tensor:
         """(n, P): rows' own responses, or what the probes keep of them."""

@@ -3,9 +3,9 @@
     python scripts/readout_curve.py [--workers 2]
 
 LDS is against the mean of three retrainings of 64 random halves (the ground truth of lds_lora.py, kept and resumed).
-"top ten" is how often a query's ten best rows by exact scores are the ten best that were found, or what
-share. Two stages and the first look are what the pipeline does; the variants that did not make it (probes alone, rows without
-a first look, clusters, upper layers) are computed from the same exact scores.
+The top ten are the ten rows with the highest exact scores: how often all of them are the ten that were found, and what
+share of them is. Two stages and the first look are what the pipeline does; what did not make it (probes alone, rows
+without a first look, clusters, upper layers) is computed from the same exact scores.
 """
 
 import argparse

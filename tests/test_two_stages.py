@@ -81,6 +81,15 @@ def test_every_exact_probe_brings_the_estimate_nearer(tuned: tuple[str, Any, Any
         assert off[1] < 1e-4  # all of its probes were read
 
 
+def test_responses_that_are_too_many_to_hold_are_streamed(
+    tuned: tuple[str, Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model, bank = tuned
+    held = ask(model, bank).scores(queries(), budget=3)
+    monkeypatch.setattr("hf_fwdattr.reading._UNPACKED", 0)
+    agree(ask(model, bank).scores(queries(), budget=3), held, 1e-5)
+
+
 def test_a_first_look_is_the_predicted_gradient_times_the_responses(tuned: tuple[str, Any, Any]) -> None:
     kind, model, bank = tuned
     own = reader(model, bank)
