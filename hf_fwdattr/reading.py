@@ -104,8 +104,10 @@ class Reader:
         if budget is None:
             readout = self.summed(queries, slice(0, self.bank.manifest.probes), batch_size)
             return scores(readout[:, None], self.bank.coordinates())
+        if self.bank.manifest.exact and budget > 1:
+            return torch.stack([self.rank(query, 1, budget)[1] for query in queries]).float()
         step = batch_size or 8
-        spent = min(budget - 1, self.bank.manifest.probes)
+        spent = self._probes_within(budget - 1)
         parts = [self._estimate(queries[at : at + step], spent) for at in range(0, len(queries), step)]
         return torch.cat(parts).float()
 
@@ -149,7 +151,7 @@ class Reader:
         The scores of the rows named are exact up to the eighth bit of their responses; where the bank has no responses
         of rows, they are what its probes keep.
         """
-        spent = min((budget - 1) // _SHARE, self.bank.manifest.probes)
+        spent = self._probes_within((budget - 1) // _SHARE)
         left = budget - 1 - spent
         estimate = self._estimate([query], spent)[0]
         up = min(max(count, round(left * _PROPONENTS)), len(estimate))
@@ -161,6 +163,10 @@ class Reader:
         estimate[places] = exact
         read = Ranked(places, ids, sources, exact.float(), tokens.T.float())
         return (_sorted(read, count, 1.0), _sorted(read, count, -1.0)), estimate
+
+    def _probes_within(self, passes: int) -> int:
+        """Probes to read in so many forward passes: none of an exact bank, whose probes are its rows, in no order."""
+        return 0 if self.bank.manifest.exact else min(passes, self.bank.manifest.probes)
 
     def _estimate(self, queries: Sequence[Query], spent: int) -> Tensor:
         """(queries, rows), float64: the first look, corrected along the first `spent` probes."""
