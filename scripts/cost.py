@@ -127,14 +127,14 @@ def memory_run(kind: str, count: int, probes: int) -> None:
 
 def query_ratios(attribute, world, probes: int) -> list[dict]:
     """Time of one query's readout against k + 1 plain forward passes of the same query, alternating."""
-    attribute._probes(slice(0, probes))  # read before anything is timed
+    attribute._reader._lines(slice(0, probes))  # read before anything is timed
     rows = []
     for readout in ("jvp", "difference"):
         ratios, seconds = [], []
         if readout == "difference":
             from hf_fwdattr.readout import difference
 
-            attribute._read = difference.read
+            attribute._reader._engine = difference.read
         for row in world.queries.select(range(5)):
             query = {"input_ids": row["input_ids"], "labels": row["input_ids"]}
             tokens = torch.tensor([row["input_ids"]])

@@ -76,8 +76,11 @@ def test_only_what_a_query_needs_comes_down(hub: World, tmp_path: Path) -> None:
     whole = attribute(QUERY)
     assert [line["source"] for line in whole["sources"]] == [line["source"] for line in sources]
     assert [line["score"] for line in whole["sources"]] == pytest.approx([line["score"] for line in sources], rel=1e-5)
-    assert HUB.sent("fwdattr/.*safetensors") == sum(file.size for file in files)
+    needed = sum(file.size for file in files if file.kind != "maps")  # all probes are read, so no first look is needed
+    assert HUB.sent("fwdattr/.*safetensors") == needed
     attribute(QUERY)
+    assert HUB.sent("fwdattr/.*safetensors") == needed
+    attribute(QUERY, budget=3)
     assert HUB.sent("fwdattr/.*safetensors") == sum(file.size for file in files)
 
 

@@ -48,7 +48,7 @@ def test_as_many_rows_are_read_as_was_said(
         return real(self, batch, *more)
 
     monkeypatch.setattr(RowGradients, "__call__", counted)
-    settings = config(quiet=False, **changes)
+    settings = config(quiet=False, first_look=False, **changes)  # which reads some hundred rows more, at most
     build_bank(model, training_set(), settings, data_collator=padded, record=tmp_path / "record")
     said = capsys.readouterr().err
     assert f"response bank: {read[0]} rows forward and backward" in said

@@ -54,7 +54,9 @@ def test_the_bank_lies_beside_the_model_and_nothing_else_is_left(tmp_path: Path)
     flags = [parameter.requires_grad for parameter in model.parameters()]
     callback = fine_tune(tmp_path, model)
     assert {path.name for path in tmp_path.iterdir()} == {"fwdattr"}
-    assert len(list((tmp_path / "fwdattr").iterdir())) == 4  # bank.json, probes of rows and of sources, coordinates
+    assert (
+        len(list((tmp_path / "fwdattr").iterdir())) == 5
+    )  # bank.json, probes of rows and of sources, coordinates, maps
     bank = ResponseBank.from_pretrained(tmp_path)
     assert bank.manifest == callback.bank.manifest  # type: ignore[union-attr]
     assert bank.manifest.weights == callback.recorder.parameters.fingerprint(model)
@@ -187,7 +189,9 @@ def test_a_full_disk_leaves_the_old_bank_and_the_record(tmp_path: Path, monkeypa
     with pytest.raises(OSError, match="No space left"):
         callback.bank  # noqa: B018
     assert ResponseBank.from_pretrained(tmp_path).manifest == old.manifest
-    assert len(list((tmp_path / "fwdattr").iterdir())) == 4  # bank.json, probes of rows and of sources, coordinates
+    assert (
+        len(list((tmp_path / "fwdattr").iterdir())) == 5
+    )  # bank.json, probes of rows and of sources, coordinates, maps
     finished = build_bank(
         model, training_set(), config(), data_collator=padded, record=tmp_path / f"_{RECORD}", folder=tmp_path / "b"
     )
