@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from hf_fwdattr.bank.card import section, with_section
 from hf_fwdattr.bank.manifest import Manifest
 from hf_fwdattr.errors import BankError
-from tests.bank.test_bank import described
+from tests.bank.test_bank import described, written, written_whole
 
 
 ROOT = Path(__file__).parents[2]
@@ -71,3 +71,14 @@ def test_privacy_is_said() -> None:
     assert "every row against its hash" in " ".join(one.split())
     assert "no row, no row id and no row hash" in other
     assert "against its hash" not in " ".join(other.split())
+
+
+def test_the_card_tells_of_the_first_look(tmp_path: Path) -> None:
+    whole, plain = (
+        section(written_whole(tmp_path / "a").manifest, "me/x"),
+        section(written(tmp_path / "b").manifest, "me/x"),
+    )
+    assert "| first look | one forward pass explains 0.00 of the variance" in whole
+    assert "the rows' own responses are kept, one byte a number |\n| measured quality |" in whole
+    assert "first look" not in plain
+    assert "probes" in plain.split("| measured quality |")[0]
