@@ -42,18 +42,20 @@ class Pusher:
         """How a push ended; it is killed before a request of its takes effect, or after that and before the answer."""
         child: list[int] = []
         born, counting, seen = threading.Event(), threading.Lock(), [0]
+        own = threading.local()  # each request has a thread, and several may be under way
 
         def fault(method: str, path: str) -> str | None:
             born.wait()
             with counting:
                 seen[0] += 1
-                if answered or seen[0] != kill_at:
+                own.number = seen[0]
+                if answered or own.number != kill_at:
                     return None
                 os.kill(child[0], signal.SIGKILL)
                 return "drop"
 
         def done(method: str, path: str) -> None:
-            if answered and seen[0] == kill_at:
+            if answered and own.number == kill_at:
                 os.kill(child[0], signal.SIGKILL)
 
         HUB.fault, HUB.done = fault, done
