@@ -168,7 +168,7 @@ def picture(path: Path, lines: list[dict]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     settings = list(dict.fromkeys(line["setting"] for line in lines))
     figure, axes = pyplot.subplots(
@@ -179,6 +179,7 @@ def picture(path: Path, lines: list[dict]) -> None:
         for key, style in (("LDS", "o-"), ("LOO Spearman", "s--")):
             axis.plot([line["value"] for line in own], [line[key] for line in own], style, markersize=3, label=key)
         axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
         axis.set_title(setting, fontsize=8)
         axis.tick_params(labelsize=7)
     for axis in list(axes.flat)[len(settings) :]:
