@@ -40,11 +40,11 @@ def attribution_table(prompt: str, result: dict[str, Any], text_column: str) -> 
 def bank_table(manifest: Manifest, seen: str = "verified") -> None:
     """Print what a bank holds, and how far it was looked at."""
     size = sum(file.size for file in manifest.files)
-    coordinates = sum(file.size for file in manifest.files if file.kind == "coordinates")
+    each = sum(file.size for file in manifest.files if file.kind in ("coordinates", "responses", "text"))
     table = Table(show_header=False, title=f"response bank, {seen}", title_justify="left")
     rows = manifest.dataset.rows
     for name, value in (
-        ("model", f"{manifest.model} {manifest.revision or ''}"),
+        ("model", f"{manifest.model or 'not on the Hub'} {manifest.revision or ''}"),
         ("responding weights", f"{len(manifest.parameters)} matrices, {manifest.size:,} parameters"),
         ("weights sha256", manifest.weights),
         ("objective", manifest.objective),
@@ -56,7 +56,8 @@ def bank_table(manifest: Manifest, seen: str = "verified") -> None:
         ("rows", f"{rows:,} from {manifest.dataset.repo or 'a local dataset'} {manifest.dataset.split or ''}"),
         ("sources", f"{len(manifest.sources)}"),
         ("kept of rows", _kept(manifest)),
-        ("size", f"{size / 2**20:.1f} MiB; {coordinates / max(rows, 1):.0f} bytes a row"),
+        ("first look", "none" if manifest.first_look is None else f"explains {manifest.first_look:.2f} of the scores"),
+        ("size", f"{size / 2**20:.1f} MiB; {each / max(rows, 1):,.0f} bytes a row"),
         ("quality", quality_text(manifest.quality) or "not measured"),
     ):
         table.add_row(name, escape(value))
@@ -66,7 +67,8 @@ def bank_table(manifest: Manifest, seen: str = "verified") -> None:
 def _kept(manifest: Manifest) -> str:
     if manifest.privacy.rows == "sources":
         return "nothing but their sources"
-    return "ids, salted hashes and their text" if manifest.privacy.text else "ids and salted hashes, no text"
+    own = ", own responses" if manifest.responses else ""
+    return f"ids, salted hashes{own} and their text" if manifest.privacy.text else f"ids, salted hashes{own}; no text"
 
 
 def quality_table(measured: dict[str, Any]) -> None:

@@ -117,6 +117,7 @@ def test_inspect_says_what_a_bank_holds(folder: Path) -> None:
     assert table.exit_code == 0
     for words in ("response bank, verified", "12 (exact) + 3 for sources", "adamw", "12 from a local dataset"):
         assert words in table.stdout
+    assert "explains" in table.stdout
     values = json.loads(call("inspect", folder / "fwdattr", "--json").stdout)
     assert values["schema_version"] == 1
     assert values["weights"] in table.stdout
