@@ -67,8 +67,8 @@ def bank_table(manifest: Manifest, seen: str = "verified") -> None:
 def _kept(manifest: Manifest) -> str:
     if manifest.privacy.rows == "sources":
         return "nothing but their sources"
-    own = ", own responses" if manifest.responses else ""
-    return f"ids, salted hashes{own} and their text" if manifest.privacy.text else f"ids, salted hashes{own}; no text"
+    kept = "ids, salted hashes and own responses" if manifest.responses else "ids and salted hashes"
+    return f"{kept}, and their text" if manifest.privacy.text else f"{kept}, no text"
 
 
 def quality_table(measured: dict[str, Any]) -> None:
