@@ -47,7 +47,8 @@ class TrainingDataAttributionPipeline(Pipeline):
             need is read and downloaded.
         budget (`int` or `all`, *optional*): forward passes for naming rows. A bank that keeps maps of errors and its
             rows' own responses names them in two stages, with 96 passes by default: the rows named have exact scores.
-            `all` reads all of the bank's probes instead. Sources take a pass each in any case.
+            `all` reads all of the bank's probes instead. In any case sources take a pass each, and `top_k` rows on
+            either side are read: with a budget below 2 `top_k` they come on top of it.
         Everything else goes to `generate`.
 
     Returns (per input):

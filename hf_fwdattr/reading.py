@@ -149,7 +149,7 @@ class Reader:
         """Proponents and opponents of one query in two stages, and estimates (rows,) of all scores, float64.
 
         The scores of the rows named are exact up to the eighth bit of their responses; where the bank has no responses
-        of rows, they are what its probes keep.
+        of rows, they are what its probes keep. At least `count` rows on either side are read, whatever the budget.
         """
         spent = self._probes_within((budget - 1) // _SHARE)
         left = budget - 1 - spent
