@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .errors import NumericalError, UnsupportedError
 from .objective import IGNORED, Batch, Likelihood, Objective, row_losses, sampled_labels
 from .parameters import Parameters, is_linear
+from .sharding import is_piece, is_sharded, reshard
 
 
 # How far hooks and plain autograd may differ on one row, relative to that row's gradient.
@@ -28,6 +29,7 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3, torch.bfloat16: 0.2, tor
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode with nothing trainable; modes and flags are restored, whatever happens."""
+    reshard(model)
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     cache = getattr(getattr(model, "config", None), "use_cache", None)
@@ -105,8 +107,25 @@ def refuse_silent_kernels(model: nn.Module) -> None:
             )
 
 
+def refuse_sharded_rest(model: nn.Module, parameters: Parameters) -> None:
+    """Refuse responding weights that are sharded and that hooks on Linear layers cannot serve.
+
+    Raises:
+        UnsupportedError: names the first one.
+    """
+    table = dict(model.named_parameters())
+    rest = [name for name in _partition(model, parameters)[1] if is_piece(table[name])]
+    if rest:
+        raise UnsupportedError(
+            f"{rest[0]} is sharded by FSDP and no Linear layer's own weight, so no row's gradient of it can be had; "
+            "let only such layers respond: ResponseConfig(parameters='linear'), 'lora' or 'lora_B'"
+        )
+
+
 class RowGradients:
     """Computes gradients of row losses with respect to the responding parameters; use inside [`at_rest`].
+
+    Of a sharded model a call is a collective: every rank makes it, with rows of its own.
 
     Args:
         model (`nn.Module`): in evaluation mode.
@@ -121,7 +140,9 @@ class RowGradients:
             )
         refuse_batch_statistics(model)
         refuse_silent_kernels(model)
+        refuse_sharded_rest(model, parameters)
         self.model, self.parameters, self.objective = model, parameters, objective
+        self._sharded = is_sharded(model)
         self._hooked, self._others = _partition(model, parameters)
         self._checked, self._vmaps = False, True
 
@@ -145,6 +166,11 @@ class RowGradients:
         if not bool(torch.isfinite(gradients).all()):
             bad = (~torch.isfinite(gradients).all(1)).nonzero().flatten().tolist()
             raise NumericalError(f"the gradient of row(s) {bad} of a batch is not finite: the loss is NaN or infinite")
+        if self._sharded and not certain:  # a check now and then would leave other ranks waiting
+            raise UnsupportedError(
+                f"{type(self.model).__name__} flattens rows and positions into one dimension, and is sharded by FSDP; "
+                "finish the bank in one process: build_bank(model, dataset, config, record=...)"
+            )
         if not (self._checked and certain):
             self._check(batch, labels, gradients, smoothing)
             self._checked = True
@@ -200,14 +226,15 @@ class RowGradients:
         row = int(gradients.norm(dim=1).argmax())
         single = {key: value[row : row + 1] if isinstance(value, Tensor) else value for key, value in batch.items()}
         live = self.parameters.tensors(self.model)
-        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), trainable(live):
+        used: list[Tensor] = list(live)
+        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), trainable(live), self._as_used(used):
             logits, _ = self.objective.forward(self.model, single)
             loss = row_losses(logits, labels[row : row + 1], smoothing).sum()
-            plain = torch.autograd.grad(loss, live, allow_unused=True)
+            plain = torch.autograd.grad(loss, used, allow_unused=True)
         alone = torch.cat(
             [
                 (torch.zeros_like(parameter) if gradient is None else gradient).reshape(-1)
-                for parameter, gradient in zip(live, plain, strict=True)
+                for parameter, gradient in zip(used, plain, strict=True)
             ]
         )
         scale = max(float(alone.norm()), float(gradients[row].norm()))
@@ -218,6 +245,25 @@ class RowGradients:
                 f"{difference:.1%}: rows touch each other (batch norm, routing with capacity, a custom layer that "
                 "uses its weight elsewhere). Choose other responding parameters, or batch_size=1"
             )
+
+    @contextmanager
+    def _as_used(self, used: list[Tensor]) -> Iterator[None]:
+        """While the model runs, replace sharded weights in a list like `parameters.tensors` by what computes: a whole
+        weight that FSDP puts in their place.
+        """
+        handles = []
+        for index, name in enumerate(self.parameters.live if self._sharded else ()):
+            owner, _, leaf = name.rpartition(".")
+
+            def see(module: nn.Module, _: Any, index: int = index, leaf: str = leaf) -> None:
+                used[index] = getattr(module, leaf)
+
+            handles.append(self.model.get_submodule(owner).register_forward_pre_hook(see))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 class _Traces:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UnsupportedError
+from .sharding import copy_into, is_piece, plain_type, refuse_foreign_pieces, reshard, whole
 
 
 # Wrappers put their own prefix before a parameter's name; none of them is part of the weight's identity.
@@ -64,14 +65,18 @@ class Parameters:
         return sum(self.sizes)
 
     @classmethod
-    def of(cls, model: nn.Module, spec: str | Sequence[str] = "auto") -> "Parameters":
+    def of(cls, model: nn.Module, spec: str | Sequence[str] = "auto", sharded: bool = False) -> "Parameters":
         """Select by `spec`: `auto`, `lora_B`, `lora`, `linear`, `trainable`, or regular expressions on names.
 
         `linear` means trainable Linear weights; the expressions are searched in canonical names.
 
+        Args:
+            sharded (`bool`): accept weights that FSDP2 shards. `read` and `fingerprint` are collective then.
+
         Raises:
             UnsupportedError: nothing was selected, or the model is sharded or quantised where it would respond.
         """
+        reshard(model)
         wanted = spec
         if spec == "auto":
             wanted = "lora_B" if any(".lora_" in name for name, _ in model.named_parameters()) else "linear"
@@ -86,8 +91,9 @@ class Parameters:
         for name, parameter in chosen:
             if not parameter.is_floating_point():
                 raise UnsupportedError(f"{name} is stored as {parameter.dtype}: quantised weights cannot respond")
-            if type(parameter.data).__name__ == "DTensor":
-                raise UnsupportedError(f"{name} is sharded over ranks: gather the responding parameters first")
+            if is_piece(parameter) and not sharded:
+                raise UnsupportedError(f"{name} is sharded over ranks: load the saved model in one process")
+        refuse_foreign_pieces(model, [name for name, _ in chosen])
         names = tuple(canonical_name(name) for name, _ in chosen)
         doubled = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
         if doubled:
@@ -95,21 +101,21 @@ class Parameters:
         return cls(tuple(name for name, _ in chosen), names, tuple(tuple(p.shape) for _, p in chosen))
 
     def tensors(self, model: nn.Module) -> list[nn.Parameter]:
-        """The live parameters, in order."""
+        """The live parameters, in order; of a sharded model those that its optimizer has."""
+        reshard(model)
         table = dict(model.named_parameters())
         return [table[name] for name in self.live]
 
     def read(self, model: nn.Module) -> Tensor:
         """theta: a float32 (float64 for float64 models) copy, shape (P,), on the parameters' device."""
-        tensors = [parameter.detach() for parameter in self.tensors(model)]
+        tensors = [whole(parameter.detach()) for parameter in self.tensors(model)]
         dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
         return torch.cat([tensor.reshape(-1).to(dtype) for tensor in tensors])
 
-    @torch.no_grad()
     def write(self, model: nn.Module, theta: Tensor) -> None:
         """Set the model's weights to theta, shape (P,)."""
         for parameter, block in zip(self.tensors(model), self.split(theta), strict=True):
-            parameter.copy_(block)
+            copy_into(parameter, block)
 
     def split(self, vectors: Tensor) -> list[Tensor]:
         """Views of (..., P) as one (..., *shape) tensor per parameter."""
@@ -126,7 +132,7 @@ class Parameters:
         tensors = self.tensors(model)
         for index in sorted(range(len(self.names)), key=self.names.__getitem__):
             digest.update(f"{self.names[index]} {self.shapes[index]}\n".encode())
-            digest.update(tensors[index].detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+            digest.update(whole(tensors[index].detach()).to("cpu", torch.float32).contiguous().numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -148,4 +154,5 @@ def _selects(spec: str | Sequence[str], model: nn.Module, name: str) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module computes x W^T + b (Linear) or x W + b (the Conv1D of GPT-2), in that exact way."""
-    return type(module) is nn.Linear or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+    kind = plain_type(module)
+    return kind is nn.Linear or (kind.__name__ == "Conv1D" and hasattr(module, "nf"))

@@ -18,12 +18,13 @@ MODULES = {
 }
 
 # What each room may import of the others. `evaluation` judges any method, so it knows none of them.
-BASE = {"errors", "parameters", "objective"}
+BASE = {"errors", "parameters", "objective", "sharding"}
 PASSES = BASE | {"gradients", "quantised", "response", "synthetic"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
-    "parameters": {"errors"},
+    "sharding": {"errors"},
+    "parameters": {"errors", "sharding"},
     "objective": {"errors", "parameters"},
     "quantised": set(),
     "gradients": BASE,

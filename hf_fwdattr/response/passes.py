@@ -17,10 +17,12 @@ from ..gradients import RowGradients
 from ..objective import Batch, Objective
 from ..parameters import Parameters
 from ..quantised import Quantised
+from ..sharding import is_sharded
 from .basis import factorise
 from .curvature import Curvature
 from .plan import Plan
 from .ranks import ALONE, Ranks
+from .responses import Responses
 from .rows import Rows, uniforms
 from .segment import Segment
 from .storage import Storage, blocks
@@ -30,38 +32,6 @@ MAX_CURVATURE = 4096  # samples per segment unless more are asked for
 _CHUNK = 256  # rows that pass through a segment together, if memory allows
 _LEAST = 64 << 20  # bytes that the passes take in any case, however small the budget
 _MAX_EXACT = 16384  # probes of an exact bank; beyond, its coordinates alone would fill the memory
-
-
-@dataclass
-class Responses:
-    """Result of the passes; whole on rank 0, and on other ranks without lines of length P.
-
-    Attributes:
-        probes (`Tensor`): (k, P).
-        coordinates (`Tensor`): (rows, k), zero for rows that were never trained on.
-        sources (`Tensor`): (sources, P) exact responses of whole sources, scaled to equal norm; no lines where they
-            were not asked for.
-        source_scales (`Tensor`): (sources,) what their scores must be multiplied with.
-        kept (`float`): share of held-out score variance that the probes keep.
-        exact (`bool`): whether the probes are the responses themselves.
-        curvature_samples (`int`): per segment.
-        own (`Quantised`, *optional*): the responses themselves in 8 bits, if they were to be kept.
-    """
-
-    probes: Tensor
-    coordinates: Tensor
-    sources: Tensor
-    source_scales: Tensor
-    kept: float
-    exact: bool
-    curvature_samples: int
-    own: Quantised | None = None
-
-    def products(self, gradients: Tensor) -> Tensor:
-        """(queries, rows), float64: products of gradients (queries, P) with the rows' responses, as well as known."""
-        if self.own is not None:
-            return self.own.products(gradients)
-        return (gradients.to(self.probes.dtype) @ self.probes.T).double() @ self.coordinates.double().T
 
 
 @dataclass
@@ -122,7 +92,7 @@ class Passes:
         room = max(storage.budget, _LEAST) // (16 * self.theta.itemsize)  # a sixteenth for what is in flight
         self.chunk = max(1, min(_CHUNK, room // max(self.width, 1)))
         rows.batch_size = max(1, min(rows.batch_size, room // parameters.size))
-        self._bar = tqdm(disable=True)
+        self._bar, self._sharded = tqdm(disable=True), is_sharded(model)
 
     def run(
         self,
@@ -290,8 +260,7 @@ class Passes:
             pushed = torch.zeros(groups.count, self.parameters.size, dtype=self.theta.dtype)
             title = f"coordinates {number + 1}/{len(self.segments)}"
             with self.ranks.together():
-                mine = rows[self.ranks.rank :: self.ranks.size]
-                for indices, block, _ in self._passes(segment.theta, mine, title, None, self.smoothing):
+                for indices, block, _ in self._passes(segment.theta, rows, title, None, self.smoothing):
                     block *= segment.share[indices].to(block.dtype)[:, None]
                     coordinates[indices] += (block @ pull.T).float()
                     groups.add(pushed, indices, block)
@@ -305,10 +274,9 @@ class Passes:
         """(places in `rows`, gradients of this rank's columns, this rank's supervised positions) until all came."""
         place = torch.full((len(self.rows),), -1)
         place[rows] = torch.arange(len(rows))
-        mine = self._passes(theta, rows[self.ranks.rank :: self.ranks.size], title, key, smoothing)
+        mine = self._passes(theta, rows, title, key, smoothing)
         empty = torch.zeros(0, dtype=torch.int64), torch.zeros(0, self.parameters.size, dtype=self.theta.dtype), 0
-        rounds = self.rows.count(-(-len(rows) // self.ranks.size))  # of the rank with the most rows
-        for _ in range(rounds):
+        for _ in range(self._rounds(rows)):
             try:
                 indices, block, tokens = next(mine, empty)
             except Exception:
@@ -321,16 +289,42 @@ class Passes:
     def _passes(
         self, theta: Tensor, rows: Tensor, title: str, key: tuple[int, ...] | None, smoothing: float
     ) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """(positions of rows, gradients on the CPU, supervised positions) of each batch, with theta in the model."""
+        """(positions of rows, gradients on the CPU, supervised positions) of each batch of this rank's rows among
+        these, with theta in the model.
+        """
         self.parameters.write(self.model, theta)
         self._bar.set_description(title)
-        for indices, batch in self.rows.batches(rows.tolist()):
-            drawn = None if key is None else uniforms(indices, _positions(batch), *key)
+        for indices, batch in self._batches(rows):
+            drawn = uniforms(indices, _positions(batch), *key) if key is not None and len(indices) else None
             gradients, tokens = self.gradients(
                 batch, None if drawn is None else drawn.to(batch["labels"].device), smoothing
             )
             self._bar.update(len(indices) * self.ranks.size)
-            yield indices, gradients.to("cpu", self.theta.dtype), int(tokens.sum())
+            count = len(indices)
+            yield indices, gradients[:count].to("cpu", self.theta.dtype), int(tokens[:count].sum())
+
+    def _rounds(self, rows: Tensor) -> int:
+        """Batches of the rank with the most of these rows."""
+        return self.rows.count(-(-len(rows) // self.ranks.size))
+
+    def _batches(self, rows: Tensor) -> Iterator[tuple[Tensor, Batch]]:
+        """This rank's batches. Of a sharded model all ranks have as many, because they run it together: a rank whose
+        rows have come to their end goes on with one that does not count. What cannot be read fails everywhere, before
+        anybody waits in the model.
+        """
+        batches = self.rows.batches(rows[self.ranks.rank :: self.ranks.size].tolist())
+        if not self._sharded:
+            yield from batches
+            return
+        spare: tuple[Tensor, Batch] | None = None
+        for _ in range(self._rounds(rows)):
+            with self.ranks.together():
+                found = next(batches, None) or spare
+                if found is None:
+                    found = torch.zeros(0, dtype=torch.int64), self.rows.batch([int(rows[0])])
+            yield found
+            one = {key: value[:1] if isinstance(value, Tensor) else value for key, value in found[1].items()}
+            spare = found[0][:0], one
 
 
 def _positions(batch: Batch) -> int:

@@ -19,15 +19,17 @@ from ..bank.identity import tokenizer_hash
 from ..bank.writing import temporary_bank_folder, write_bank
 from ..config import ResponseConfig
 from ..errors import MismatchError, NumericalError, UnsupportedError
-from ..gradients import at_rest, refuse_batch_statistics, refuse_silent_kernels
+from ..gradients import at_rest, refuse_batch_statistics, refuse_sharded_rest, refuse_silent_kernels
 from ..objective import objective_of
 from ..parameters import Parameters
-from ..response.passes import Passes, Responses
+from ..response.passes import Passes
 from ..response.plan import Plan
 from ..response.ranks import ALONE, Ranks
+from ..response.responses import Responses
 from ..response.rows import Rows, content_hash, row_hashes
 from ..response.segment import Segment
 from ..response.storage import Storage
+from ..sharding import is_sharded
 from .columns import Sources, column_of, row_ids_of, sources_of
 from .first_look import first_look
 from .identity import dataset_identity, model_identity
@@ -107,6 +109,7 @@ def check(model: nn.Module, dataset: Any, collate: Any, config: ResponseConfig, 
     """Refuse before the first step, as far as one row shows it, what the passes would refuse after the last one."""
     refuse_batch_statistics(model, training=True)
     refuse_silent_kernels(model)
+    refuse_sharded_rest(model, Parameters.of(model, config.parameters, sharded=True))
     with torch.random.fork_rng(devices=[]):
         rows = _rows(model, dataset, collate, config)
     sources_of(original, config.source_column, len(rows))
@@ -142,7 +145,7 @@ def respond(
     """
     if not bool(torch.isfinite(end.theta).all()):
         raise NumericalError("the trained weights are not finite (was the loss NaN?): no bank can be made of them")
-    random_state = torch.get_rng_state()
+    random_state, fingerprint = torch.get_rng_state(), parameters.fingerprint(model)
     objective = objective_of(model, config.objective)
     live = [tensor.detach().clone() for tensor in parameters.tensors(model)]
     rows = _rows(model, dataset, collate, config, parameters.tensors(model)[0].device)
@@ -170,21 +173,26 @@ def respond(
                 config.sample_rows,
                 sources.of,
                 exact_sources,
-                0 if config.private_rows or not config.first_look else config.responses_budget,
+                0 if config.private_rows or not config.first_look or is_sharded(model) else config.responses_budget,
             )
+            _restore(model, parameters, live)
             with ranks.together():
                 if ranks.rank == 0:
                     _warn(responses)
                     _write(
                         folder, responses, passes.segments, model, parameters, rows, sources, config, original,
-                        tokenizer, record, live,
+                        tokenizer, record, fingerprint,
                     )  # fmt: skip
             return ResponseBank(folder, verify=False)
     finally:
-        with torch.no_grad():
-            for tensor, value in zip(parameters.tensors(model), live, strict=True):
-                tensor.copy_(value)
+        _restore(model, parameters, live)
         torch.set_rng_state(random_state)
+
+
+@torch.no_grad()
+def _restore(model: nn.Module, parameters: Parameters, live: list[Tensor]) -> None:
+    for tensor, value in zip(parameters.tensors(model), live, strict=True):
+        tensor.copy_(value)
 
 
 def _warn(responses: Responses) -> None:
@@ -208,18 +216,15 @@ def _write(
     original: Any,
     tokenizer: Any,
     record: Record,
-    live: list[Tensor],
+    fingerprint: str,
 ) -> ResponseBank:
-    with torch.no_grad():  # the fingerprint is of the trained weights, not of the last snapshot
-        for tensor, value in zip(parameters.tensors(model), live, strict=True):
-            tensor.copy_(value)
     salt = secrets.token_bytes(16)
     name, revision = model_identity(model)
     described = {
         "libraries": _libraries(),
         "model": name,
         "revision": revision,
-        "weights": parameters.fingerprint(model),
+        "weights": fingerprint,
         "parameters": [
             {"name": n, "shape": list(s)} for n, s in zip(parameters.names, parameters.shapes, strict=True)
         ],

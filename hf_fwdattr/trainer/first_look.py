@@ -12,6 +12,7 @@ from ..gradients import RowGradients
 from ..objective import Objective
 from ..parameters import Parameters
 from ..response.rows import Rows
+from ..sharding import is_sharded
 from ..synthetic.gradients import SyntheticGradients
 
 
@@ -49,6 +50,8 @@ def first_look(
         memory (`int`): bytes that fitting may take.
     """
     try:
+        if is_sharded(model):
+            raise UnsupportedError("it reads weights as a whole, and FSDP has them in pieces")
         synthetic = SyntheticGradients(model, parameters, objective)
         if synthetic.fitting_bytes > memory:
             raise UnsupportedError(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from ..parameters import Parameters
+from ..sharding import whole
 
 
 # Weight of the share m^2 / v that the second moment takes back of a step, and the least that is left. For a steady
@@ -76,7 +77,7 @@ class Preconditioner:
     def diagonal(self, optimizer: Any, model: nn.Module, parameters: Parameters) -> Tensor:
         """D, (P,) on the CPU: what a change of the gradient does to the step, times the group's rate ratio.
 
-        1 for SGD; for Adam and AdamW see [`_adam`].
+        1 for SGD; for Adam and AdamW see [`_adam`]. Collective where the optimizer's state is sharded.
 
         Raises:
             UnsupportedError: the optimizer has no state for a responding parameter.
@@ -92,7 +93,7 @@ class Preconditioner:
                 if "exp_avg_sq" not in state:
                     raise UnsupportedError(f"the optimizer has no second moment for {name}: it never got a gradient")
                 block = _adam(state, group)
-            blocks.append((block * (self._rate(group) / base)).reshape(-1).cpu())
+            blocks.append((whole(block) * (self._rate(group) / base)).reshape(-1).cpu())
         return torch.cat(blocks)
 
     @staticmethod

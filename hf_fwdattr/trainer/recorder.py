@@ -87,7 +87,7 @@ class ResponseRecorder:
         self.config = config or ResponseConfig()
         self.ranks = Ranks.of_run()
         self.model = model if accelerator is None else accelerator.unwrap_model(model, keep_torch_compile=False)
-        self.parameters = Parameters.of(self.model, self.config.parameters)
+        self.parameters = Parameters.of(self.model, self.config.parameters, sharded=True)
         self.preconditioner = Preconditioner.of(optimizer, self.model, self.parameters)
         self._accelerator, self._rule, self.tokenizer = accelerator, _rule, processing_class
         self._optimizer = getattr(optimizer, "optimizer", optimizer)
@@ -186,16 +186,17 @@ class ResponseRecorder:
         self._merged = len(self.record.rates)
 
     def snapshot(self, step: int) -> Snapshot:
-        """What responds, and the optimizer's diagonal, now."""
+        """What responds, and the optimizer's diagonal, now; every rank calls it, as either may be sharded."""
         theta = self.parameters.read(self.model).cpu()
         return Snapshot(step, theta, self.preconditioner.diagonal(self._optimizer, self.model, self.parameters))
 
     def save(self, folder: str | Path) -> None:
         """Put the record beside a checkpoint, so that a run that resumes from it ends with the same bank."""
         self._merge()
+        end = self.snapshot(self.taken)
         with self.ranks.together():
             if self.ranks.rank == 0:
-                replace(self.record, end=self.snapshot(self.taken)).save(Path(folder))
+                replace(self.record, end=end).save(Path(folder))
 
     def detach(self) -> None:
         """Leave model, dataloader, optimizer and accelerator as they were found; once."""
