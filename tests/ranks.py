@@ -17,6 +17,8 @@ from torch import Tensor
 
 from hf_fwdattr import ResponseCallback, build_bank
 from hf_fwdattr.objective import CAUSAL_LM
+from hf_fwdattr.parameters import Parameters
+from hf_fwdattr.sharding import is_sharded
 from hf_fwdattr.trainer.callback import RECORD
 from tests.cases import adapted, padded
 from tests.runs import ask, base, config, queries, trainer_for, training_set, weights
@@ -31,6 +33,7 @@ def wide(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     return padded(rows, 16)
 
 
+SHARDED: dict[str, Any] = dict(fsdp=True, fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"]})
 # What is changed of the plain run. `rows`, `collate`, `settings` (of the bank), `groups` and `begin` are ours;
 # everything else goes to TrainingArguments.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -70,6 +73,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "failing": dict(settings=dict(objective=None)),
     "saved": dict(save_strategy="steps", save_steps=5),
     "resumed": dict(save_strategy="steps", save_steps=5, resume=True),
+    "sharded": SHARDED,
+    "sharded, all weights": SHARDED | dict(adapter=False, settings=dict(parameters="linear")),
+    "sharded, streamed": SHARDED | dict(settings=dict(probes=8, sample_rows=9)),
+    "sharded, accumulated": SHARDED | dict(gradient_accumulation_steps=2),
+    "sharded, clipped": SHARDED | dict(max_grad_norm=0.05),
+    "sharded, float32": SHARDED | dict(dtype=torch.float32),
+    "sharded, failing": SHARDED | dict(unreadable=True),
+    "sharded, saved": SHARDED | dict(save_strategy="steps", save_steps=5),
+    "sharded, resumed": SHARDED | dict(save_strategy="steps", save_steps=5, resume=True),
 }
 
 
@@ -80,16 +92,46 @@ def failing(model: Any, batch: Any) -> Any:
     return CAUSAL_LM.forward(model, batch)
 
 
+class Unreadable:
+    """A collator that fails on the last rank when the passes have begun."""
+
+    def __init__(self, callback: ResponseCallback):
+        self.callback, self.calls = callback, 0
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        recorder = self.callback._recorder
+        if recorder is not None and recorder.record.end is not None and int(os.environ.get("RANK", "0")) == WORLD - 1:
+            self.calls += 1
+            if self.calls > 4:
+                raise ValueError("these rows")
+        return padded(rows)
+
+
+def whole_model(model: Any, name: str) -> Any:
+    """A sharded model's like in one piece; every rank calls it."""
+    how = SETTINGS[name]
+    if not is_sharded(model):
+        return model
+    fresh = base(how.get("dtype", torch.float64))
+    fresh = adapted(fresh) if how.get("adapter", True) else fresh
+    Parameters.of(fresh, "trainable").write(fresh, Parameters.of(model, "trainable", sharded=True).read(model))
+    return fresh
+
+
 def fine_tuned(folder: Path, name: str) -> tuple[Any, ResponseCallback]:
     """(model, callback) after training under the settings of this name."""
     how = dict(SETTINGS[name])
+    if WORLD == 1 and how.pop("fsdp", False):  # one process has nobody to share its weights with
+        how.pop("fsdp_config")
     changes, rows = how.pop("settings", {}), how.pop("rows", ROWS)
     settings = config(**changes | (dict(objective=failing) if "objective" in changes else {}))
     groups, resume = how.pop("groups", False), how.pop("resume", False)
     share = BATCH // WORLD // how.get("gradient_accumulation_steps", 1)
     how = dict(per_device_train_batch_size=max(share, 1), collate=padded) | how
-    dtype = how.pop("dtype", torch.float64)
-    model, data, callback = adapted(base(dtype)), training_set(rows), ResponseCallback(settings)
+    model, data, callback = base(how.pop("dtype", torch.float64)), training_set(rows), ResponseCallback(settings)
+    model = adapted(model) if how.pop("adapter", True) else model
+    if how.pop("unreadable", False):
+        how["collate"] = Unreadable(callback)
     if groups:
         parts = [
             [p for n, p in model.named_parameters() if p.requires_grad and ("h.0" in n) == last] for last in (0, 1)
@@ -102,7 +144,7 @@ def fine_tuned(folder: Path, name: str) -> tuple[Any, ResponseCallback]:
         how["eval_dataset"] = training_set(5)
     trainer = trainer_for(folder, model, data, callback, **how)
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-5") if resume else None)
-    return model, callback
+    return whole_model(trainer.model, name), callback
 
 
 def unit_weights(callback: ResponseCallback) -> float:
@@ -117,9 +159,9 @@ def unit_weights(callback: ResponseCallback) -> float:
 def main(folder: Path, names: list[str]) -> None:
     for name in names:
         began = time.perf_counter()
-        where = folder / (name if name not in ("saved", "resumed") else "run")
+        where = folder / name.replace("resumed", "run").replace("saved", "run")
         model, callback = fine_tuned(where, name)
-        if name == "failing":
+        if name.endswith("failing"):
             said = callback.recorder.ranks.objects(str(callback._bank))
             if callback.recorder.ranks.rank == 0:
                 torch.save({"errors": sorted(said)}, folder / f"{name}-{WORLD}.pt")
@@ -131,7 +173,7 @@ def main(folder: Path, names: list[str]) -> None:
         if callback.recorder.ranks.rank:
             continue
         alone = bank
-        if "FWDATTR_REBUILD" in os.environ or name == "wrapped around":
+        if "FWDATTR_REBUILD" in os.environ or name in ("wrapped around", "sharded"):
             record.save(where / RECORD)
             alone = build_bank(
                 model, callback.recorder.original, callback.config, data_collator=padded, record=where / RECORD

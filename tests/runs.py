@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
 from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -65,13 +67,27 @@ def config(**changes: Any) -> ResponseConfig:
     return ResponseConfig(**(settings | changes))
 
 
+class ShardedTrainer(Trainer):
+    """A Trainer that does FSDP2 on CPUs. Accelerate has everything for it, but takes a plugin for GPUs only, and without
+    a word trains by DDP; here it is told, once it is there, that the run is sharded.
+    """
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        state: Any = self.accelerator.state
+        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        self.is_fsdp_enabled = True
+
+
 def trainer_for(
     folder: Path, model: Any, dataset: Any, callback: ResponseCallback | None, collate: Any = padded, **changes: Any
 ) -> Trainer:
     """A Trainer with the callback, if any."""
     callbacks = [] if callback is None else [callback]
     more = {name: changes.pop(name) for name in ("optimizers", "compute_loss_func", "eval_dataset") if name in changes}
-    return Trainer(
+    kind = ShardedTrainer if "fsdp" in changes else Trainer
+    return kind(
         model=model, args=arguments(folder, **changes), train_dataset=dataset, data_collator=collate,
         callbacks=callbacks, processing_class=tokenizer(), **more,
     )  # fmt: skip

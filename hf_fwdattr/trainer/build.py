@@ -148,7 +148,8 @@ def respond(
     random_state, fingerprint = torch.get_rng_state(), parameters.fingerprint(model)
     objective = objective_of(model, config.objective)
     live = [tensor.detach().clone() for tensor in parameters.tensors(model)]
-    rows = _rows(model, dataset, collate, config, parameters.tensors(model)[0].device)
+    with ranks.together():
+        rows = _rows(model, dataset, collate, config, parameters.tensors(model)[0].device)
     if record.total not in (0, len(rows)):
         raise MismatchError(
             f"the run was recorded on {record.total} rows and the dataset has {len(rows)}; pass the training set"
