@@ -17,6 +17,7 @@ from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .errors import NumericalError, UnsupportedError
+from .kernels import refuse_silent_backward
 from .objective import IGNORED, Batch, Likelihood, Objective, row_losses, sampled_labels
 from .parameters import Parameters, is_linear
 from .sharding import is_piece, is_sharded, reshard
@@ -90,23 +91,6 @@ def refuse_batch_statistics(model: nn.Module, training: bool = False) -> None:
         )
 
 
-def refuse_silent_kernels(model: nn.Module) -> None:
-    """Refuse layers through which gradients vanish without a word.
-
-    Raises:
-        UnsupportedError: bitsandbytes on a CPU, whose kernels of evaluation mode know no derivative.
-    """
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if type(module).__module__.startswith("bitsandbytes") and getattr(weight, "device", None) == torch.device(
-            "cpu"
-        ):
-            raise UnsupportedError(
-                f"{name} is a {type(module).__name__} of bitsandbytes on a CPU, where it gives no gradients in "
-                "evaluation mode: every response would be zero. Load the base model without quantisation"
-            )
-
-
 def refuse_sharded_rest(model: nn.Module, parameters: Parameters) -> None:
     """Refuse responding weights that are sharded and that hooks on Linear layers cannot serve.
 
@@ -139,7 +123,7 @@ class RowGradients:
                 "the model is in training mode, where dropout makes every gradient a different one; call model.eval()"
             )
         refuse_batch_statistics(model)
-        refuse_silent_kernels(model)
+        refuse_silent_backward(model)
         refuse_sharded_rest(model, parameters)
         self.model, self.parameters, self.objective = model, parameters, objective
         self._sharded = is_sharded(model)

@@ -97,6 +97,12 @@ class TrainingDataAttributionPipeline(Pipeline):
         if self.tokenizer is not None and self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of every pipeline; no inputs give no results."""
+        if hasattr(inputs, "__len__") and not isinstance(inputs, str | Mapping) and len(inputs) == 0:
+            return []  # transformers looks at the first one
+        return super().__call__(inputs, *args, **kwargs)
+
     def _sanitize_parameters(
         self,
         dataset: Any = None,

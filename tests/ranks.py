@@ -7,6 +7,7 @@ global batch is of four rows whatever the number of processes, so that training 
 """
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from hf_fwdattr import ResponseCallback, build_bank
+from hf_fwdattr.errors import UnsupportedError
 from hf_fwdattr.objective import CAUSAL_LM
 from hf_fwdattr.parameters import Parameters
 from hf_fwdattr.sharding import is_sharded
@@ -33,9 +36,12 @@ def wide(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     return padded(rows, 16)
 
 
+# Names that go on in one folder.
+RUNS = {"saved": "run", "resumed": "run", "sharded, saved": "sharded run", "sharded, resumed": "sharded run"}
+RUNS |= {"killed": "killed", "killed again": "killed", "revived": "killed"}
 SHARDED: dict[str, Any] = dict(fsdp=True, fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"]})
-# What is changed of the plain run. `rows`, `collate`, `settings` (of the bank), `groups` and `begin` are ours;
-# everything else goes to TrainingArguments.
+# What is changed of the plain run. `rows`, `collate`, `settings` (of the bank), `groups`, `adapter`, `unreadable`,
+# `resume` (the step) and `kill` (the step, the ranks) are ours; everything else goes to TrainingArguments.
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulated": dict(gradient_accumulation_steps=2),
@@ -72,7 +78,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "on disk": dict(settings=dict(probes=8, sample_rows=10, memory_budget=0)),
     "failing": dict(settings=dict(objective=None)),
     "saved": dict(save_strategy="steps", save_steps=5),
-    "resumed": dict(save_strategy="steps", save_steps=5, resume=True),
+    "resumed": dict(save_strategy="steps", save_steps=5, resume=5),
+    "killed": dict(save_strategy="steps", save_steps=5, kill=(8, (0, 1))),
+    "killed again": dict(save_strategy="steps", save_steps=5, resume=5, kill=(13, (1,))),
+    "revived": dict(save_strategy="steps", save_steps=5, resume=10),
     "sharded": SHARDED,
     "sharded, all weights": SHARDED | dict(adapter=False, settings=dict(parameters="linear")),
     "sharded, streamed": SHARDED | dict(settings=dict(probes=8, sample_rows=9)),
@@ -81,7 +90,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sharded, float32": SHARDED | dict(dtype=torch.float32),
     "sharded, failing": SHARDED | dict(unreadable=True),
     "sharded, saved": SHARDED | dict(save_strategy="steps", save_steps=5),
-    "sharded, resumed": SHARDED | dict(save_strategy="steps", save_steps=5, resume=True),
+    "sharded, resumed": SHARDED | dict(save_strategy="steps", save_steps=5, resume=5),
+    "sharded, everything": SHARDED | dict(settings=dict(parameters="trainable"), adapter=False),
 }
 
 
@@ -107,6 +117,17 @@ class Unreadable:
         return padded(rows)
 
 
+class Killed(TrainerCallback):
+    """kill -9 of some ranks when the gradients of a step are there, so that others may be waiting for this one."""
+
+    def __init__(self, step: int, ranks: tuple[int, ...]):
+        self.step, self.ranks = step, ranks
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step and int(os.environ.get("RANK", "0")) in self.ranks:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def whole_model(model: Any, name: str) -> Any:
     """A sharded model's like in one piece; every rank calls it."""
     how = SETTINGS[name]
@@ -125,7 +146,7 @@ def fine_tuned(folder: Path, name: str) -> tuple[Any, ResponseCallback]:
         how.pop("fsdp_config")
     changes, rows = how.pop("settings", {}), how.pop("rows", ROWS)
     settings = config(**changes | (dict(objective=failing) if "objective" in changes else {}))
-    groups, resume = how.pop("groups", False), how.pop("resume", False)
+    groups, resume, kill = how.pop("groups", False), how.pop("resume", None), how.pop("kill", None)
     share = BATCH // WORLD // how.get("gradient_accumulation_steps", 1)
     how = dict(per_device_train_batch_size=max(share, 1), collate=padded) | how
     model, data, callback = base(how.pop("dtype", torch.float64)), training_set(rows), ResponseCallback(settings)
@@ -143,7 +164,9 @@ def fine_tuned(folder: Path, name: str) -> tuple[Any, ResponseCallback]:
     if "eval_strategy" in how:
         how["eval_dataset"] = training_set(5)
     trainer = trainer_for(folder, model, data, callback, **how)
-    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-5") if resume else None)
+    if kill is not None:
+        trainer.add_callback(Killed(*kill))
+    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{resume}") if resume else None)
     return whole_model(trainer.model, name), callback
 
 
@@ -156,18 +179,34 @@ def unit_weights(callback: ResponseCallback) -> float:
     return max(abs(float(w @ tokens[r]) - 1.0) for r, w in zip(record.rows, record.weights, strict=True))
 
 
+def finished(folder: Path, model: Any, callback: ResponseCallback) -> dict[str, Any]:
+    """Scores of the bank that one process makes of what a failed run left, and what the live model says to it."""
+    data, settings = callback.recorder.original, config()
+    bank = build_bank(model, data, settings, data_collator=padded, record=folder / f"_{RECORD}")
+    try:
+        bank.check_model(callback.recorder.model)
+        said = ""
+    except UnsupportedError as error:
+        said = str(error)
+    return {"scores": ask(model, bank).scores(queries()), "live": said}
+
+
 def main(folder: Path, names: list[str]) -> None:
     for name in names:
         began = time.perf_counter()
-        where = folder / name.replace("resumed", "run").replace("saved", "run")
-        model, callback = fine_tuned(where, name)
+        where = folder / RUNS.get(name, name)
+        try:
+            model, callback = fine_tuned(where, name)
+        except UnsupportedError as error:
+            torch.save({"errors": [str(error)]}, folder / f"{name}-{WORLD}.pt")
+            continue
+        record = callback.recorder.record
         if name.endswith("failing"):
             said = callback.recorder.ranks.objects(str(callback._bank))
             if callback.recorder.ranks.rank == 0:
-                torch.save({"errors": sorted(said)}, folder / f"{name}-{WORLD}.pt")
+                torch.save({"errors": sorted(said)} | finished(where, model, callback), folder / f"{name}-{WORLD}.pt")
             continue
         bank = callback.bank
-        record = callback.recorder.record
         if "gradient_checkpointing" in SETTINGS[name]:  # readouts cannot go through the hook that this needs
             model.get_base_model().disable_input_require_grads()
         if callback.recorder.ranks.rank:

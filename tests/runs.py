@@ -68,8 +68,8 @@ def config(**changes: Any) -> ResponseConfig:
 
 
 class ShardedTrainer(Trainer):
-    """A Trainer that does FSDP2 on CPUs. Accelerate has everything for it, but takes a plugin for GPUs only, and without
-    a word trains by DDP; here it is told, once it is there, that the run is sharded.
+    """A Trainer that does FSDP2 on CPUs. Accelerate can, but takes the plugin for GPUs only, and trains by DDP without
+    a word; here it is told, once it is there, that the run is sharded.
     """
 
     def create_accelerator_and_postprocess(self) -> None:

@@ -18,18 +18,19 @@ MODULES = {
 }
 
 # What each room may import of the others. `evaluation` judges any method, so it knows none of them.
-BASE = {"errors", "parameters", "objective", "sharding"}
+BASE = {"errors", "kernels", "parameters", "objective", "sharding"}
 PASSES = BASE | {"gradients", "quantised", "response", "synthetic"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
+    "kernels": {"errors"},
     "sharding": {"errors"},
     "parameters": {"errors", "sharding"},
     "objective": {"errors", "parameters"},
     "quantised": set(),
     "gradients": BASE,
     "response": BASE | {"gradients", "quantised", "synthetic"},
-    "bank": {"errors", "parameters", "quantised"},
+    "bank": {"errors", "parameters", "quantised", "sharding"},
     "readout": BASE,
     "synthetic": BASE | {"readout"},
     "evaluation": set(),

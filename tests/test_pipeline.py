@@ -83,6 +83,11 @@ def test_token_scores_are_those_of_each_token_alone(attribute: TrainingDataAttri
         assert example["token_scores"] == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-7)
 
 
+def test_no_prompts_have_no_answers(attribute: TrainingDataAttributionPipeline) -> None:
+    assert attribute([]) == []
+    assert attribute(()) == []
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_many_prompts_are_prompts_one_by_one(attribute: TrainingDataAttributionPipeline, batch_size: int) -> None:
     together = attribute(PROMPTS, batch_size=batch_size, **GREEDY)

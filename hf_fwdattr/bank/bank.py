@@ -177,6 +177,7 @@ class ResponseBank:
 
         Raises:
             MismatchError: other names, shapes or weights; both values are named.
+            UnsupportedError: the model's weights are sharded over ranks.
         """
         return check_model(self.manifest, model, allow_mismatch)
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import MismatchError
+from ..errors import MismatchError, UnsupportedError
 from ..parameters import Parameters
+from ..sharding import is_sharded
 from .hub import repository_in_cache
 from .manifest import Manifest
 
@@ -36,6 +37,8 @@ def check_tokenizer(manifest: Manifest, tokenizer: Any) -> None:
 
 def check_model(manifest: Manifest, model: nn.Module, allow_mismatch: Sequence[str]) -> Parameters:
     """See `ResponseBank.check_model`."""
+    if is_sharded(model):
+        raise UnsupportedError("the model is sharded over ranks, where no query is read: load it in one process")
     wanted = {parameter.name: tuple(parameter.shape) for parameter in manifest.parameters}
     made_for = f"load the adapter or model that the bank was made for ({manifest.model or 'a local one'})"
     try:

@@ -12,6 +12,7 @@ from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import NumericalError, UnsupportedError
+from ..kernels import refuse_silent_tangents
 from ..objective import Batch, Likelihood, Objective, log_probabilities
 from ..parameters import Parameters
 from .activation import fused
@@ -40,13 +41,15 @@ def read(
         (queries, positions, k), zero where a position is not supervised; float32 (float64 for float64 models).
 
     Raises:
-        UnsupportedError: the model is in training mode, or under `torch.inference_mode`, or cannot be differentiated.
+        UnsupportedError: the model is in training mode, or under `torch.inference_mode`, or cannot be differentiated
+            (or, as with bitsandbytes, would be differentiated wrongly).
         NumericalError: a derivative that is not finite.
     """
     if torch.is_inference_mode_enabled():
         raise UnsupportedError("torch.inference_mode drops derivatives without a word; use torch.no_grad instead")
     if any(module.training for module in model.modules()):
         raise UnsupportedError("the model is in training mode, where dropout is random; call model.eval()")
+    refuse_silent_tangents(model)
     weights = dict(zip(parameters.live, (p.detach() for p in parameters.tensors(model)), strict=True))
     likelihood = Likelihood(model, objective)
     with sdpa_kernel(SDPBackend.MATH), fused(model):

@@ -15,6 +15,8 @@ class Plan:
         chosen (`int`): m, rows whose responses are kept whole, from which the probes are found.
         stand_ins (`bool`): whether gradients at the end are taken; an exact bank needs none.
         ranks (`int`): processes that share it.
+        look (`int`): rows that one rank reads after that, to fit and judge the first look.
+        look_bytes (`int`): what the fit holds in memory.
     """
 
     rows: int
@@ -24,10 +26,14 @@ class Plan:
     chosen: int
     stand_ins: bool = True
     ranks: int = 1
+    look: int = 0
+    look_bytes: int = 0
 
     @property
     def row_passes(self) -> int:
-        """Rows that go forward and backward, over all ranks: at most (2 S + 1) N where M is at most N."""
+        """Rows that go forward and backward, over all ranks: at most (2 S + 1) N where M is at most N; the first look
+        aside.
+        """
         others = max(self.rows - self.chosen, 0)
         once = self.chosen if self.stand_ins else 0
         return self.segments * (self.samples + self.chosen + others) + once
@@ -46,15 +52,18 @@ class Plan:
         """
         each = self.bytes // self.ranks
         spilled = max(0, each - budget)
-        where = f"{_bytes(min(each, budget))} in memory" + (f", {_bytes(spilled)} on disk" if spilled else "")
-        epochs = self.row_passes / max(self.rows, 1)
+        held = min(each, budget) + self.look_bytes
+        where = f"{_bytes(held)} in memory" + (f", {_bytes(spilled)} on disk" if spilled else "")
+        total = self.row_passes + self.look
         text = (
-            f"{self.row_passes:,} rows forward and backward ({epochs:.1f} times the {self.rows:,} trained on), {where}"
+            f"{total:,} rows forward and backward ({total / max(self.rows, 1):.1f} times the {self.rows:,} trained on"
+            + (f", {self.look:,} of them for the first look" if self.look else "")
+            + f"), {where}"
         )
         if self.ranks > 1:
             text += f" on each of {self.ranks} ranks"
         if pace is not None:
-            text += f", about {_duration(pace * self.row_passes / self.ranks)} at training's speed"
+            text += f", about {_duration(pace * (self.row_passes / self.ranks + self.look))} at training's speed"
         return text
 
 

@@ -5,6 +5,7 @@ import logging
 import secrets
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from ..bank.identity import tokenizer_hash
 from ..bank.writing import temporary_bank_folder, write_bank
 from ..config import ResponseConfig
 from ..errors import MismatchError, NumericalError, UnsupportedError
-from ..gradients import at_rest, refuse_batch_statistics, refuse_sharded_rest, refuse_silent_kernels
+from ..gradients import at_rest, refuse_batch_statistics, refuse_sharded_rest
+from ..kernels import refuse_silent_backward
 from ..objective import objective_of
 from ..parameters import Parameters
 from ..response.passes import Passes
@@ -31,7 +33,7 @@ from ..response.segment import Segment
 from ..response.storage import Storage
 from ..sharding import is_sharded
 from .columns import Sources, column_of, row_ids_of, sources_of
-from .first_look import first_look
+from .first_look import cost_of, first_look
 from .identity import dataset_identity, model_identity
 from .record import Record, Snapshot
 from .texts import texts_of
@@ -108,7 +110,7 @@ def build_bank(
 def check(model: nn.Module, dataset: Any, collate: Any, config: ResponseConfig, original: Any) -> None:
     """Refuse before the first step, as far as one row shows it, what the passes would refuse after the last one."""
     refuse_batch_statistics(model, training=True)
-    refuse_silent_kernels(model)
+    refuse_silent_backward(model)
     refuse_sharded_rest(model, Parameters.of(model, config.parameters, sharded=True))
     with torch.random.fork_rng(devices=[]):
         rows = _rows(model, dataset, collate, config)
@@ -158,6 +160,9 @@ def respond(
 
     def announce(plan: Plan) -> None:
         if not config.quiet and ranks.rank == 0:
+            if config.first_look and not config.private_rows:
+                look, size = cost_of(model, parameters, objective, len(rows), config.memory_budget)
+                plan = replace(plan, look=look, look_bytes=size)
             tqdm.write(f"response bank: {plan.told(config.memory_budget, pace)}", file=sys.stderr)
 
     try:

@@ -183,11 +183,3 @@ def _refuse(args: TrainingArguments, trainer: Trainer | None) -> None:
             "DeepSpeed keeps weights and optimizer state in its own engine, where they cannot be read step by step; "
             "train with DDP"
         )
-    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None) if trainer is not None else None
-    if plugin is not None and plugin.fsdp_version != 2:
-        raise UnsupportedError("FSDP1 flattens weights, so they cannot be told apart; set fsdp_config={'version': 2}")
-    layout = getattr(trainer.accelerator, "parallelism_config", None) if trainer is not None else None
-    if layout is not None and layout.non_data_parallel_size > 1:
-        raise UnsupportedError(
-            "tensor, context and sequence parallelism show a row to several ranks; set their sizes to 1"
-        )

@@ -34,6 +34,18 @@ class FirstLook:
     share: float
 
 
+def cost_of(model: nn.Module, parameters: Parameters, objective: Objective, rows: int, memory: int) -> tuple[int, int]:
+    """Rows that `first_look` will read of so many (those it is judged on twice), and bytes that fitting holds; zeros
+    where there will be none.
+    """
+    try:
+        synthetic = _synthetic(model, parameters, objective, memory)
+    except UnsupportedError:
+        return 0, 0
+    fitted, held = _chosen(rows)
+    return len(fitted) + 2 * len(held), synthetic.fitting_bytes
+
+
 def first_look(
     model: nn.Module,
     parameters: Parameters,
@@ -49,16 +61,9 @@ def first_look(
         products (`Callable`): gradients (queries, P) -> their products with all rows' responses (queries, rows).
         memory (`int`): bytes that fitting may take.
     """
+    fitted, held = _chosen(len(rows))
     try:
-        if is_sharded(model):
-            raise UnsupportedError("it reads weights as a whole, and FSDP has them in pieces")
-        synthetic = SyntheticGradients(model, parameters, objective)
-        if synthetic.fitting_bytes > memory:
-            raise UnsupportedError(
-                f"fitting the maps would take {synthetic.fitting_bytes / 2**30:.1f} GiB, more than memory_budget"
-            )
-        held = _spread(len(rows), _HELD)
-        fitted = [place for place in _spread(len(rows), _FITTED + _HELD) if place not in set(held)] or held
+        synthetic = _synthetic(model, parameters, objective, memory)
         maps = synthetic.fit(batch for _, batch in rows.batches(fitted))
     except UnsupportedError as error:
         logger.info("the bank allows no first look (a query will take a forward pass for each probe): %s", error)
@@ -71,6 +76,28 @@ def first_look(
     scores = torch.cat(exact)
     missed = (scores - torch.cat(predicted)).square().sum() / scores.square().sum().clamp(min=1e-30)
     return FirstLook(maps, 1.0 - float(missed))
+
+
+def _synthetic(model: nn.Module, parameters: Parameters, objective: Objective, memory: int) -> SyntheticGradients:
+    """What is fitted, before it is.
+
+    Raises:
+        UnsupportedError: it cannot be, or not in this memory.
+    """
+    if is_sharded(model):
+        raise UnsupportedError("it reads weights as a whole, and FSDP has them in pieces")
+    synthetic = SyntheticGradients(model, parameters, objective)
+    if synthetic.fitting_bytes > memory:
+        raise UnsupportedError(
+            f"fitting the maps would take {synthetic.fitting_bytes / 2**30:.1f} GiB, more than memory_budget"
+        )
+    return synthetic
+
+
+def _chosen(total: int) -> tuple[list[int], list[int]]:
+    """Rows to fit on, and rows to judge by; the same where there are no more."""
+    held = _spread(total, _HELD)
+    return [place for place in _spread(total, _FITTED + _HELD) if place not in set(held)] or held, held
 
 
 def _spread(total: int, count: int) -> list[int]:

@@ -84,6 +84,7 @@ class ResponseRecorder:
         _smoothing: float = 0.0,
         _rule: float | None = None,
     ):
+        _refuse(accelerator)
         self.config = config or ResponseConfig()
         self.ranks = Ranks.of_run()
         self.model = model if accelerator is None else accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -250,3 +251,15 @@ class ResponseRecorder:
             Path(folder), original=self.original, tokenizer=self.tokenizer, ranks=self.ranks,
             pace=self._spent / self._visits if self._visits else None,
         )  # fmt: skip
+
+
+def _refuse(accelerator: Any) -> None:
+    """Ways of sharing a model or its rows in which what a rank sees says nothing of single weights or rows."""
+    plugin = getattr(getattr(accelerator, "state", None), "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise UnsupportedError("FSDP1 flattens weights, so they cannot be told apart; set fsdp_config={'version': 2}")
+    layout = getattr(accelerator, "parallelism_config", None)
+    if layout is not None and layout.non_data_parallel_size > 1:
+        raise UnsupportedError(
+            "tensor, context and sequence parallelism show a row to several ranks: set their sizes to 1"
+        )

@@ -245,6 +245,17 @@ def test_inference_mode_is_refused_where_it_would_drop_derivatives() -> None:
         jvp.read(model, parameters, CAUSAL_LM, batch, probes(parameters))
 
 
+def test_quantised_layers_whose_tangents_vanish_are_refused() -> None:
+    """Seen with bitsandbytes 0.50 on a CPU: derivatives were off by 84 % of their size, without a word."""
+    model = adapted(gpt2())
+    parameters, batch = Parameters.of(model), padded(token_rows())
+    kind = type("Linear4bit", (nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
+    model.add_module("q_proj", kind(2, 2).eval())
+    with pytest.raises(UnsupportedError, match=r"q_proj is a Linear4bit of bitsandbytes, .* use readout='difference'"):
+        jvp.read(model, parameters, CAUSAL_LM, batch, probes(parameters))
+    assert bool(READOUTS["difference"](model, parameters, CAUSAL_LM, batch, probes(parameters)).ne(0).any())
+
+
 class Doubled(torch.autograd.Function):
     """As fused kernels are written: it knows its backward only."""
 

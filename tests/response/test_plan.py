@@ -1,5 +1,6 @@
 """What is said before the passes is what they then do."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from hf_fwdattr import ResponseCallback, build_bank
 from hf_fwdattr.gradients import RowGradients
 from hf_fwdattr.response.plan import Plan
+from hf_fwdattr.synthetic.trace import Trace
 from tests.cases import adapted, padded
 from tests.runs import base, config, trainer_for, training_set
 
@@ -28,6 +30,11 @@ def test_a_plan_in_words() -> None:
     assert plan.told(4 << 30, 0.02) == (
         "74,336 rows forward and backward (3.7 times the 20,000 trained on), 4.0 GiB in memory, 26.5 GiB on disk on "
         "each of 2 ranks, about 12 min at training's speed"
+    )
+    look = Plan(1000, 1000, 1, 1000, 1000, look=576, look_bytes=1 << 20)
+    assert look.told(1 << 30, 1.0) == (
+        "3,576 rows forward and backward (3.6 times the 1,000 trained on, 576 of them for the first look), 12.4 MiB "
+        "in memory, about 60 min at training's speed"
     )
     assert Plan(10, 100, 1, 10, 10).told(1 << 30) == (
         "30 rows forward and backward (3.0 times the 10 trained on), 12 KiB in memory"
@@ -48,10 +55,19 @@ def test_as_many_rows_are_read_as_was_said(
         return real(self, batch, *more)
 
     monkeypatch.setattr(RowGradients, "__call__", counted)
-    settings = config(quiet=False, first_look=False, **changes)  # which reads some hundred rows more, at most
-    build_bank(model, training_set(), settings, data_collator=padded, record=tmp_path / "record")
-    said = capsys.readouterr().err
-    assert f"response bank: {read[0]} rows forward and backward" in said
+    traced = Trace.__init__
+
+    def watched(self: Trace, model: Any, objective: Any, head: Any, batch: Any, *more: Any) -> None:
+        read[0] += len(batch["labels"])
+        traced(self, model, objective, head, batch, *more)
+
+    monkeypatch.setattr(Trace, "__init__", watched)
+    for look in (False, True):
+        read[0] = 0
+        settings = config(quiet=False, first_look=look, **changes)
+        build_bank(model, training_set(), settings, data_collator=padded, record=tmp_path / "record")
+        (said,) = re.findall(r"response bank: (\d+) rows forward and backward", capsys.readouterr().err)
+        assert read[0] == int(said) + (settings.batch_size if look else 0)  # a batch that checks blocks written out
 
 
 def test_a_small_budget_makes_small_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

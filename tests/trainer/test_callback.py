@@ -136,7 +136,6 @@ def test_a_dataset_for_sources_must_have_the_rows_that_were_trained_on(tmp_path:
     [
         ("args", "n_gpu", 2, "DataParallel over 2 GPUs"),
         ("trainer", "is_deepspeed_enabled", True, "DeepSpeed keeps weights"),
-        ("trainer", "is_fsdp_enabled", True, "sharded by FSDP"),
     ],
 )
 def test_what_shares_the_model_in_another_way_is_refused(

@@ -4,11 +4,14 @@ import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import FullyShardedDataParallelPlugin
 from torch.utils.data import DataLoader
 from transformers import get_linear_schedule_with_warmup
 
@@ -127,3 +130,19 @@ def test_what_the_recorder_cannot_see_is_refused(tmp_path: Path) -> None:
     part = "[p for n, p in model.named_parameters() if 'h.0' in n]"
     with pytest.raises(UnsupportedError, match="clipped apart from others"):
         looped(tmp_path, example().replace("model.parameters()", part), 2)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "message"),
+    [
+        (Namespace(state=Namespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=1))), "FSDP1 flattens"),
+        (Namespace(parallelism_config=ParallelismConfig(tp_size=2)), "show a row to several ranks"),
+    ],
+    ids=["FSDP1", "tensor parallel"],
+)
+@pytest.mark.filterwarnings("ignore:FSDP1 is deprecated")
+def test_other_ways_of_sharding_are_refused(accelerator: Any, message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        ResponseRecorder(
+            config(), accelerator=accelerator, model=adapted(base()), optimizer=None, dataloader=None, steps=1
+        )

@@ -18,17 +18,19 @@ from tests.reference import agree
 ROOT = Path(__file__).parents[2]
 TWO = ["plain", "dispatched", "clipped", "smoothed labels", "parameter groups", "streamed", "saved", "failing"]
 FOUR = ["plain", "streamed", "wrapped around", "resumed"]
+SHARDED = ["sharded", "sharded, all weights", "sharded, streamed", "sharded, saved", "sharded, resumed"]
+REFUSED = ["sharded, failing", "sharded, everything"]
 
 
-def launch(count: int, folder: Path, names: list[str]) -> str:
-    """Both streams of a torchrun that went well."""
+def launch(count: int, folder: Path, names: list[str], dies: bool = False) -> str:
+    """Both streams of a torchrun, which went well or died at the end of its names."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "-m",
          "tests.ranks", str(folder), *names],
         env=environment, capture_output=True, text=True, timeout=280, cwd=ROOT,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert "SIGKILL" in done.stderr if dies else done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 
 
@@ -36,7 +38,9 @@ def launch(count: int, folder: Path, names: list[str]) -> str:
 def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], dict[str, Any]]:
     """What came out of the run of a name on so many processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    said = {2: launch(2, folder, TWO), 4: launch(4, folder, FOUR)}
+    said = {2: launch(2, folder, [*TWO, "killed"], dies=True), 4: launch(4, folder, FOUR)}
+    launch(2, folder, [*SHARDED, *REFUSED, "killed again"], dies=True)
+    launch(2, folder, ["revived"])
 
     def look_up(name: str, count: int) -> dict[str, Any]:
         path = folder / f"{name}-{count}.pt"
@@ -97,3 +101,38 @@ def test_what_fails_on_one_rank_fails_on_all_and_is_said_once(found: Any) -> Non
     assert first.startswith("rank 1 failed in the passes")
     assert second == "this row's gradient"
     assert result["said"].count("its response bank could not be made") == 1
+
+
+@pytest.mark.parametrize("count", [2, 1])
+def test_a_run_goes_on_after_kills(found: Any, count: int) -> None:
+    """Both ranks are killed in step 9, and after a resumption from step 5 one of them in step 14."""
+    result, expected = found("revived", count), found("plain", 1)
+    assert result["rows"] == expected["rows"]
+    near(result["scores"], expected["scores"])
+
+
+@pytest.mark.parametrize(
+    ("name", "alone"),
+    [(name, name) for name in SHARDED[:3]] + [("sharded, saved", "plain"), ("sharded, resumed", "plain")],
+)
+def test_weights_sharded_by_fsdp_end_with_the_same_bank(found: Any, name: str, alone: str) -> None:
+    many, one = found(name, 2), found(alone, 1)
+    near(many["weights"], one["weights"])
+    assert many["rows"] == one["rows"]
+    near(many["scores"], one["scores"])
+    near(many["sources"], one["sources"])
+    near(many["alone"], one["scores"])
+
+
+def test_sharded_passes_that_fail_are_finished_in_one_process(found: Any) -> None:
+    """What one rank cannot read is an error on both, and nobody waits; the record is enough for the bank."""
+    result = found("sharded, failing", 2)
+    assert result["errors"] == ["rank 1: these rows", "these rows"]
+    near(result["scores"], found("plain", 1)["scores"])
+    assert "sharded over ranks, where no query is read" in result["live"]
+
+
+def test_sharded_weights_that_hooks_cannot_serve_are_refused(found: Any) -> None:
+    (said,) = found("sharded, everything", 2)["errors"]
+    assert "is sharded by FSDP and no Linear layer's own weight" in said
+    assert "parameters='linear'" in said
