@@ -85,6 +85,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sharded": SHARDED,
     "sharded, all weights": SHARDED | dict(adapter=False, settings=dict(parameters="linear")),
     "sharded, streamed": SHARDED | dict(settings=dict(probes=8, sample_rows=9)),
+    "sharded in one group, evaluated": dict(
+        fsdp=True, fsdp_config={"version": 2, "auto_wrap_policy": "NO_WRAP"}, eval_strategy="steps", eval_steps=3
+    ),
     "sharded, accumulated": SHARDED | dict(gradient_accumulation_steps=2),
     "sharded, clipped": SHARDED | dict(max_grad_norm=0.05),
     "sharded, float32": SHARDED | dict(dtype=torch.float32),

@@ -1,4 +1,4 @@
-"""Real processes over gloo, started by torchrun: 1, 2 and 4 ranks end with the same bank."""
+"""Real processes over gloo, started by torchrun: 1, 2 and 4 ranks end with the same bank, sharded or killed or not."""
 
 import os
 import subprocess
@@ -18,7 +18,8 @@ from tests.reference import agree
 ROOT = Path(__file__).parents[2]
 TWO = ["plain", "dispatched", "clipped", "smoothed labels", "parameter groups", "streamed", "saved", "failing"]
 FOUR = ["plain", "streamed", "wrapped around", "resumed"]
-SHARDED = ["sharded", "sharded, all weights", "sharded, streamed", "sharded, saved", "sharded, resumed"]
+SHARDED = ["sharded", "sharded, all weights", "sharded, streamed", "sharded in one group, evaluated"]
+SAVED = ["sharded, saved", "sharded, resumed"]
 REFUSED = ["sharded, failing", "sharded, everything"]
 
 
@@ -38,9 +39,11 @@ def launch(count: int, folder: Path, names: list[str], dies: bool = False) -> st
 def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], dict[str, Any]]:
     """What came out of the run of a name on so many processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    said = {2: launch(2, folder, [*TWO, "killed"], dies=True), 4: launch(4, folder, FOUR)}
-    launch(2, folder, [*SHARDED, *REFUSED, "killed again"], dies=True)
-    launch(2, folder, ["revived"])
+    said = {
+        2: launch(2, folder, [*TWO, "killed"], dies=True),
+        4: launch(4, folder, [*FOUR, "killed again"], dies=True),
+    }
+    launch(2, folder, [*SHARDED, *SAVED, *REFUSED, "revived"])
 
     def look_up(name: str, count: int) -> dict[str, Any]:
         path = folder / f"{name}-{count}.pt"
@@ -105,7 +108,7 @@ def test_what_fails_on_one_rank_fails_on_all_and_is_said_once(found: Any) -> Non
 
 @pytest.mark.parametrize("count", [2, 1])
 def test_a_run_goes_on_after_kills(found: Any, count: int) -> None:
-    """Both ranks are killed in step 9, and after a resumption from step 5 one of them in step 14."""
+    """Two ranks are killed in step 9; four go on from step 5, and one is killed in step 14; two, or one, end it."""
     result, expected = found("revived", count), found("plain", 1)
     assert result["rows"] == expected["rows"]
     near(result["scores"], expected["scores"])
@@ -113,7 +116,7 @@ def test_a_run_goes_on_after_kills(found: Any, count: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "alone"),
-    [(name, name) for name in SHARDED[:3]] + [("sharded, saved", "plain"), ("sharded, resumed", "plain")],
+    [(name, name) for name in SHARDED] + [(name, "plain") for name in SAVED],
 )
 def test_weights_sharded_by_fsdp_end_with_the_same_bank(found: Any, name: str, alone: str) -> None:
     many, one = found(name, 2), found(alone, 1)
