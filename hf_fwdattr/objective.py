@@ -12,7 +12,7 @@ from .errors import UnsupportedError
 
 
 IGNORED = -100  # the label of a position that is not supervised, as everywhere in transformers
-_DRAWN = 1 << 21  # probabilities held in float64 while labels are drawn
+_DRAWN = 1 << 19  # probabilities held in float64 while labels are drawn: what a processor's caches hold
 Batch = Mapping[str, Any]
 
 

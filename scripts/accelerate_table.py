@@ -3,11 +3,12 @@
     python scripts/accelerate_table.py [--ranks 1 2 4] [--only NAME ...]
 
 Each line is a real fine-tune of a tiny GPT-2 with LoRA in float64 (24 rows, global batch of four, three epochs),
-started by torchrun over gloo on CPUs. Printed are the largest differences, relative to the largest value: of the
-trained weights and of the scores from the same configuration on one rank (where training ended with the same weights,
-the bank must be the same); of the scores from the plain run, where mathematics says that the configuration changes
-nothing; and from those of the bank that one process builds of the record. The last column: how far the weights of a
-step's tokens are from adding up to one, as those of a mean must.
+started by torchrun over gloo on CPUs; "sharded" ones by FSDP2. Printed are the largest differences of scores,
+relative to the largest score: of so many ranks from the same configuration on one (where they trained on the same
+batches); from the plain run, where mathematics says that the configuration changes nothing; and from the bank that
+one process builds of the record. Then the same of the trained weights of ranks and of one, where they trained on the
+same batches: what training itself makes of them. The last column: how far the weights of a step's tokens are from
+adding up to one, as those of a mean must.
 """
 
 import argparse
@@ -31,10 +32,16 @@ from tests.ranks import SETTINGS  # noqa: E402
 # What does not change the training, and hence not the bank.
 NEUTRAL = {
     "plain", "accumulated", "padded to the context", "two workers", "dispatched", "evaluated", "saved", "resumed",
-    "activations checkpointed", "float32", "bf16 autocast", "compiled, eager", "compiled, inductor",
+    "activations checkpointed", "float32", "bf16 autocast", "compiled, eager", "compiled, inductor", "sharded",
+    "sharded in one group, evaluated", "sharded, accumulated", "sharded, float32", "sharded, bf16", "sharded, saved",
+    "sharded, resumed",
 }  # fmt: skip
-FOUR_RANKS = {"plain", "dispatched", "clipped", "smoothed labels", "probes", "streamed", "wrapped around", "stream"}
-ONE_RANK = {"compiled, eager", "compiled, inductor", "failing"}  # slow, or no configuration
+FOUR_RANKS = {
+    "plain", "float32", "dispatched", "clipped", "smoothed labels", "probes", "streamed", "wrapped around", "stream",
+    "saved", "resumed", "sharded", "sharded, all weights", "sharded, float32",
+}  # fmt: skip
+ONE_RANK = {"compiled, eager", "compiled, inductor"}  # slow
+NONE = {"failing", "sharded, failing", "sharded, everything", "killed", "killed again", "revived"}  # for tests only
 
 
 def run(ranks: int, names: list[str], folder: Path) -> None:
@@ -53,34 +60,49 @@ def deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
+def compared(name: str, ranks: int, folder: Path) -> dict[str, float]:
+    """Of one run: differences by what from; only those that say something."""
+    found, alone, plain = (
+        torch.load(folder / f"{which}-{count}.pt") for which, count in ((name, ranks), (name, 1), ("plain", 1))
+    )
+    line = {"one process's passes": deviation(found["scores"], found["alone"]), "tokens": found["unit"]}
+    if name in NEUTRAL:
+        line["the plain run"] = deviation(found["scores"], plain["scores"])
+    if ranks > 1 and found["rows"] == alone["rows"]:
+        line[f"{ranks} ranks"] = deviation(found["scores"], alone["scores"])
+        line["weights"] = deviation(found["weights"], alone["weights"])
+    return line
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--only", nargs="+", default=[name for name in SETTINGS if name != "failing"])
+    parser.add_argument("--only", nargs="+", default=[name for name in SETTINGS if name not in NONE])
     options = parser.parse_args()
-    started, rows = time.time(), []
+    started, found = time.time(), {name: {} for name in dict.fromkeys(["plain", *options.only])}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        for ranks in sorted({1, *options.ranks}):
-            wanted = [n for n in options.only if ranks == 1 or (n not in ONE_RANK and (ranks < 4 or n in FOUR_RANKS))]
-            names = ["plain", *(n for n in wanted if n != "plain")]
+        folder, counts = Path(scratch), sorted({1, *options.ranks})
+        for ranks in counts:
+            names = [n for n in found if ranks == 1 or (n not in ONE_RANK and (ranks < 4 or n in FOUR_RANKS))]
             run(ranks, names, folder)
-            plain = torch.load(folder / "plain-1.pt")
             for name in names:
-                found, alone = (torch.load(folder / f"{name}-{count}.pt") for count in (ranks, 1))
-                trained = deviation(found["weights"], alone["weights"])
-                same = found["rows"] == alone["rows"]
-                line = {
-                    "configuration": name,
-                    "ranks": ranks,
-                    "weights against one rank": f"{trained:.0e}" if same else "other batches",
-                    "against one rank": f"{deviation(found['scores'], alone['scores']):.0e}" if same else "",
-                    "against plain": f"{deviation(found['scores'], plain['scores']):.0e}" if name in NEUTRAL else "",
-                    "against one process's passes": f"{deviation(found['scores'], found['alone']):.0e}",
-                    "tokens' weights": f"{found['unit']:.0e}",
-                }
-                rows.append(line)
+                for what, value in compared(name, ranks, folder).items():
+                    found[name][what] = max(value, found[name].get(what, 0.0))
+                if ranks > 1:
+                    found[name].setdefault(f"{ranks} ranks", "other batches")
+    columns = [
+        *(f"{ranks} ranks" for ranks in counts[1:]),
+        "the plain run",
+        "one process's passes",
+        "weights",
+        "tokens",
+    ]
+    rows = [{"configuration": name} | {key: shown(line.get(key)) for key in columns} for name, line in found.items()]
     report("accelerate", "The same bank however training is run: relative differences of scores", rows, started)
+
+
+def shown(value: float | str | None) -> str:
+    return "" if value is None else value if isinstance(value, str) else "0" if value == 0 else f"{value:.0e}"
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sharded, accumulated": SHARDED | dict(gradient_accumulation_steps=2),
     "sharded, clipped": SHARDED | dict(max_grad_norm=0.05),
     "sharded, float32": SHARDED | dict(dtype=torch.float32),
+    "sharded, bf16": SHARDED | dict(dtype=torch.float32, bf16=True),
     "sharded, failing": SHARDED | dict(unreadable=True),
     "sharded, saved": SHARDED | dict(save_strategy="steps", save_steps=5),
     "sharded, resumed": SHARDED | dict(save_strategy="steps", save_steps=5, resume=5),

@@ -18,11 +18,12 @@ MODULES = {
 }
 
 # What each room may import of the others. `evaluation` judges any method, so it knows none of them.
-BASE = {"errors", "kernels", "parameters", "objective", "sharding"}
+BASE = {"activation", "errors", "kernels", "parameters", "objective", "sharding"}
 PASSES = BASE | {"gradients", "quantised", "response", "synthetic"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
+    "activation": set(),
     "kernels": {"errors"},
     "sharding": {"errors"},
     "parameters": {"errors", "sharding"},

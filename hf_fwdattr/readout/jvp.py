@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..activation import fused
 from ..errors import NumericalError, UnsupportedError
 from ..kernels import refuse_silent_tangents
 from ..objective import Batch, Likelihood, Objective, log_probabilities
 from ..parameters import Parameters
-from .activation import fused
 from .head import Hidden, covectors, hidden_states, output_layer
 from .memory import probes_at_once
 

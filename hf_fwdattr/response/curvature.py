@@ -61,17 +61,24 @@ class Curvature:
 
     def apply(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
         """f(H~) applied to each row of `vectors` (n, P); returns (n, P)."""
-        floor = function(torch.tensor([self.weight_decay], dtype=torch.float64))
-        gain = (function(self.values + self.weight_decay) - floor) / self._measured
-        seen = torch.zeros(vectors.shape[0], self.factor.shape[0], dtype=torch.float64)
-        columns = blocks(vectors.shape[1], _WIDTH)
+        return self.mix((function, vectors))
+
+    def mix(self, *terms: tuple[Callable[[Tensor], Tensor], Tensor]) -> Tensor:
+        """The sum of f(H~) x over terms (f, x) of the same shape (n, P); back from the samples it goes only once."""
+        result = torch.zeros_like(terms[0][1])
+        mixed = torch.zeros(len(result), len(self.values), dtype=torch.float64)
+        columns = blocks(result.shape[1], _WIDTH)
+        for function, vectors in terms:
+            floor = function(torch.tensor([self.weight_decay], dtype=torch.float64))
+            gain = (function(self.values + self.weight_decay) - floor) / self._measured
+            seen = torch.zeros(len(vectors), self.factor.shape[0], dtype=torch.float64)
+            for block in columns:
+                seen += (vectors[:, block] @ self.factor[:, block].T).double()
+            mixed += (self.ranks.total(seen) @ self.vectors) * gain
+            result.add_(vectors, alpha=float(floor))
+        back = (mixed @ self.vectors.T).to(result.dtype)
         for block in columns:
-            seen += (vectors[:, block] @ self.factor[:, block].T).double()
-        self.ranks.total(seen)
-        mixed = (((seen @ self.vectors) * gain) @ self.vectors.T).to(vectors.dtype)
-        result = vectors * floor.to(vectors.dtype)
-        for block in columns:
-            result[:, block] += mixed @ self.factor[:, block]
+            result[:, block] += back @ self.factor[:, block]
         return result
 
 

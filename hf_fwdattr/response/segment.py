@@ -47,10 +47,8 @@ class Segment:
         """
         assert self.curvature is not None, "the curvature pass comes first"
         root = self.diagonal.sqrt()
-        moved = -self.curvature.apply(self.horizon.push, pushes * root)
-        if earlier is not None:
-            moved = moved + self.curvature.apply(self.horizon.decay, earlier / root)
-        return moved * root
+        moved = [] if earlier is None else [(self.horizon.decay, earlier / root)]
+        return self.curvature.mix((self._pushed, pushes * root), *moved).mul_(root)
 
     def retreat(self, covectors: Tensor) -> tuple[Tensor, Tensor]:
         """The adjoint: what (n, P) covectors after the segment see of pushes in it, and of responses before it.
@@ -61,5 +59,9 @@ class Segment:
         assert self.curvature is not None, "the curvature pass comes first"
         root = self.diagonal.sqrt()
         scaled = covectors * root
-        pull = -self.curvature.apply(self.horizon.push, scaled) * root
-        return pull, self.curvature.apply(self.horizon.decay, scaled) / root
+        pull = self.curvature.apply(self._pushed, scaled).mul_(root)
+        return pull, self.curvature.apply(self.horizon.decay, scaled).div_(root)
+
+    def _pushed(self, sigma: Tensor) -> Tensor:
+        """What a push becomes: it is against the gradient."""
+        return -self.horizon.push(sigma)

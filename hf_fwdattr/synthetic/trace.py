@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..activation import fused
 from ..errors import UnsupportedError
 from ..objective import Batch, Likelihood, Objective
 from ..readout.head import covectors
@@ -52,7 +52,7 @@ class Trace:
             if gain_of(module) is not None:
                 handles.append(module.register_forward_hook(self._norm))
         try:
-            with sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(bool(targets)):
+            with fused(model), torch.set_grad_enabled(bool(targets)):
                 self.logits, self.labels = Likelihood(model, objective)(batch)
         finally:
             for handle in handles:

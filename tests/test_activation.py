@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from hf_fwdattr.readout.activation import fused
+from hf_fwdattr.activation import fused
 from tests.reference import agree
 
 
