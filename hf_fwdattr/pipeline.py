@@ -3,7 +3,7 @@
 A facade: the work is done by `reading` (what is read of a query) and `bank` (what was stored).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .objective import IGNORED
 from .reading import Attributed, Reader
 from .readout import READOUTS
 from .readout.ranking import Ranked
+from .streaming import streamed
 from .training_set import TrainingSet
 
 
@@ -190,9 +191,12 @@ class TrainingDataAttributionPipeline(Pipeline):
         if text.shape[0] > 1:
             raise QueryError("num_return_sequences is more than one; ask for one output at a time")
         output = text[0, len(prompt) :]
+        return output[:-1] if len(output) > 1 and int(output[-1]) in self._ends() else output
+
+    def _ends(self) -> list[int]:
+        """Tokens that end a text."""
         ends = self.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        return output[:-1] if len(output) > 1 and int(output[-1]) in ends else output
+        return ends if isinstance(ends, list) else [ends]
 
     def read(self, queries: Sequence[Mapping[str, Sequence[int]]], lines: slice = slice(None)) -> Tensor:
         """(queries, positions, probes + source probes): the readout of token lists, right-padded together.
@@ -205,6 +209,51 @@ class TrainingDataAttributionPipeline(Pipeline):
             QueryError: no supervised token, labels that do not fit, or too long for the model.
         """
         return self._reader.probes(queries, lines)
+
+    def stream(self, prompt: Any, top_k: int = 0, **generate: Any) -> Iterator[dict[str, Any]]:
+        """Generate, and say with each token what is behind it: nothing is read a second time.
+
+        ```python
+        for said in attribute.stream("The capital of Chad is", max_new_tokens=8):
+            print(said["token"], said["sources"][0])
+        ```
+
+        The tangents of the sources' probes ride along with the token that is being generated, each with its own
+        key-value cache; with `top_k` those of all of the bank's probes do.
+
+        Args:
+            prompt (`str` or chat messages): what to continue.
+            top_k (`int`, defaults to 0): rows to name on either side, for all of the text so far.
+            generate: settings of `generate`; one text, no beams.
+
+        Yields:
+            token (`str`); sources (`list` of source, score): of this token, highest first; examples: rows behind the
+            text so far, as the pipeline returns them, without the rows themselves.
+
+        Raises:
+            UnsupportedError: the model's logits are more than an output layer, or its cache is no plain one.
+            QueryError: nothing to continue, or a bank of whole sources that is asked for rows.
+        """
+        if top_k and self.bank.manifest.privacy.rows == "sources":
+            raise QueryError("the bank keeps sources only and has no rows to name; leave top_k out")
+        ids = self.preprocess(prompt)
+        if bool(ids["completion_mask"].any()) or not ids["input_ids"].numel():
+            raise QueryError("streaming continues a prompt: pass one that is not empty, and no completion")
+        decoding = self._reader.decoding(self._reader.lines(top_k))
+        settings = self._prepare_generate_kwargs(dict(generate))
+        so_far: list[Tensor] = []
+        for token, found in streamed(self.model, decoding, ids["input_ids"][0].to(self.device), settings):
+            if so_far and token in self._ends():
+                continue
+            so_far.append(found)
+            read = self._reader.attributed(torch.stack(so_far), top_k)
+            span = slice(0, len(so_far))
+            sources = self._reader.attributed(found[None], 0)
+            yield {
+                "token": self.tokenizer.decode([token]),
+                "sources": self._sources(sources),
+                "examples": self._examples(read, span, None),
+            }
 
     @torch.no_grad()
     def scores(

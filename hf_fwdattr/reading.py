@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from .bank.bank import ResponseBank
 from .errors import QueryError
+from .kriging import Kriging
 from .objective import CAUSAL_LM, IGNORED
 from .parameters import Parameters
+from .readout.decoding import Decoding
 from .readout.ranking import Ranked, rank, scores, source_coordinates
 from .synthetic.gradients import SyntheticGradients
 
@@ -24,7 +26,8 @@ from .synthetic.gradients import SyntheticGradients
 Query = Mapping[str, Sequence[int]]
 BUDGET = 96  # forward passes for naming rows, where the bank allows two stages: measured by scripts/readout_curve.py
 _UNPACKED = 1 << 30  # bytes of rows' own responses that may be held as float32 between queries
-_SHARE = 3  # one in so many forward passes goes to a probe, the others to rows
+_ROUNDS = 3  # in which rows are read, each choosing by what the earlier ones say of the others
+_SHARE = 3  # without a kernel, one in so many forward passes goes to a probe, the others to rows
 _PROPONENTS = 2 / 3  # of the rows that are read exactly; the others are opponents
 
 
@@ -123,16 +126,24 @@ class Reader:
 
     def attribute(self, queries: Sequence[Query], count: int, budget: int | None) -> list["Attributed"]:
         """Rows on either side, and all sources, of each query; with `count` 0 only what sources need is read."""
-        manifest = self.bank.manifest
         if budget is not None and count:
             return [self._in_stages(query, count, budget) for query in queries]
-        start = 0 if count or not manifest.source_probes else manifest.probes
-        found = []
-        for readout in self.probes(queries, slice(start, None)):
-            sides = rank(readout[None, :, : manifest.probes], self.bank.coordinates(), count)[0] if count else ()
-            summed = readout.double().sum(0, keepdim=True).cpu()
-            found.append(Attributed(sides, self.per_source(summed[:, -manifest.source_probes :])[0]))
-        return found
+        return [self.attributed(readout, count) for readout in self.probes(queries, self.lines(count))]
+
+    def lines(self, count: int) -> slice:
+        """The probes that naming so many rows on either side takes; with 0, those that sources take."""
+        return slice(0 if count or not self.bank.manifest.source_probes else self.bank.manifest.probes, None)
+
+    def attributed(self, readout: Tensor, count: int) -> "Attributed":
+        """From a readout (positions, lines) of one query along `lines(count)`."""
+        manifest = self.bank.manifest
+        sides = rank(readout[None, :, : manifest.probes], self.bank.coordinates(), count)[0] if count else ()
+        summed = readout.double().sum(0, keepdim=True).cpu()
+        return Attributed(sides, self.per_source(summed[:, -manifest.source_probes :])[0])
+
+    def decoding(self, lines: slice) -> Decoding:
+        """Reads along some of the bank's probes while a text is generated."""
+        return Decoding(self.model, self.parameters, CAUSAL_LM, self._lines(lines))
 
     def _in_stages(self, query: Query, count: int, budget: int) -> "Attributed":
         manifest = self.bank.manifest
@@ -151,18 +162,32 @@ class Reader:
         The scores of the rows named are exact up to the eighth bit of their responses; where the bank has no responses
         of rows, they are what its probes keep. At least `count` rows on either side are read, whatever the budget.
         """
-        spent = self._probes_within((budget - 1) // _SHARE)
-        left = budget - 1 - spent
+        kriged = self._kernel is not None
+        spent = 0 if kriged else self._probes_within((budget - 1) // _SHARE)
         estimate = self._estimate([query], spent)[0]
+        learned = Kriging(estimate, self._kernel) if kriged else None
+        left = budget - 1 - spent
         up = min(max(count, round(left * _PROPONENTS)), len(estimate))
         down = min(max(count, left - up), len(estimate))
-        places = torch.cat([estimate.topk(up).indices, (-estimate).topk(down).indices]).unique()
+        read: list[tuple[Tensor, Tensor]] = []
+        unread = torch.ones(len(estimate), dtype=torch.bool)
+        for turn in range(rounds := _ROUNDS if kriged else 1):
+            best, worst = (side * (turn + 1) // rounds - side * turn // rounds for side in (up, down))
+            places = _extremes(estimate, unread, best, worst)
+            if not len(places):
+                break
+            tokens = self.along([query], self._responses_of(places).to(self._device))[0].double().cpu()
+            unread[places] = False
+            read.append((places, tokens))
+            if learned is not None:
+                learned.rows(places, tokens.sum(0))
+                estimate = learned.expected()
+        places, order = torch.cat([places for places, _ in read]).sort()
+        tokens = torch.cat([tokens for _, tokens in read], 1)[:, order]
+        estimate[places] = tokens.sum(0)
         ids, sources = self._named(places)
-        tokens = self.along([query], self._responses_of(places).to(self._device))[0].double().cpu()
-        exact = tokens.sum(0)
-        estimate[places] = exact
-        read = Ranked(places, ids, sources, exact.float(), tokens.T.float())
-        return (_sorted(read, count, 1.0), _sorted(read, count, -1.0)), estimate
+        named = Ranked(places, ids, sources, tokens.sum(0).float(), tokens.T.float())
+        return (_sorted(named, count, 1.0), _sorted(named, count, -1.0)), estimate
 
     def _probes_within(self, passes: int) -> int:
         """Probes to read in so many forward passes: none of an exact bank, whose probes are its rows, in no order."""
@@ -179,6 +204,8 @@ class Reader:
         change = exact - predicted[:, :spent]
         if manifest.responses:
             own = self._products(gradients)
+            if self._kernel is not None:
+                return self._learned(own, change)
         else:
             own, change = (
                 torch.zeros(len(queries), len(self.bank)).double(),
@@ -188,6 +215,25 @@ class Reader:
             return own
         blocks = [block[:, : change.shape[1]].double() for _, _, block in self.bank.coordinates()]
         return own + torch.cat([change @ block.T for block in blocks], dim=1)
+
+    def _learned(self, own: Tensor, change: Tensor) -> Tensor:
+        """(queries, rows) of what is expected when the first probes are off by `change` (queries, probes)."""
+        assert self._kernel is not None
+        if not change.shape[1]:
+            return own
+        blocks = [block[:, : change.shape[1]].double() for _, _, block in self.bank.coordinates()]
+        coordinates = torch.cat(blocks)
+        weights = coordinates / coordinates.square().sum(0)  # of the rows' responses in each probe; see `basis`
+        result = []
+        for prior, off in zip(own, change, strict=True):
+            learned = Kriging(prior, self._kernel)
+            learned.mixtures(weights, off)
+            result.append(learned.expected())
+        return torch.stack(result)
+
+    @cached_property
+    def _kernel(self) -> Tensor | None:
+        return self.bank.kernel()
 
     def _products(self, gradients: Tensor) -> Tensor:
         """(queries, rows), float64: with rows' own responses, kept unpacked between queries if they are few."""
@@ -275,6 +321,14 @@ class Reader:
                 strange = [v for v in values if v < 0 or (known is not None and v >= known)]
                 if strange:
                     raise QueryError(f"query {number} has the {what} {strange[0]}, which is not in the vocabulary")
+
+
+def _extremes(estimate: Tensor, unread: Tensor, best: int, worst: int) -> Tensor:
+    """Ascending positions of so many rows with the highest and the lowest estimates, of those that are unread."""
+    places = unread.nonzero().flatten()
+    order = estimate[places].argsort(descending=True, stable=True)
+    chosen = torch.cat([order[: min(best, len(order))], order[max(len(order) - worst, 0) :]])
+    return places[chosen.unique()]
 
 
 def _sorted(rows: Ranked, count: int, sign: float) -> Ranked:

@@ -29,22 +29,24 @@ ALLOWED: dict[str, set[str]] = {
     "parameters": {"errors", "sharding"},
     "objective": {"errors", "parameters"},
     "quantised": set(),
+    "kriging": set(),
     "gradients": BASE,
     "response": BASE | {"gradients", "quantised", "synthetic"},
     "bank": {"errors", "parameters", "quantised", "sharding"},
     "readout": BASE,
     "synthetic": BASE | {"readout"},
     "evaluation": set(),
-    "trainer": PASSES | {"config", "bank", "evaluation"},
+    "trainer": PASSES | {"config", "bank", "evaluation", "kriging"},
     "loading": BASE | {"bank"},
-    "reading": BASE | {"bank", "readout", "synthetic"},
+    "reading": BASE | {"bank", "kriging", "readout", "synthetic"},
     "training_set": PASSES | {"bank"},
-    "pipeline": PASSES | {"config", "bank", "readout", "reading", "loading", "training_set"},
+    "streaming": BASE | {"readout"},
+    "pipeline": PASSES | {"config", "bank", "readout", "reading", "loading", "streaming", "training_set"},
     "batches": BASE | {"bank", "readout"},
     "demo": PASSES | {"config", "bank", "readout", "trainer", "loading", "pipeline", "evaluation"},
     "cli": PASSES | {"config", "bank", "readout", "trainer", "loading", "pipeline", "evaluation", "demo"},
 }
-OUTER = {"trainer", "loading", "pipeline", "demo", "cli"}
+OUTER = {"trainer", "loading", "pipeline", "streaming", "demo", "cli"}
 # Libraries that only some rooms may know.
 DOORS: dict[str, set[str]] = {
     "transformers": OUTER,

@@ -70,8 +70,10 @@ def test_more_forward_passes_bring_the_estimate_nearer(tuned: tuple[str, Any, An
     truth = torch.stack(gradients).double() @ responses(kind, bank).T
     found = [reader(model, bank).scores(queries(), budget=budget).double() for budget in (1, 3, 99)]
     off = [float((scores - truth).norm() / truth.norm()) for scores in found]
-    assert off[2] < off[1] <= off[0] < 1
+    assert off[1] <= off[0] < 1
+    assert off[2] < off[0]
     if kind != "responses":  # all of whose three probes were read, and no row
+        assert off[2] < off[1]
         assert off[2] < 1e-4
 
 

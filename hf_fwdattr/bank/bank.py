@@ -282,6 +282,13 @@ class ResponseBank:
                 found |= {name: finite(shard.get_tensor(name).float(), file.name) for name in shard.keys()}  # noqa: SIM118
         return found
 
+    def kernel(self) -> Tensor | None:
+        """(rows, rows), float16: how errors of first looks go together, see `kriging`; None where it is not kept."""
+        for file in self._files("kernel"):
+            with safe_open(self.path(file), framework="pt") as shard:
+                return finite(shard.get_tensor("kernel"), file.name)
+        return None
+
     def texts(self, places: Sequence[int]) -> list[str]:
         """Text of the rows at these positions; only shards that hold some of them are downloaded.
 

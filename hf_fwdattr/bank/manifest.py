@@ -54,7 +54,7 @@ class File(_Strict):
     """One shard: its name, its size in bytes, its hash, and which lines of the whole it holds."""
 
     name: str
-    kind: Literal["probes", "coordinates", "text", "responses", "maps"]
+    kind: Literal["probes", "coordinates", "text", "responses", "maps", "kernel"]
     size: Count
     sha256: Sha256
     first: Count
@@ -85,6 +85,7 @@ class Manifest(_Strict):
 
     Attributes (those that do not speak for themselves):
         responses (`int`): rows whose own responses are kept, all or none.
+        kernel (`bool`): whether it is kept how errors of first looks go together; see `kriging`.
         maps (`list[Parameter]`): matrices from the error at the end of the model to that at a layer's output.
         first_look (`float`): share of the variance of training rows' scores that one forward explains.
     """
@@ -108,6 +109,7 @@ class Manifest(_Strict):
     responses: Count = 0
     first_look: Annotated[float, Field(le=1, allow_inf_nan=False)] | None = None
     maps: list[Parameter] = []
+    kernel: bool = False
     dtype: Literal["float32", "bfloat16", "float16"]
     dataset: DatasetIdentity
     sources: list[str]
@@ -136,6 +138,8 @@ class Manifest(_Strict):
             raise ValueError(
                 f"responses={self.responses} are neither none nor those of {self.dataset.rows} known rows"
             )
+        if self.kernel and not (self.responses and self.maps):
+            raise ValueError("a kernel of errors without rows' responses and maps is of no use")
         if any(len(table.shape) != 2 for table in self.maps):
             raise ValueError("a map of errors is a matrix")
         if self.privacy.text and self.privacy.rows == "sources":

@@ -17,7 +17,7 @@ def check_layout(manifest: Manifest) -> None:
     Raises:
         BankError: naming the file, and both values.
     """
-    expected: dict[str, int] = dict.fromkeys(("probes", "coordinates", "text", "responses", "maps"), 0)
+    expected: dict[str, int] = dict.fromkeys(("probes", "coordinates", "text", "responses", "maps", "kernel"), 0)
     for file in manifest.files:
         inside(Path(), file.name)
         if file.first != expected[file.kind]:
@@ -27,6 +27,7 @@ def check_layout(manifest: Manifest) -> None:
     said = {
         "probes": width, "coordinates": manifest.lines, "text": texts, "responses": manifest.responses,
         "maps": len(manifest.maps),
+        "kernel": manifest.responses if manifest.kernel else 0,
     }  # fmt: skip
     for kind, lines in expected.items():
         if lines != said[kind]:
@@ -71,6 +72,7 @@ def check_table(found: dict[str, tuple[str, tuple[int, ...]]], file: File, manif
             "responses": ("I8", (lines, manifest.size)), "steps": ("F32", (lines, stretches(manifest.size))),
         },
         "maps": {table.name: ("F16", tuple(table.shape)) for table in manifest.maps},
+        "kernel": {"kernel": ("F16", (manifest.responses, manifest.responses))},
         "text": {"text": ("U8", letters if len(letters) == 1 else (0,)), "offsets": ("I64", (lines + 1,))},
     }  # fmt: skip
     wanted = tables[file.kind]

@@ -35,6 +35,7 @@ def write_bank(
     texts: Iterable[str] | None = None,
     responses: Quantised | None = None,
     maps: Mapping[str, Tensor] | None = None,
+    kernel: Tensor | None = None,
 ) -> ResponseBank:
     """Write a bank and open it.
 
@@ -46,6 +47,7 @@ def write_bank(
         texts (*optional*): of every row, in order.
         responses (`Quantised`, *optional*): of every row, in order.
         maps (`Mapping[str, Tensor]`, *optional*): of errors; see `synthetic.gradients`.
+        kernel (`Tensor`, *optional*): (rows, rows) how errors of first looks go together; see `kriging`.
 
     Raises:
         BankError: a value that is not finite, or a file in the folder that is no part of a bank.
@@ -62,6 +64,7 @@ def write_bank(
             "text": packed(texts or (), min(shard_size, _TEXT)),
             "responses": _response_shards(responses, min(shard_size, _RESPONSES)),
             "maps": _map_shards(maps or {}),
+            "kernel": [] if kernel is None else [{"kernel": finite(kernel.half(), "the kernel of first looks")}],
         }
         for kind, parts in shards.items():
             first = 0
@@ -69,7 +72,7 @@ def write_bank(
                 written.append(_shard(folder, f"{kind}-{tag}-{number:05d}.safetensors", kind, first, tensors))
                 first += written[-1].lines
         tables = [{"name": name, "shape": list(table.shape)} for name, table in (maps or {}).items()]
-        kept = {"responses": 0 if responses is None else len(responses), "maps": tables}
+        kept = {"responses": 0 if responses is None else len(responses), "maps": tables, "kernel": kernel is not None}
         manifest = Manifest.model_validate(described | kept | {"files": written})
         write_atomically(folder / MANIFEST, manifest.to_json())
     except BaseException:

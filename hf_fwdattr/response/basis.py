@@ -28,12 +28,14 @@ class Basis:
         duals (`Tensor`): (k, P); c_ij = <dual_j, r_i>.
         coordinates (`Tensor`): (m, k) of the sample rows.
         kept (`float`): share of the variance of scores of held-out rows that k probes keep, 0 to 1.
+        scores (`Tensor`): (m, m) G R^T, sample rows as queries against sample rows, float64.
     """
 
     probes: Tensor
     duals: Tensor
     coordinates: Tensor
     kept: float
+    scores: Tensor
 
 
 def inner_products(left: Tensor, right: Tensor) -> Tensor:
@@ -107,4 +109,4 @@ def factorise(
     norms = squares.sqrt().clamp(min=torch.finfo(directions.dtype).tiny)
     duals = combine((left[:, :k] / values[:k]).T * norms[:, None], gradients)
     directions /= norms[:, None].to(directions.dtype)
-    return Basis(directions, duals, right[:k].T * norms, float(kept[min(k, len(kept) - 1)]))
+    return Basis(directions, duals, right[:k].T * norms, float(kept[min(k, len(kept) - 1)]), scores)

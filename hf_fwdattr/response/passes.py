@@ -190,8 +190,9 @@ class Passes:
         own = self._quantised(responses) if small and len(chosen) == len(self.rows) else None
         scales = self._normalise(sources)
         return Responses(
-            self._whole(basis.probes), coordinates, self._whole(sources), scales, basis.kept, False, samples, own
-        )
+            self._whole(basis.probes), coordinates, self._whole(sources), scales, basis.kept, False, samples, own,
+            None if own is None else -basis.scores,
+        )  # fmt: skip
 
     def _quantised(self, responses: Tensor) -> Quantised | None:
         """Responses (rows, own columns) of all rows in 8 bits, on rank 0; None on other ranks."""

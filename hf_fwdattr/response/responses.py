@@ -21,6 +21,7 @@ class Responses:
         exact (`bool`): whether the probes are the responses themselves.
         curvature_samples (`int`): per segment.
         own (`Quantised`, *optional*): the responses themselves in 8 bits, if they were to be kept.
+        scores (`Tensor`, *optional*): (rows, rows) of rows as queries, where own responses are kept; float64.
     """
 
     probes: Tensor
@@ -31,6 +32,7 @@ class Responses:
     exact: bool
     curvature_samples: int
     own: Quantised | None = None
+    scores: Tensor | None = None
 
     def products(self, gradients: Tensor) -> Tensor:
         """(queries, rows), float64: products of gradients (queries, P) with the rows' responses, as well as known."""

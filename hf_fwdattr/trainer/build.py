@@ -258,15 +258,17 @@ def _write(
     else:
         row_ids = row_ids_of(original if original is not None else rows.dataset, config.row_id_column, len(rows))
         lines = (responses.coordinates, row_ids, _hashes(rows, salt, config.quiet), sources.of)
-    maps = {}
+    maps, kernel = {}, None
     if config.first_look and not config.private_rows:
         look = first_look(
-            model, parameters, objective_of(model, config.objective), rows, responses.products, config.memory_budget
-        )
-        maps, described["first_look"] = (look.maps, look.share) if look is not None else ({}, None)
+            model, parameters, objective_of(model, config.objective), rows, responses.products, config.memory_budget,
+            responses.scores, config.quiet,
+        )  # fmt: skip
+        if look is not None:
+            maps, described["first_look"], kernel = look.maps, look.share, look.kernel
     return write_bank(
         folder, described, [responses.probes, responses.sources], *lines, texts=texts,
-        responses=responses.own if maps else None, maps=maps,
+        responses=responses.own if maps else None, maps=maps, kernel=kernel,
     )  # fmt: skip
 
 

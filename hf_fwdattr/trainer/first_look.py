@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from ..errors import UnsupportedError
 from ..gradients import RowGradients
+from ..kriging import kernel_of
 from ..objective import Objective
 from ..parameters import Parameters
 from ..response.rows import Rows
@@ -18,6 +20,7 @@ from ..synthetic.gradients import SyntheticGradients
 
 _FITTED = 512  # rows from which the maps are fitted, at most: some dozens of tokens a row against d^2 numbers a map
 _HELD = 32  # rows on which they are judged, at most
+_TOGETHER = 128  # predicted gradients that are multiplied with the responses together
 logger = logging.getLogger(__name__)
 
 
@@ -28,10 +31,12 @@ class FirstLook:
     Attributes:
         maps (`dict[str, Tensor]`): see `synthetic.gradients`.
         share (`float`): of the scores of rows that were not fitted on, 1 at best; may be negative.
+        kernel (`Tensor`, *optional*): (rows, rows) how its errors go together, see `kriging`.
     """
 
     maps: dict[str, Tensor]
     share: float
+    kernel: Tensor | None
 
 
 def cost_of(model: nn.Module, parameters: Parameters, objective: Objective, rows: int, memory: int) -> tuple[int, int]:
@@ -53,6 +58,8 @@ def first_look(
     rows: Rows,
     products: Callable[[Tensor], Tensor],
     memory: int,
+    scores: Tensor | None = None,
+    quiet: bool = True,
 ) -> FirstLook | None:
     """Fit the maps of a model at the end of its training, and judge them; None where they cannot be had.
 
@@ -60,6 +67,8 @@ def first_look(
         rows (`Rows`): the training set; a few hundred rows of it are read.
         products (`Callable`): gradients (queries, P) -> their products with all rows' responses (queries, rows).
         memory (`int`): bytes that fitting may take.
+        scores (`Tensor`, *optional*): (rows, rows) of all rows as queries; all rows are then read, for the kernel.
+        quiet (`bool`, defaults to `True`): no progress bar over them.
     """
     fitted, held = _chosen(len(rows))
     try:
@@ -73,9 +82,27 @@ def first_look(
     for _, batch in rows.batches(held):
         exact.append(products(-gradients(batch)[0].cpu()))
         predicted.append(products(synthetic(batch).cpu()))
-    scores = torch.cat(exact)
-    missed = (scores - torch.cat(predicted)).square().sum() / scores.square().sum().clamp(min=1e-30)
-    return FirstLook(maps, 1.0 - float(missed))
+    known = torch.cat(exact)
+    missed = (known - torch.cat(predicted)).square().sum() / known.square().sum().clamp(min=1e-30)
+    kernel = None if scores is None else kernel_of(scores - _predicted(synthetic, rows, products, quiet))
+    return FirstLook(maps, 1.0 - float(missed), kernel)
+
+
+def _predicted(synthetic: SyntheticGradients, rows: Rows, products: Callable[[Tensor], Tensor], quiet: bool) -> Tensor:
+    """(rows, rows) what a first look says of each row as a query."""
+    found: list[Tensor] = []
+    waiting: list[Tensor] = []
+    order: list[int] = []
+    total = rows.count(len(rows))
+    for places, batch in tqdm(rows.batches(), "first look", total, unit="batch", disable=quiet, leave=False):
+        order += [int(place) for place in places]
+        waiting.append(synthetic(batch).cpu())
+        if sum(map(len, waiting)) >= _TOGETHER:
+            found.append(products(torch.cat(waiting)))
+            waiting = []
+    found += [products(torch.cat(waiting))] if waiting else []
+    result = torch.cat(found)
+    return result[torch.tensor(order).argsort()]
 
 
 def _synthetic(model: nn.Module, parameters: Parameters, objective: Objective, memory: int) -> SyntheticGradients:
