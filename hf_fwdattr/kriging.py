@@ -56,9 +56,9 @@ class Kriging:
 
     def expected(self) -> Tensor:
         """(rows,) scores, float64."""
-        if not len(self._off):
-            return self.prior.clone()
         gram = self._weights.T @ self._shared
-        nugget = _NUGGET * gram.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+        if not float(gram.diagonal().sum()) > 0:  # nothing was read, or nothing that could have been off
+            return self.prior.clone()
+        nugget = _NUGGET * gram.diagonal().mean()
         factor, _ = torch.linalg.cholesky_ex(gram + nugget * torch.eye(len(gram), dtype=torch.float64))
         return self.prior + self._shared @ torch.cholesky_solve(self._off[:, None], factor)[:, 0]
