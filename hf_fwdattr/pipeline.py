@@ -3,7 +3,7 @@
 A facade: the work is done by `reading` (what is read of a query) and `bank` (what was stored).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -210,7 +210,7 @@ class TrainingDataAttributionPipeline(Pipeline):
         """
         return self._reader.probes(queries, lines)
 
-    def stream(self, prompt: Any, top_k: int = 0, **generate: Any) -> Iterator[dict[str, Any]]:
+    def stream(self, prompt: Any, top_k: int = 0, **generate: Any) -> Generator[dict[str, Any]]:
         """Generate, and say with each token what is behind it: nothing is read a second time.
 
         ```python

@@ -26,7 +26,7 @@ from .synthetic.gradients import SyntheticGradients
 Query = Mapping[str, Sequence[int]]
 BUDGET = 96  # forward passes for naming rows, where the bank allows two stages: measured by scripts/readout_curve.py
 _UNPACKED = 1 << 30  # bytes of rows' own responses that may be held as float32 between queries
-_ROUNDS = 3  # in which rows are read, each choosing by what the earlier ones say of the others
+_TURNS = 3  # in which rows are read, each choosing by what the earlier ones say of the others
 _SHARE = 3  # without a kernel, one in so many forward passes goes to a probe, the others to rows
 _PROPONENTS = 2 / 3  # of the rows that are read exactly; the others are opponents
 
@@ -106,7 +106,7 @@ class Reader:
         """(queries, rows) in nats, float32, on the CPU: from all probes, or from `budget` forward passes."""
         if budget is None:
             readout = self.summed(queries, slice(0, self.bank.manifest.probes), batch_size)
-            return scores(readout[:, None], self.bank.coordinates())
+            return scores(readout[:, None], self.bank.coordinates(checked=False))
         if self.bank.manifest.exact and budget > 1:
             return torch.stack([self.rank(query, 1, budget)[1] for query in queries]).float()
         step = batch_size or 8
@@ -137,7 +137,9 @@ class Reader:
     def attributed(self, readout: Tensor, count: int) -> "Attributed":
         """From a readout (positions, lines) of one query along `lines(count)`."""
         manifest = self.bank.manifest
-        sides = rank(readout[None, :, : manifest.probes], self.bank.coordinates(), count)[0] if count else ()
+        sides = (
+            rank(readout[None, :, : manifest.probes], self.bank.coordinates(checked=False), count)[0] if count else ()
+        )
         summed = readout.double().sum(0, keepdim=True).cpu()
         return Attributed(sides, self.per_source(summed[:, -manifest.source_probes :])[0])
 
@@ -162,17 +164,17 @@ class Reader:
         The scores of the rows named are exact up to the eighth bit of their responses; where the bank has no responses
         of rows, they are what its probes keep. At least `count` rows on either side are read, whatever the budget.
         """
-        kriged = self._kernel is not None
-        spent = 0 if kriged else self._probes_within((budget - 1) // _SHARE)
+        kernel = self._kernel
+        spent = 0 if kernel is not None else self._probes_within((budget - 1) // _SHARE)
         estimate = self._estimate([query], spent)[0]
-        learned = Kriging(estimate, self._kernel) if kriged else None
+        learned = None if kernel is None else Kriging(estimate, kernel)
         left = budget - 1 - spent
         up = min(max(count, round(left * _PROPONENTS)), len(estimate))
         down = min(max(count, left - up), len(estimate))
         read: list[tuple[Tensor, Tensor]] = []
         unread = torch.ones(len(estimate), dtype=torch.bool)
-        for turn in range(rounds := _ROUNDS if kriged else 1):
-            best, worst = (side * (turn + 1) // rounds - side * turn // rounds for side in (up, down))
+        for turn in range(turns := 1 if kernel is None else _TURNS):
+            best, worst = (side * (turn + 1) // turns - side * turn // turns for side in (up, down))
             places = _extremes(estimate, unread, best, worst)
             if not len(places):
                 break

@@ -327,3 +327,14 @@ def test_many_sampled_gradients_become_the_exact_fisher_matrix(positions: int) -
         own, _ = RowGradients(world.model, parameters, world.objective)(world.batch)
     empirical = own.T @ own / world.tokens
     assert (empirical - exact).norm() > 0.2 * exact.norm()
+
+
+def test_rows_are_told_apart_by_the_precision_that_linears_compute_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast the weights are float32 and the rounding is not."""
+    model, batch = adapted(llama(torch.float32)), padded(token_rows())
+    parameters = Parameters.of(model, "lora")
+    monkeypatch.setattr("hf_fwdattr.gradients._TOLERANCE", {torch.float32: 0.0, torch.bfloat16: 0.2})
+    with torch.autocast("cpu", torch.bfloat16):
+        RowGradients(model, parameters, CAUSAL_LM)(batch)
+    with pytest.raises(UnsupportedError, match="rows touch each other"):
+        RowGradients(model, parameters, CAUSAL_LM)(batch)

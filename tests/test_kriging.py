@@ -19,7 +19,7 @@ def errors() -> Tensor:
 
 
 def conditional(kernel: Tensor, prior: Tensor, weights: Tensor, readouts: Tensor) -> Tensor:
-    """Mean of a Gaussian N(prior, kernel) given `weights.T @ scores`: by its joint precision, not by kriging's system."""
+    """Mean of a Gaussian N(prior, kernel) given `weights.T @ scores`: by its joint precision."""
     noise = 1e-3 * (weights.T @ kernel @ weights).diagonal().mean()
     precision = torch.linalg.inv(kernel) + weights @ weights.T / noise
     return torch.linalg.solve(precision, torch.linalg.solve(kernel, prior) + weights @ readouts / noise)

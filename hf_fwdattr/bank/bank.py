@@ -21,7 +21,8 @@ from .shards import check_layout, check_shard, check_table
 from .text import read_texts
 
 
-_STREAM = 1 << 14  # rows that are scored together
+_STREAM = 1 << 16  # rows that are read together, at most
+_NUMBERS = 1 << 23  # coordinates that are read together
 _BLOCK = 1 << 26  # bytes of rows' own responses that are read together
 
 
@@ -230,15 +231,21 @@ class ResponseBank:
                     parts.append(finite(shard.get_slice("probes")[first:last].to(dtype), file.name))
         return torch.cat(parts) if len(parts) > 2 else parts[-1]
 
-    def coordinates(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Blocks of rows: their ids (n,), sources (n,) with -1 for none, and coordinates (n, k) in float32."""
+    def coordinates(self, checked: bool = True) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Blocks of rows: their ids (n,), sources (n,) with -1 for none, and coordinates (n, k) in float32.
+
+        Args:
+            checked (`bool`, defaults to `True`): refuse values that are not finite. That takes many times as long as
+                a product with them, which shows the same: what comes of such a value is not finite either.
+        """
+        width = max(1, min(_STREAM, _NUMBERS // self.manifest.probes))
         for file in self._files("coordinates"):
             path = self.path(file)
-            parts = (slices(path, name, _STREAM) for name in ("row_ids", "sources", "coordinates"))
+            parts = (slices(path, name, width) for name in ("row_ids", "sources", "coordinates"))
             for ids, sources, block in zip(*parts, strict=True):
                 if len(sources) and not -1 <= int(sources.min()) <= int(sources.max()) < len(self.manifest.sources):
                     raise BankError(f"{file.name} names sources beyond the {len(self.manifest.sources)} of bank.json")
-                yield ids, sources, finite(block.float(), file.name)
+                yield ids, sources, finite(block.float(), file.name) if checked else block.float()
 
     def row_hashes(self) -> Iterator[Tensor]:
         """Blocks of (n, 16) bytes."""

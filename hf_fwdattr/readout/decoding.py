@@ -139,7 +139,8 @@ class Decoding:
 
         self.head.forward = lambda hidden: hidden  # tangents end here: `read` needs them along one covector only
         try:
-            (hidden, past), (moved, pasts) = vmap(derivative, out_dims=(None, 0))(self._directions, tuple(self._moved))
+            out: Any = (None, 0)  # what is computed is the same for all probes, its tangents are not
+            (hidden, past), (moved, pasts) = vmap(derivative, out_dims=out)(self._directions, tuple(self._moved))
         finally:
             del self.head.forward
         self._past, self._moved = list(past), list(pasts)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import NumericalError
+
 
 @dataclass
 class Ranked:
@@ -35,9 +37,12 @@ def scores(readout: Tensor, blocks: Iterable[Block]) -> Tensor:
     Args:
         readout (`Tensor`): (queries, positions, k).
         blocks: of a bank's coordinates.
+
+    Raises:
+        NumericalError: a score that is not finite.
     """
-    summed = readout.double().sum(1).cpu()
-    return torch.cat([(summed @ block.double().T).float() for _, _, block in blocks], dim=1)
+    summed = readout.double().sum(1).cpu().float()
+    return torch.cat([_sound(summed @ block.float().T) for _, _, block in blocks], dim=1)
 
 
 def source_coordinates(blocks: Iterable[Block], count: int) -> Tensor:
@@ -54,13 +59,16 @@ def rank(readout: Tensor, blocks: Iterable[Block], count: int) -> list[tuple[Ran
     """Proponents (best first) and opponents (worst first) of each query; memory does not grow with rows.
 
     A row belongs to one list only: proponents have positive scores and opponents negative ones.
+
+    Raises:
+        NumericalError: a score that is not finite.
     """
     per_token = readout.double().cpu()
-    summed = per_token.sum(1)
+    summed = per_token.sum(1).float()
     best: list[dict[str, Tensor]] = [{} for _ in range(2 * len(summed))]
     at = 0
     for ids, sources, block in blocks:
-        values = summed @ block.double().T
+        values = _sound(summed @ block.float().T)
         places = torch.arange(at, at + len(ids))
         at += len(ids)
         for query, line in enumerate(values):
@@ -77,6 +85,15 @@ def rank(readout: Tensor, blocks: Iterable[Block], count: int) -> list[tuple[Ran
         (_finish(best[2 * query], per_token[query]), _finish(best[2 * query + 1], per_token[query]))
         for query in range(len(summed))
     ]
+
+
+def _sound(scores: Tensor) -> Tensor:
+    if not bool(torch.isfinite(scores).all()):
+        raise NumericalError(
+            "a row's score is not finite: the bank's coordinates or the query's readout hold NaN or infinity; "
+            "build the bank again"
+        )
+    return scores
 
 
 def _merge(old: dict[str, Tensor], new: dict[str, Tensor], sign: float, count: int) -> dict[str, Tensor]:
