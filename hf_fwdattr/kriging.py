@@ -54,11 +54,30 @@ class Kriging:
         self._shared = torch.cat([self._shared, shared], 1)
         self._off = torch.cat([self._off, off])
 
+    def _factor(self) -> Tensor | None:
+        """Of the covariance of what was read; None if that is nothing, or nothing that could have been off."""
+        gram = self._weights.T @ self._shared
+        if not float(gram.diagonal().sum()) > 0:
+            return None
+        nugget = _NUGGET * gram.diagonal().mean()
+        return torch.linalg.cholesky_ex(gram + nugget * torch.eye(len(gram), dtype=torch.float64))[0]
+
     def expected(self) -> Tensor:
         """(rows,) scores, float64."""
-        gram = self._weights.T @ self._shared
-        if not float(gram.diagonal().sum()) > 0:  # nothing was read, or nothing that could have been off
+        factor = self._factor()
+        if factor is None:
             return self.prior.clone()
-        nugget = _NUGGET * gram.diagonal().mean()
-        factor, _ = torch.linalg.cholesky_ex(gram + nugget * torch.eye(len(gram), dtype=torch.float64))
         return self.prior + self._shared @ torch.cholesky_solve(self._off[:, None], factor)[:, 0]
+
+    def deviations(self) -> Tensor:
+        """(rows,) by how much, typically, a score is off from what is expected, float64.
+
+        The kernel says this up to a scale, which is this query's own: how far off what was read has been.
+        """
+        factor = self._factor()
+        if factor is None:
+            return torch.full_like(self.prior, float("inf"))
+        solved = torch.linalg.solve_triangular(factor, torch.cat([self._off[:, None], self._shared.T], 1), upper=False)
+        scale = solved[:, 0].square().mean()
+        left = self._kernel.diagonal().double() - solved[:, 1:].square().sum(0)
+        return (scale * left.clamp(min=0.0)).sqrt()

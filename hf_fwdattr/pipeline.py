@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers import Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.utils.logging import is_progress_bar_enabled
 
 from .bank.bank import ResponseBank
 from .errors import BankError, QueryError
 from .loading import AutoModelForAttribution
 from .objective import IGNORED
-from .reading import Attributed, Reader
+from .reading import CERTAIN, Attributed, Budget, Reader
 from .readout import READOUTS
 from .readout.ranking import Ranked
 from .streaming import streamed
@@ -46,10 +47,13 @@ class TrainingDataAttributionPipeline(Pipeline):
             responding parameters), "tokenizer", "dataset".
         top_k (`int`, defaults to 5): rows to name on either side, proponents and opponents; with 0, only what sources
             need is read and downloaded.
-        budget (`int` or `all`, *optional*): forward passes for naming rows. A bank that keeps maps of errors and its
-            rows' own responses names them in two stages, with 96 passes by default: the rows named have exact scores.
-            `all` reads all of the bank's probes instead. In any case sources take a pass each, and `top_k` rows on
-            either side are read: with a budget below 2 `top_k` they come on top of it.
+        budget (`int`, `certain` or `all`, *optional*): forward passes for naming rows. A bank that keeps maps of
+            errors and its rows' own responses names them in two stages, with 96 passes by default: the rows named have
+            exact scores.
+            `certain` reads rows until no other is likely to belong to the `top_k` on either side (two deviations of
+            what the first look has been off by), 256 at most. `all` reads all of the bank's probes instead. In any
+            case sources take a pass each, and `top_k` rows on either side are read: with a budget below 2 `top_k` they
+            come on top of it.
         Everything else goes to `generate`.
 
     Returns (per input):
@@ -88,7 +92,8 @@ class TrainingDataAttributionPipeline(Pipeline):
             raise source
         self.bank = source if isinstance(source, ResponseBank) else ResponseBank.from_pretrained(source)
         parameters = self.bank.check_model(self.model, self._allowed)
-        self._reader = Reader(self.bank, self.model, parameters, READOUTS[readout])
+        quiet = not is_progress_bar_enabled()
+        self._reader = Reader(self.bank, self.model, parameters, READOUTS[readout], quiet)
         own = getattr(self.model, "attribution_tokenizer", None)
         if own is not None and getattr(self.tokenizer, "name_or_path", None) == self.model.name_or_path:
             self.tokenizer: Any = own  # nobody named one, and transformers took the base model's
@@ -122,11 +127,12 @@ class TrainingDataAttributionPipeline(Pipeline):
                 raise ValueError(f"top_k={top_k}: the number of rows to name on either side cannot be negative")
             generate["count"] = top_k
         if budget is not None:
-            if budget != "all" and type(budget) is not int:
+            if budget not in ("all", CERTAIN) and type(budget) is not int:
                 raise ValueError(
-                    f"budget={budget!r}: a number of forward passes, or 'all' for all of the bank's probes"
+                    f"budget={budget!r}: a number of forward passes, 'certain' to read rows until no other is likely "
+                    "to be among those named, or 'all' for all of the bank's probes"
                 )
-            generate["budget"] = None if isinstance(budget, str) else self._reader.budget(budget)
+            generate["budget"] = None if budget == "all" else self._reader.budget(budget)
         return {}, generate, after
 
     def preprocess(self, input_: Any) -> dict[str, Tensor]:
@@ -157,7 +163,7 @@ class TrainingDataAttributionPipeline(Pipeline):
         }
 
     def _forward(
-        self, model_inputs: dict[str, Tensor], count: int = 5, budget: int | None = -1, **generate: Any
+        self, model_inputs: dict[str, Tensor], count: int = 5, budget: Budget | None = -1, **generate: Any
     ) -> dict[str, Any]:
         prompts = [
             ids[mask.bool()]
@@ -274,7 +280,9 @@ class TrainingDataAttributionPipeline(Pipeline):
         if self.bank.manifest.privacy.rows == "sources":
             raise QueryError("the bank keeps sources only and has no rows to score; use source_scores")
         self._reader.check(queries)
-        return self._reader.scores(queries, batch_size, None if budget is None else self._reader.budget(budget))
+        passes = None if budget is None else self._reader.budget(budget)
+        assert not isinstance(passes, str)
+        return self._reader.scores(queries, batch_size, passes)
 
     @torch.no_grad()
     def source_scores(self, queries: Sequence[Mapping[str, Sequence[int]]], batch_size: int | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from .bank.bank import ResponseBank
 from .errors import QueryError
@@ -20,15 +21,17 @@ from .objective import CAUSAL_LM, IGNORED
 from .parameters import Parameters
 from .readout.decoding import Decoding
 from .readout.ranking import Ranked, rank, scores, source_coordinates
+from .search import MOST, search
 from .synthetic.gradients import SyntheticGradients
 
 
 Query = Mapping[str, Sequence[int]]
+Budget = int | str  # forward passes, or `CERTAIN`
+CERTAIN = "certain"
 BUDGET = 96  # forward passes for naming rows, where the bank allows two stages: measured by scripts/readout_curve.py
-_UNPACKED = 1 << 30  # bytes of rows' own responses that may be held as float32 between queries
-_TURNS = 3  # in which rows are read, each choosing by what the earlier ones say of the others
+_UNPACKED = 1 << 31  # bytes of rows' own responses that may be held as float32 between queries
+_SOON = 3.0  # seconds after which a query shows how far it is
 _SHARE = 3  # without a kernel, one in so many forward passes goes to a probe, the others to rows
-_PROPONENTS = 2 / 3  # of the rows that are read exactly; the others are opponents
 
 
 @dataclass
@@ -52,9 +55,18 @@ class Reader:
         model (`nn.Module`): the model that the bank belongs to, in evaluation mode.
         parameters (`Parameters`): what responds in it.
         engine (`Callable`): `readout.jvp.read` or `readout.difference.read`.
+        quiet (`bool`, defaults to `True`): no progress bar over queries that take more than a few seconds.
     """
 
-    def __init__(self, bank: ResponseBank, model: nn.Module, parameters: Parameters, engine: Callable[..., Tensor]):
+    def __init__(
+        self,
+        bank: ResponseBank,
+        model: nn.Module,
+        parameters: Parameters,
+        engine: Callable[..., Tensor],
+        quiet: bool = True,
+    ):
+        self.quiet = quiet
         self.bank, self.model, self.parameters, self._engine = bank, model, parameters, engine
         self._held: tuple[int, Tensor] | None = None
 
@@ -70,15 +82,23 @@ class Reader:
         maps = {name: table.to(self._device) for name, table in self.bank.maps().items()}
         return SyntheticGradients(self.model, self.parameters, CAUSAL_LM, maps)
 
-    def budget(self, asked: int | None) -> int | None:
-        """Forward passes for naming rows; None: all of the bank's probes.
+    def budget(self, asked: Budget | None) -> Budget | None:
+        """Forward passes for naming rows, or `CERTAIN`; None: all of the bank's probes.
 
         Raises:
-            QueryError: fewer were asked for than the bank's probes, and it keeps no maps.
+            QueryError: fewer were asked for than the bank's probes, and it keeps no maps; certainty, and it does not
+                keep how errors of first looks go together.
         """
         first_look = bool(self.bank.manifest.maps)
         if asked is None:
             return BUDGET if first_look and self.bank.manifest.probes >= BUDGET else None
+        if isinstance(asked, str):
+            if not self.bank.manifest.kernel:
+                raise QueryError(
+                    f"budget={asked!r}: the bank does not keep what certainty takes (its rows' own responses, and how "
+                    "errors of first looks go together); give a number of forward passes"
+                )
+            return asked
         if asked < 1:
             raise QueryError(f"budget={asked}: a query takes at least one forward pass")
         if not first_look and asked < self.bank.manifest.probes + 1:
@@ -124,7 +144,7 @@ class Reader:
             return summed * torch.tensor(manifest.source_scales, dtype=torch.float64)
         return summed @ source_coordinates(self.bank.coordinates(), len(manifest.sources)).T
 
-    def attribute(self, queries: Sequence[Query], count: int, budget: int | None) -> list["Attributed"]:
+    def attribute(self, queries: Sequence[Query], count: int, budget: Budget | None) -> list["Attributed"]:
         """Rows on either side, and all sources, of each query; with `count` 0 only what sources need is read."""
         if budget is not None and count:
             return [self._in_stages(query, count, budget) for query in queries]
@@ -147,49 +167,42 @@ class Reader:
         """Reads along some of the bank's probes while a text is generated."""
         return Decoding(self.model, self.parameters, CAUSAL_LM, self._lines(lines))
 
-    def _in_stages(self, query: Query, count: int, budget: int) -> "Attributed":
+    def _in_stages(self, query: Query, count: int, budget: Budget) -> "Attributed":
         manifest = self.bank.manifest
         sides, estimate = self.rank(query, count, budget)
         if manifest.source_probes:
             own = slice(manifest.probes, None)
             return Attributed(sides, self.per_source(self.summed([query], own, 1))[0])
         values = torch.zeros(len(manifest.sources), dtype=torch.float64)
-        _, sources = self._named(torch.arange(len(estimate)))
+        _, sources = self._named
         known = sources >= 0
         return Attributed(sides, values.index_add_(0, sources[known].long(), estimate[known]))
 
-    def rank(self, query: Query, count: int, budget: int) -> tuple[tuple[Ranked, Ranked], Tensor]:
+    def rank(self, query: Query, count: int, budget: Budget) -> tuple[tuple[Ranked, Ranked], Tensor]:
         """Proponents and opponents of one query in two stages, and estimates (rows,) of all scores, float64.
 
         The scores of the rows named are exact up to the eighth bit of their responses; where the bank has no responses
         of rows, they are what its probes keep. At least `count` rows on either side are read, whatever the budget.
+
+        With `CERTAIN` rows are read until no other is likely to belong to them; see `search`.
         """
         kernel = self._kernel
-        spent = 0 if kernel is not None else self._probes_within((budget - 1) // _SHARE)
+        rows = None if isinstance(budget, str) else budget - 1
+        spent = 0 if kernel is not None or rows is None else self._probes_within(rows // _SHARE)
         estimate = self._estimate([query], spent)[0]
-        learned = None if kernel is None else Kriging(estimate, kernel)
-        left = budget - 1 - spent
-        up = min(max(count, round(left * _PROPONENTS)), len(estimate))
-        down = min(max(count, left - up), len(estimate))
-        read: list[tuple[Tensor, Tensor]] = []
-        unread = torch.ones(len(estimate), dtype=torch.bool)
-        for turn in range(turns := 1 if kernel is None else _TURNS):
-            best, worst = (side * (turn + 1) // turns - side * turn // turns for side in (up, down))
-            places = _extremes(estimate, unread, best, worst)
-            if not len(places):
-                break
-            tokens = self.along([query], self._responses_of(places).to(self._device))[0].double().cpu()
-            unread[places] = False
-            read.append((places, tokens))
-            if learned is not None:
-                learned.rows(places, tokens.sum(0))
-                estimate = learned.expected()
-        places, order = torch.cat([places for places, _ in read]).sort()
-        tokens = torch.cat([tokens for _, tokens in read], 1)[:, order]
-        estimate[places] = tokens.sum(0)
-        ids, sources = self._named(places)
-        named = Ranked(places, ids, sources, tokens.sum(0).float(), tokens.T.float())
-        return (_sorted(named, count, 1.0), _sorted(named, count, -1.0)), estimate
+        most = MOST if rows is None else rows - spent
+        with tqdm(total=most, unit="pass", delay=_SOON, disable=self.quiet, leave=False) as bar:
+
+            def read(places: Tensor) -> Tensor:
+                tokens = self.along([query], self._responses_of(places).to(self._device))[0].double().cpu()
+                bar.update(len(places))
+                return tokens
+
+            found = search(estimate, kernel, count, None if rows is None else most, read)
+        ids, sources = self._named
+        scores = found.tokens.sum(0).float()
+        named = Ranked(found.places, ids[found.places], sources[found.places], scores, found.tokens.T.float())
+        return (_sorted(named, count, 1.0), _sorted(named, count, -1.0)), found.estimate
 
     def _probes_within(self, passes: int) -> int:
         """Probes to read in so many forward passes: none of an exact bank, whose probes are its rows, in no order."""
@@ -239,10 +252,14 @@ class Reader:
 
     def _products(self, gradients: Tensor) -> Tensor:
         """(queries, rows), float64: with rows' own responses, kept unpacked between queries if they are few."""
-        manifest = self.bank.manifest
-        if 4 * manifest.responses * manifest.size > _UNPACKED:
-            return torch.cat([block.products(gradients) for block in self.bank.responses()], dim=1)
-        return (gradients.float() @ self._unpacked.T).double()
+        if self._holds:
+            return (gradients.float() @ self._unpacked.T).double()
+        return torch.cat([block.products(gradients) for block in self.bank.responses()], dim=1)
+
+    @property
+    def _holds(self) -> bool:
+        """Whether rows' own responses are kept unpacked between queries."""
+        return 4 * self.bank.manifest.responses * self.bank.manifest.size <= _UNPACKED
 
     @cached_property
     def _unpacked(self) -> Tensor:
@@ -251,7 +268,7 @@ class Reader:
     def _responses_of(self, places: Tensor) -> Tensor:
         """(n, P): rows' own responses, or what the probes keep of them."""
         if self.bank.manifest.responses:
-            return self.bank.responses_of(places.tolist())
+            return self._unpacked[places] if self._holds else self.bank.responses_of(places.tolist())
         found, at = [], 0
         for _, _, block in self.bank.coordinates():
             here = places[(places >= at) & (places < at + len(block))]
@@ -259,15 +276,11 @@ class Reader:
             at += len(block)
         return torch.cat(found) @ self._lines(slice(0, self.bank.manifest.probes)).cpu()
 
-    def _named(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids and sources (n,) of rows at ascending positions."""
-        ids, sources, at = [], [], 0
-        for own, source, _ in self.bank.coordinates():
-            here = places[(places >= at) & (places < at + len(own))] - at
-            ids.append(own[here])
-            sources.append(source[here])
-            at += len(own)
-        return torch.cat(ids), torch.cat(sources)
+    @cached_property
+    def _named(self) -> tuple[Tensor, Tensor]:
+        """Ids and sources (rows,): twelve bytes a row, kept between queries."""
+        parts = [(ids.clone(), sources.clone()) for ids, sources, _ in self.bank.coordinates(checked=False)]
+        return torch.cat([ids for ids, _ in parts]), torch.cat([sources for _, sources in parts])
 
     def _lines(self, lines: slice) -> Tensor:
         """(lines, P) on the model's device, read from the bank when they are first asked for, and kept."""
@@ -323,14 +336,6 @@ class Reader:
                 strange = [v for v in values if v < 0 or (known is not None and v >= known)]
                 if strange:
                     raise QueryError(f"query {number} has the {what} {strange[0]}, which is not in the vocabulary")
-
-
-def _extremes(estimate: Tensor, unread: Tensor, best: int, worst: int) -> Tensor:
-    """Ascending positions of so many rows with the highest and the lowest estimates, of those that are unread."""
-    places = unread.nonzero().flatten()
-    order = estimate[places].argsort(descending=True, stable=True)
-    chosen = torch.cat([order[: min(best, len(order))], order[max(len(order) - worst, 0) :]])
-    return places[chosen.unique()]
 
 
 def _sorted(rows: Ranked, count: int, sign: float) -> Ranked:

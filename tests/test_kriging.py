@@ -93,3 +93,19 @@ def test_a_kernel_of_zeros_changes_nothing() -> None:
     learned = Kriging(torch.ones(3), kernel_of(torch.zeros(3, 3)))
     learned.rows(torch.tensor([1]), torch.tensor([7.0]))
     assert torch.equal(learned.expected(), torch.ones(3, dtype=torch.float64))
+
+
+def test_deviations_are_those_of_the_conditional_distribution(errors: Tensor) -> None:
+    kernel = kernel_of(errors).double() + 0.1 * torch.eye(ROWS, dtype=torch.float64)
+    places, scores = torch.tensor([6, 1, 3]), torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    learned = Kriging(torch.zeros(ROWS), kernel)
+    assert bool(learned.deviations().isinf().all())
+    learned.rows(places, scores)
+    gram = kernel[places][:, places]
+    gram = gram + 1e-3 * gram.diagonal().mean() * torch.eye(3, dtype=torch.float64)
+    left = kernel - kernel[:, places] @ torch.linalg.inv(gram) @ kernel[places]
+    scale = scores @ torch.linalg.inv(gram) @ scores / 3
+    agree(learned.deviations(), (scale * left.diagonal()).sqrt(), 1e-9)
+    rescaled = Kriging(torch.zeros(ROWS), 5 * kernel)
+    rescaled.rows(places, scores)
+    agree(rescaled.deviations(), learned.deviations(), 1e-9)

@@ -125,7 +125,7 @@ def test_budgets(tuned: tuple[str, Any, Any], tmp_path: Path) -> None:
     attribute: TrainingDataAttributionPipeline = ask(model, bank)
     with pytest.raises(QueryError, match="budget=0: a query takes at least one forward pass"):
         attribute.scores(queries(), budget=0)
-    with pytest.raises(ValueError, match="budget='some': a number of forward passes, or 'all'"):
+    with pytest.raises(ValueError, match=r"budget='some': a number of forward passes, 'certain' .* or 'all'"):
         attribute("w1", budget="some")
     other = adapted(base())
     plain: Any = fine_tune(tmp_path, other, config(first_look=False)).bank
@@ -141,3 +141,18 @@ def test_no_rows_no_responses(tmp_path: Path) -> None:
     bank: Any = fine_tune(tmp_path, adapted(base()), config(probes=3, private_rows=True)).bank
     assert bank.manifest.responses == 0
     assert not bank.manifest.maps
+
+
+def test_certainty(tuned: tuple[str, Any, Any]) -> None:
+    kind, model, bank = tuned
+    attribute = ask(model, bank)
+    asked = {"prompt": "w1 w2", "completion": "w3 w4 w5"}
+    if kind != "responses":
+        with pytest.raises(QueryError, match="budget='certain': the bank does not keep what certainty takes"):
+            attribute(asked, budget="certain")
+        return
+    named = [
+        [(example["row"], example["score"]) for example in attribute(asked, budget=budget, top_k=2)["examples"]]
+        for budget in ("certain", 100)
+    ]
+    assert named[0] == named[1]
