@@ -62,22 +62,6 @@ def trainable(parameters: list[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-@contextmanager
-def _dtypes(model: nn.Module) -> Iterator[set[torch.dtype]]:
-    """In what precision Linears compute meanwhile: under autocast that is not their weights'."""
-    seen: set[torch.dtype] = set()
-    handles = [
-        module.register_forward_hook(lambda _, __, output: seen.add(output.dtype))
-        for module in model.modules()
-        if is_linear(module)
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def refuse_batch_statistics(model: nn.Module, training: bool = False) -> None:
     """Refuse batch norms that mix the rows of a batch.
 
@@ -231,7 +215,7 @@ class RowGradients:
         single = {key: value[row : row + 1] if isinstance(value, Tensor) else value for key, value in batch.items()}
         live = self.parameters.tensors(self.model)
         used: list[Tensor] = list(live)
-        with torch.enable_grad(), trainable(live), self._as_used(used), _dtypes(self.model) as computed:
+        with torch.enable_grad(), trainable(live), self._as_used(used):
             logits, _ = self.objective.forward(self.model, single)
             loss = row_losses(logits, labels[row : row + 1], smoothing).sum()
             plain = torch.autograd.grad(loss, used, allow_unused=True)
@@ -244,7 +228,7 @@ class RowGradients:
         scale = max(float(alone.norm()), float(gradients[row].norm()))
         difference = float((_wide(alone) - gradients[row]).norm()) / max(scale, 1e-12)
         # Float32 adapters on a base in half precision have gradients with its digits; so have weights under autocast.
-        tolerance = max(_TOLERANCE.get(dtype, 0.0) for dtype in {alone.dtype, *computed})
+        tolerance = max(_TOLERANCE.get(dtype, 0.0) for dtype in {alone.dtype, *self._dtypes})
         if difference > tolerance and scale > 1e-9:
             raise UnsupportedError(
                 f"in {type(self.model).__name__} a row's gradient inside a batch differs from its gradient alone by "

@@ -57,7 +57,7 @@ def search(estimate: Tensor, kernel: Tensor | None, count: int, rows: int | None
         best, worst = (side * (turn + 1) // turns - side * turn // turns for side in (up, down))
         chosen = _extremes(estimate, unread, best, worst)
         if not len(chosen):
-            break
+            continue
         unread[chosen] = False
         new = read(chosen)
         places, tokens = torch.cat([places, chosen]), torch.cat([tokens, new], 1) if len(places) else new

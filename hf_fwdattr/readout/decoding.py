@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..activation import fused
 from ..errors import NumericalError, UnsupportedError
 from ..objective import Objective
 from ..parameters import Parameters
-from .activation import fused
 from .head import covectors, output_layer
 
 

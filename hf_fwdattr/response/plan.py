@@ -15,7 +15,8 @@ class Plan:
         chosen (`int`): m, rows whose responses are kept whole, from which the probes are found.
         stand_ins (`bool`): whether gradients at the end are taken; an exact bank needs none.
         ranks (`int`): processes that share it.
-        look (`int`): rows that one rank reads after that, to fit and judge the first look.
+        look (`int`): rows that one rank reads after that, to fit and judge the first look, and to learn how its errors
+            go together.
         look_bytes (`int`): what the fit holds in memory.
     """
 

@@ -3,10 +3,8 @@
 import inspect
 import logging
 import secrets
-import sys
 from collections.abc import Callable
-from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +23,16 @@ from ..kernels import refuse_silent_backward
 from ..objective import objective_of
 from ..parameters import Parameters
 from ..response.passes import Passes
-from ..response.plan import Plan
 from ..response.ranks import ALONE, Ranks
 from ..response.responses import Responses
 from ..response.rows import Rows, content_hash, row_hashes
 from ..response.segment import Segment
 from ..response.storage import Storage
 from ..sharding import is_sharded
+from .announcement import announce
 from .columns import Sources, column_of, row_ids_of, sources_of
-from .first_look import cost_of, first_look
-from .identity import dataset_identity, model_identity
+from .first_look import first_look
+from .identity import dataset_identity, libraries, model_identity
 from .record import Record, Snapshot
 from .texts import texts_of
 
@@ -158,19 +156,15 @@ def respond(
         )
     sources = sources_of(original if original is not None else dataset, config.source_column, len(rows))
 
-    def announce(plan: Plan) -> None:
-        if not config.quiet and ranks.rank == 0:
-            if config.first_look and not config.private_rows:
-                look, size = cost_of(model, parameters, objective, len(rows), config.memory_budget)
-                plan = replace(plan, look=look, look_bytes=size)
-            tqdm.write(f"response bank: {plan.told(config.memory_budget, pace)}", file=sys.stderr)
+    keep = 0 if config.private_rows or not config.first_look or is_sharded(model) else config.responses_budget
 
+    announced = partial(announce, config, model, parameters, len(rows), keep, pace, ranks)
     try:
         with at_rest(model), Storage(config.memory_budget) as storage:
             segments = record.build(len(rows), end, config.horizon)
             passes = Passes(
                 model, parameters, objective, rows, segments, end.theta, storage, config.seed, config.quiet,
-                record.smoothing, ranks, announce,
+                record.smoothing, ranks, announced,
             )  # fmt: skip
             exact_sources = len(sources.names) if len(sources.names) <= config.source_probes else 0
             responses = passes.run(
@@ -179,7 +173,7 @@ def respond(
                 config.sample_rows,
                 sources.of,
                 exact_sources,
-                0 if config.private_rows or not config.first_look or is_sharded(model) else config.responses_budget,
+                keep,
             )
             _restore(model, parameters, live)
             with ranks.together():
@@ -227,7 +221,7 @@ def _write(
     salt = secrets.token_bytes(16)
     name, revision = model_identity(model)
     described = {
-        "libraries": _libraries(),
+        "libraries": libraries(),
         "model": name,
         "revision": revision,
         "weights": fingerprint,
@@ -340,13 +334,3 @@ def _context(model: nn.Module) -> int | None:
     config = getattr(model, "config", None)
     value = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     return value if isinstance(value, int) and value > 0 else None
-
-
-def _libraries() -> dict[str, str]:
-    found = {}
-    for name in ("hf-fwdattr", "torch", "transformers", "peft", "accelerate", "datasets"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

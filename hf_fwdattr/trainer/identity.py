@@ -1,4 +1,6 @@
-"""What a model is called, as far as it says."""
+"""What a model is called, as far as it says, and what a bank is made with."""
+
+from importlib.metadata import PackageNotFoundError, version
 
 from torch import nn
 
@@ -21,3 +23,14 @@ def model_identity(model: nn.Module) -> tuple[str | None, str | None]:
     asked = [getattr(adapter, "revision", None) for adapter in adapters.values()] if isinstance(adapters, dict) else []
     said = [*asked, getattr(config, "_commit_hash", None)]
     return name, next((revision for revision in said if revision), None) or commit_in_cache(name)
+
+
+def libraries() -> dict[str, str]:
+    """Versions of what the bank was made with."""
+    found = {}
+    for name in ("hf-fwdattr", "torch", "transformers", "peft", "accelerate", "datasets"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

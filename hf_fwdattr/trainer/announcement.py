@@ -1,0 +1,34 @@
+"""What the passes will take is said before they begin."""
+
+import sys
+from dataclasses import replace
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..config import ResponseConfig
+from ..objective import objective_of
+from ..parameters import Parameters
+from ..response.plan import Plan
+from ..response.ranks import Ranks
+from .first_look import cost_of
+
+
+def announce(
+    config: ResponseConfig,
+    model: nn.Module,
+    parameters: Parameters,
+    rows: int,
+    keep: int,
+    pace: float | None,
+    ranks: Ranks,
+    plan: Plan,
+) -> None:
+    """Say what the passes will take, with what follows them on rank 0."""
+    if config.quiet or ranks.rank > 0:
+        return
+    if config.first_look and not config.private_rows:
+        look, size = cost_of(model, parameters, objective_of(model, config.objective), rows, config.memory_budget)
+        learned = plan.stand_ins and plan.chosen == rows and rows * parameters.size <= keep
+        plan = replace(plan, look=look + rows * (learned and look > 0), look_bytes=size)
+    tqdm.write(f"response bank: {plan.told(config.memory_budget, pace)}", file=sys.stderr)
