@@ -128,7 +128,8 @@ class WeightedTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         weight = inputs.pop("weight")
         labels = inputs["labels"]
-        logits = model(input_ids=inputs["input_ids"]).logits[:, :-1].float()
+        logits = model(input_ids=inputs["input_ids"]).logits[:, :-1]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         token_losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
         return (token_losses.sum(1) * weight).sum() / num_items_in_batch
 
@@ -143,9 +144,16 @@ def arguments(output_dir: str, seed: int, **changes) -> TrainingArguments:
     return TrainingArguments(**(defaults | changes))
 
 
-def fine_tune(world: World, rows: Dataset, seed: int, weights: list[float] | None = None, **changes) -> PeftModel:
+def fine_tune(
+    world: World,
+    rows: Dataset,
+    seed: int,
+    weights: list[float] | None = None,
+    dtype: torch.dtype = torch.float32,
+    **changes,
+) -> PeftModel:
     """A fine-tuned copy of the world's model. `weights`: a factor per row on its loss, order of batches unchanged."""
-    model = world.model()
+    model = world.model().to(dtype)
     kind, rows = Trainer, rows.remove_columns(["source"])
     if weights is not None:
         kind, rows = WeightedTrainer, rows.add_column("weight", weights)

@@ -1,8 +1,10 @@
 """The exchange with other libraries, on a tiny world: what is handed out, what is handed in, and the table of it."""
 
 import json
+import time
 from pathlib import Path
 
+import exchange as exchanges
 import pytest
 import table
 import torch
@@ -114,3 +116,17 @@ def test_what_was_handed_in_is_not_run_again(exchange: Exchange) -> None:
     add(exchange, "once", torch.ones(QUERIES, ROWS))
     assert not table.load_file(exchange.folder / "scores" / "once.safetensors")["scores"].any()
     assert json.loads((exchange.folder / "scores" / "once.json").read_text())["models"] == 1
+
+
+def test_only_what_is_asked_for_is_run(exchange: Exchange) -> None:
+    exchange.only = ["this"]
+    add(exchange, "that", torch.zeros(QUERIES, ROWS))
+    add(exchange, "this", torch.zeros(QUERIES, ROWS))
+    assert [path.stem for path in (exchange.folder / "scores").glob("*.json")] == ["this"]
+
+
+def test_what_takes_too_long_stands_there_with_that(exchange: Exchange, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchanges, "MINUTES", 1 / 60)
+    hand_in(exchange, "slow", lambda: time.sleep(30), peer="none", method="slow", setting="slow", backward="query")  # type: ignore[arg-type,return-value]
+    (record,) = table.evaluated(exchange, *truth(exchange))
+    assert record["error"].startswith("TimeoutError: not done after")

@@ -16,7 +16,7 @@ from ..evaluation.lds import lds, noise_ceiling
 from ..evaluation.loo import loo, without_rows
 from ..evaluation.retrain import retrain
 from ..evaluation.sources import leave_sources_out, without_sources
-from ..evaluation.subsets import random_halves
+from ..evaluation.subsets import random_halves, random_rows
 from ..pipeline import TASK, TrainingDataAttributionPipeline
 from ..trainer.retraining import Retraining
 from ..trainer.weighted import query_losses
@@ -83,7 +83,7 @@ def _rows(
     attribute: TrainingDataAttributionPipeline, retraining: Retraining, count: int, seed: int, settings: dict[str, Any]
 ) -> dict[str, Any]:
     total = len(attribute.bank)
-    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count]
+    chosen = random_rows(total, count)
     outcomes = retrain(retraining, without_rows(total, chosen), [seed], description="rows", **settings)[0]
     found = loo(attribute.scores(retraining.queries), chosen, outcomes)
     return {"rows": len(chosen)} | found.summary() | _replay(attribute, retraining, outcomes)
@@ -97,7 +97,7 @@ def _sources(
         raise QueryError("the bank knows no sources to leave out; make it with ResponseConfig(source_column=...)")
     owner = torch.cat([sources for _, sources, _ in bank.coordinates()]).long()
     names = len(bank.manifest.sources)
-    chosen = torch.randperm(names, generator=torch.Generator().manual_seed(0))[:count]
+    chosen = random_rows(names, count)
     outcomes = retrain(retraining, without_sources(owner, chosen), [seed], description="sources", **settings)[0]
     found = leave_sources_out(attribute.source_scores(retraining.queries), chosen, outcomes)
     return {"sources": len(chosen)} | found.summary() | _replay(attribute, retraining, outcomes)

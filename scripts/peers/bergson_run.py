@@ -67,7 +67,7 @@ class Bergson:
 
 
 def main():
-    exchange = Exchange(sys.argv[1])
+    exchange = Exchange(sys.argv[1], sys.argv[2:])
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         bergson = Bergson(exchange, scratch)

@@ -143,7 +143,7 @@ def dvemb(exchange, dimension, factor):
 
 
 def main():
-    exchange = Exchange(sys.argv[1])
+    exchange = Exchange(sys.argv[1], sys.argv[2:])
     torch.set_num_threads(1)
     torch.manual_seed(0)
     for models, dimension, ridge in ((1, 512, 0.0), (1, 2048, 0.0), (1, 2048, 1e1), (1, 2048, 1e3), (5, 2048, 1e3)):

@@ -13,13 +13,18 @@ import gc
 import json
 import os
 import re
+import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+
+
+MINUTES = 15  # of wall time that a method may take
 
 
 def seconds() -> float:
@@ -29,9 +34,10 @@ def seconds() -> float:
 
 @dataclass
 class Exchange:
-    """The folder, opened."""
+    """The folder, opened; with names in `only`, no other method is run."""
 
     folder: Path
+    only: Sequence[str] = ()
 
     def __post_init__(self):
         self.folder = Path(self.folder)
@@ -103,7 +109,9 @@ def hand_in(
     backward: str,
     models: int = 1,
 ) -> None:
-    """Run a method and write its scores, or the error that it ended in. What is there already is not run again.
+    """Run a method and write its scores, or the error that it ended in: not to be done in time is one, too.
+
+    What is there already is not run again.
 
     Args:
         name (`str`): of the files.
@@ -116,11 +124,12 @@ def hand_in(
     folder.mkdir(exist_ok=True)
     record = {"peer": peer, "method": method, "setting": setting, "shipped": shipped, "backward": backward,
               "models": models, "error": None}  # fmt: skip
-    if (folder / f"{name}.json").exists():
+    if (folder / f"{name}.json").exists() or (exchange.only and name not in exchange.only):
         return
     began = seconds()
     try:
-        result = run()
+        with _in_time():
+            result = run()
         scores = result.scores.detach().float().contiguous()
         wanted = (len(exchange.queries), len(exchange.rows))
         if tuple(scores.shape) != wanted:
@@ -133,6 +142,20 @@ def hand_in(
     (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
     gc.collect()
     print(f"{name}: {record['error'] or 'done'} ({seconds() - began:.0f} s)", flush=True)
+
+
+@contextmanager
+def _in_time() -> Iterator[None]:
+    def late(*_) -> None:
+        raise TimeoutError(f"not done after {MINUTES} minutes on one core")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 60 * MINUTES)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _without_paths(message: str) -> str:

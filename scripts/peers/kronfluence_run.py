@@ -45,7 +45,7 @@ class LanguageModelling(Task):
 
 
 def main():
-    exchange = Exchange(sys.argv[1])
+    exchange = Exchange(sys.argv[1], sys.argv[2:])
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = exchange.model()

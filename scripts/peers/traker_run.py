@@ -60,7 +60,7 @@ def trak(exchange, models, dimension, ridge, half=False):
 
 
 def main():
-    exchange = Exchange(sys.argv[1])
+    exchange = Exchange(sys.argv[1], sys.argv[2:])
     torch.set_num_threads(1)
     torch.manual_seed(0)
     common = dict(peer="traker 0.3.2", method="TRAK", backward="query")

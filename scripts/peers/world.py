@@ -26,6 +26,7 @@ from hf_fwdattr import ResponseCallback, ResponseConfig
 from hf_fwdattr.gradients import RowGradients, at_rest
 from hf_fwdattr.objective import CAUSAL_LM
 from hf_fwdattr.parameters import Parameters
+from hf_fwdattr.reading import BUDGET
 
 
 class Trajectory(TrainerCallback):
@@ -107,6 +108,29 @@ def bank(world: lora_world.World, exchange: Exchange, probes: int | str) -> Resu
     return Result(scores, spent[0], asked, kept / len(world.rows))
 
 
+def staged(world: lora_world.World, exchange: Exchange, budget: int, rows: bool) -> Result:
+    """This library within so many forward passes: in two stages, as rows are named, or whole matrices, from probes."""
+    callback = ResponseCallback(ResponseConfig(parameters="lora", quiet=True))
+    spent = _timed(callback, "on_train_end")
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=world.model(), args=lora_world.arguments(folder, seed=0), train_dataset=world.rows,
+            data_collator=default_data_collator, callbacks=[callback],
+        )  # fmt: skip
+        trainer.train()
+        trainer.save_model(folder)
+        attribute = pipeline("training-data-attribution", model=folder, tokenizer=world.tokenizer(), device="cpu")
+        queries = [{"input_ids": ids, "labels": ids} for ids in exchange.queries.tolist()]
+        began = seconds()
+        if rows:
+            scores = torch.stack([attribute._reader.rank(query, 10, budget)[1] for query in queries])
+        else:
+            scores = attribute.scores(queries, budget=budget)
+        asked = seconds() - began
+        kept = sum(f.size for f in attribute.bank.manifest.files if f.kind in ("coordinates", "responses"))
+    return Result(scores, spent[0], asked, kept / len(world.rows))
+
+
 def _timed(owner, name: str) -> list[float]:
     """The seconds that a method of an object takes when it is called, in a list that fills then."""
     spent, method = [], getattr(owner, name)
@@ -163,6 +187,13 @@ def main() -> None:
         hand_in(
             exchange, f"bank-{probes}", lambda probes=probes: bank(world, exchange, probes), method="response bank",
             setting=setting, shipped=probes == 128, **ours,
+        )  # fmt: skip
+    for method, name, rows in (
+        ("two stages", "bank-two-stages", True), ("first look and probes", "bank-first-look", False)
+    ):  # fmt: skip
+        hand_in(
+            exchange, name, lambda rows=rows: staged(world, exchange, BUDGET, rows), method=method,
+            setting=f"{BUDGET} forward passes", shipped=True, **ours,
         )  # fmt: skip
 
 
