@@ -53,7 +53,9 @@ def batch_scores(
     _check_labels(model, likelihood, batch.get("labels"))
     parameters = bank.check_model(model)
     probes = bank.probes()[: bank.manifest.probes].to(next(model.parameters()).device)
-    return scores(READOUTS[readout](model, parameters, likelihood, batch, probes), bank.coordinates())
+    with bank.read_at(model, parameters):
+        read = READOUTS[readout](model, parameters, likelihood, batch, probes)
+    return scores(read, bank.coordinates())
 
 
 def _check_labels(model: nn.Module, likelihood: Objective, labels: Any) -> None:

@@ -38,6 +38,12 @@ class ResponseConfig:
         "lambda}; 'steps' may be infinite.",
         default=None,
     )
+    ends: str = _help(
+        "Where the run counts as having ended: 'last', where it did, so that scores are changes of this very model; "
+        "or 'mean', after any of its segments, so that responses and readouts are means over the run: closer to what "
+        "other runs on these rows would show, the more so the longer the run and the more segments.",
+        default="last",
+    )
     row_id_column: str | None = _help("Column with the user's own integer row ids; None: the position.", default=None)
     source_column: str | None = _help("Column that says which source a row belongs to.", default=None)
     objective: str | Callable[..., Any] = _help(
@@ -103,6 +109,8 @@ class ResponseConfig:
             raise ValueError(f"dtype={self.dtype!r}: 'float32', 'bfloat16' or 'float16'")
         if self.horizon is not None and not {"steps"} <= set(self.horizon) <= {"steps", "step_size", "damping"}:
             raise ValueError(f"horizon={self.horizon}: wants 'steps' and may have 'step_size' and 'damping'")
+        if self.ends not in ("last", "mean"):
+            raise ValueError(f"ends={self.ends!r}: 'last' or 'mean'")
         if self.private_rows and self.self_check:
             raise ValueError("self_check leaves out rows that the bank knows, and private_rows=True keeps none")
         if self.private_rows and self.source_column is None:

@@ -13,7 +13,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils.logging import is_progress_bar_enabled
 
 from .bank.bank import ResponseBank
-from .errors import BankError, QueryError
+from .errors import BankError, QueryError, UnsupportedError
 from .loading import AutoModelForAttribution
 from .objective import IGNORED
 from .reading import CERTAIN, Attributed, Budget, Reader
@@ -237,11 +237,17 @@ class TrainingDataAttributionPipeline(Pipeline):
             text so far, as the pipeline returns them, without the rows themselves.
 
         Raises:
-            UnsupportedError: the model's logits are more than an output layer, or its cache is no plain one.
+            UnsupportedError: the model's logits are more than an output layer, its cache is no plain one, or the bank is
+                read at other weights than the model's.
             QueryError: nothing to continue, or a bank of whole sources that is asked for rows.
         """
         if top_k and self.bank.manifest.privacy.rows == "sources":
             raise QueryError("the bank keeps sources only and has no rows to name; leave top_k out")
+        if self.bank.manifest.ends == "mean":
+            raise UnsupportedError(
+                "the bank is read at the mean of the run's weights and the text comes from those at its end, so they "
+                "cannot go together: generate first, then pass prompt and completion"
+            )
         ids = self.preprocess(prompt)
         if bool(ids["completion_mask"].any()) or not ids["input_ids"].numel():
             raise QueryError("streaming continues a prompt: pass one that is not empty, and no completion")

@@ -110,7 +110,9 @@ class Reader:
 
     def along(self, queries: Sequence[Query], directions: Tensor) -> Tensor:
         """(queries, positions, n): derivatives of each token's log-likelihood along (n, P)."""
-        return self._engine(self.model, self.parameters, CAUSAL_LM, self.batch(queries), directions)
+        batch = self.batch(queries)
+        with self.bank.read_at(self.model, self.parameters):
+            return self._engine(self.model, self.parameters, CAUSAL_LM, batch, directions)
 
     def probes(self, queries: Sequence[Query], lines: slice) -> Tensor:
         """(queries, positions, lines): the readout along some of the bank's probes, the rows' before the sources'."""
@@ -210,9 +212,10 @@ class Reader:
 
     def _estimate(self, queries: Sequence[Query], spent: int) -> Tensor:
         """(queries, rows), float64: the first look, corrected along the first `spent` probes."""
-        assert self._first_look is not None
-        manifest = self.bank.manifest
-        gradients = self._first_look(self.batch(queries)).cpu()
+        manifest, batch = self.bank.manifest, self.batch(queries)
+        with self.bank.read_at(self.model, self.parameters):
+            assert self._first_look is not None
+            gradients = self._first_look(batch).cpu()
         head = self._lines(slice(0, spent if manifest.responses else manifest.probes)).cpu()
         predicted = (gradients @ head.T).double()
         exact = self.probes(queries, slice(0, spent)).double().sum(1).cpu() if spent else predicted[:, :0]

@@ -127,6 +127,6 @@ def test_only_what_is_asked_for_is_run(exchange: Exchange) -> None:
 
 def test_what_takes_too_long_stands_there_with_that(exchange: Exchange, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchanges, "MINUTES", 1 / 60)
-    hand_in(exchange, "slow", lambda: time.sleep(30), peer="none", method="slow", setting="slow", backward="query")  # type: ignore[arg-type,return-value]
+    hand_in(exchange, "slow", lambda: time.sleep(30), peer="none", method="slow", setting="slow", backward="query")
     (record,) = table.evaluated(exchange, *truth(exchange))
     assert record["error"].startswith("TimeoutError: not done after")

@@ -1,7 +1,8 @@
 """The response bank: probes, coordinates, and what they belong to. It lives on disk and is read as it is needed."""
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from functools import partial
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +296,32 @@ class ResponseBank:
             with safe_open(self.path(file), framework="pt") as shard:
                 return finite(shard.get_tensor("kernel"), file.name)
         return None
+
+    @cached_property
+    def _weights(self) -> Tensor:
+        """(P,), float32: the weights at which queries are read, where `ends` is `mean`."""
+        (file,) = self._files("weights")
+        with safe_open(self.path(file), framework="pt") as shard:
+            return finite(shard.get_tensor("weights"), file.name)
+
+    @contextmanager
+    def read_at(self, model: nn.Module, parameters: Parameters) -> Iterator[None]:
+        """The model with the weights at which its queries are read: its own, or with `ends` `mean` those of the bank.
+
+        Args:
+            parameters (`Parameters`): what `check_model` gave for this model.
+        """
+        if self.manifest.ends == "last":
+            yield
+            return
+        own = [tensor.detach().clone() for tensor in parameters.tensors(model)]
+        try:
+            parameters.write(model, self._weights)
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip(parameters.tensors(model), own, strict=True):
+                    tensor.copy_(value)
 
     def texts(self, places: Sequence[int]) -> list[str]:
         """Text of the rows at these positions; only shards that hold some of them are downloaded.

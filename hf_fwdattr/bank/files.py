@@ -24,7 +24,7 @@ from ..errors import BankError
 # Nothing else in the folder is ever deleted: shards under the names that `write_bank` gives, and unfinished files.
 # (safetensors writes its files as .tmp and six letters first, and a kill leaves them.)
 OURS = re.compile(
-    r"(?:probes|coordinates|text|responses|maps|kernel)-[0-9a-f]{8}-[0-9]{5}\.safetensors|\.partial-.+|\.tmp[0-9A-Za-z]{6}"
+    r"(?:probes|coordinates|text|responses|maps|kernel|weights)-[0-9a-f]{8}-[0-9]{5}\.safetensors|\.partial-.+|\.tmp[0-9A-Za-z]{6}"
 )
 _HARMLESS = re.compile(r"\..+|.+\.(?:md|txt)|LICENSE|NOTICE")
 _MODELS = {"config.json", "adapter_config.json"}

@@ -54,7 +54,7 @@ class File(_Strict):
     """One shard: its name, its size in bytes, its hash, and which lines of the whole it holds."""
 
     name: str
-    kind: Literal["probes", "coordinates", "text", "responses", "maps", "kernel"]
+    kind: Literal["probes", "coordinates", "text", "responses", "maps", "kernel", "weights"]
     size: Count
     sha256: Sha256
     first: Count
@@ -84,6 +84,7 @@ class Manifest(_Strict):
     """The whole of `bank.json`.
 
     Attributes (those that do not speak for themselves):
+        ends (`str`): `last` where queries are read at the model's own weights; `mean` where the bank keeps others.
         responses (`int`): rows whose own responses are kept, all or none.
         kernel (`bool`): whether it is kept how errors of first looks go together; see `kriging`.
         maps (`list[Parameter]`): matrices from the error at the end of the model to that at a layer's output.
@@ -101,6 +102,7 @@ class Manifest(_Strict):
     segments: list[Stretch]
     config: dict[str, Any]
     curvature_samples: Count
+    ends: Literal["last", "mean"] = "last"
     probes: Some
     source_probes: Count
     source_scales: list[Positive]

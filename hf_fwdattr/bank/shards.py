@@ -8,6 +8,7 @@ from .files import check_header, digest, inside, no_link
 from .manifest import File, Manifest
 
 
+KINDS = ("probes", "coordinates", "text", "responses", "maps", "kernel", "weights")
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -17,7 +18,7 @@ def check_layout(manifest: Manifest) -> None:
     Raises:
         BankError: naming the file, and both values.
     """
-    expected: dict[str, int] = dict.fromkeys(("probes", "coordinates", "text", "responses", "maps", "kernel"), 0)
+    expected: dict[str, int] = dict.fromkeys(KINDS, 0)
     for file in manifest.files:
         inside(Path(), file.name)
         if file.first != expected[file.kind]:
@@ -26,7 +27,7 @@ def check_layout(manifest: Manifest) -> None:
     width, texts = manifest.probes + manifest.source_probes, manifest.dataset.rows if manifest.privacy.text else 0
     said = {
         "probes": width, "coordinates": manifest.lines, "text": texts, "responses": manifest.responses,
-        "maps": len(manifest.maps),
+        "maps": len(manifest.maps), "weights": int(manifest.ends == "mean"),
         "kernel": manifest.responses if manifest.kernel else 0,
     }  # fmt: skip
     for kind, lines in expected.items():
@@ -73,6 +74,7 @@ def check_table(found: dict[str, tuple[str, tuple[int, ...]]], file: File, manif
         },
         "maps": {table.name: ("F16", tuple(table.shape)) for table in manifest.maps},
         "kernel": {"kernel": ("F16", (manifest.responses, manifest.responses))},
+        "weights": {"weights": ("F32", (manifest.size,))},
         "text": {"text": ("U8", letters if len(letters) == 1 else (0,)), "offsets": ("I64", (lines + 1,))},
     }  # fmt: skip
     wanted = tables[file.kind]

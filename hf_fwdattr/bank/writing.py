@@ -36,6 +36,7 @@ def write_bank(
     responses: Quantised | None = None,
     maps: Mapping[str, Tensor] | None = None,
     kernel: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> ResponseBank:
     """Write a bank and open it.
 
@@ -48,6 +49,7 @@ def write_bank(
         responses (`Quantised`, *optional*): of every row, in order.
         maps (`Mapping[str, Tensor]`, *optional*): of errors; see `synthetic.gradients`.
         kernel (`Tensor`, *optional*): (rows, rows) how errors of first looks go together; see `kriging`.
+        weights (`Tensor`, *optional*): (P,) at which queries are read, where `ends` is `mean`.
 
     Raises:
         BankError: a value that is not finite, or a file in the folder that is no part of a bank.
@@ -65,6 +67,7 @@ def write_bank(
             "responses": _response_shards(responses, min(shard_size, _RESPONSES)),
             "maps": _map_shards(maps or {}),
             "kernel": [] if kernel is None else [{"kernel": finite(kernel.half(), "the kernel of first looks")}],
+            "weights": _weights_shard(weights),
         }
         for kind, parts in shards.items():
             first = 0
@@ -128,6 +131,11 @@ def _map_shards(maps: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         yield {name: finite(table.to(torch.float16), f"the map of {name}") for name, table in maps.items()}
 
 
+def _weights_shard(weights: Tensor | None) -> Iterator[dict[str, Tensor]]:
+    if weights is not None:
+        yield {"weights": finite(weights.float(), "a mean of weights")}
+
+
 def _lines(parts: Sequence[Tensor], start: int, end: int) -> Tensor:
     """Lines start..end of matrices laid below each other, without joining all of them."""
     chosen, at = [], 0
@@ -142,7 +150,7 @@ def _lines(parts: Sequence[Tensor], start: int, end: int) -> Tensor:
 def _shard(folder: Path, name: str, kind: Any, first: int, tensors: dict[str, Tensor]) -> File:
     write_tensors(folder / name, tensors)
     path, lines = folder / name, len(next(iter(tensors.values())))
-    if kind == "maps":
+    if kind in ("maps", "weights"):
         lines = len(tensors)
     lines -= kind == "text"  # its first tensor says where each row begins, and where the last ends
     return File(name=name, kind=kind, size=path.stat().st_size, sha256=digest(path), first=first, lines=lines)

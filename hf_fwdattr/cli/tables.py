@@ -50,6 +50,7 @@ def bank_table(manifest: Manifest, seen: str = "verified") -> None:
         ("objective", manifest.objective),
         ("optimizer", manifest.optimizer),
         ("segments", ", ".join(f"{segment.length:.4g}" for segment in manifest.segments)),
+        ("read at", "the model's weights" if manifest.ends == "last" else "the mean of the run's weights"),
         ("curvature samples", f"{manifest.curvature_samples} per segment"),
         ("probes", f"{manifest.probes}{' (exact)' if manifest.exact else ''} + {manifest.source_probes} for sources"),
         ("kept variance", f"{manifest.kept_variance:.3f} of held-out scores"),

@@ -20,6 +20,7 @@ from ..quantised import Quantised
 from ..sharding import is_sharded
 from .basis import factorise
 from .curvature import Curvature
+from .ends import shares
 from .plan import Plan
 from .ranks import ALONE, Ranks
 from .responses import Responses
@@ -55,13 +56,14 @@ class Passes:
         model, parameters, objective: what was trained, what responds, and the likelihood.
         rows (`Rows`): the training set.
         segments (`Sequence[Segment]`): the recorded run, first to last.
-        theta (`Tensor`): (P,) the responding parameters at the end.
+        theta (`Tensor`): (P,) the responding parameters at which queries are read; see `ends.weights_read`.
         storage (`Storage`): where large matrices go.
         seed (`int`): of sampled labels and of sample rows.
         quiet (`bool`): no progress bars.
         smoothing (`float`): label smoothing of the training loss; outputs are always read by their likelihood.
         ranks (`Ranks`, *optional*): processes that share the work; the same arguments on each.
         announce (`Callable`, *optional*): shown the [`Plan`] before the first pass.
+        ends (`str`): after which segments the run counts as having ended; see `ends`.
     """
 
     def __init__(
@@ -78,10 +80,12 @@ class Passes:
         smoothing: float = 0.0,
         ranks: Ranks = ALONE,
         announce: Callable[[Plan], None] | None = None,
+        ends: str = "last",
     ):
         self.model, self.parameters, self.rows, self.ranks = model, parameters, rows, ranks
         self.theta, self.storage, self.seed, self.smoothing = theta.cpu(), storage, seed, smoothing
         self.quiet, self.announce = quiet or ranks.rank > 0, announce
+        self.shares = shares(ends, len(segments))
         own = ranks.columns(parameters.size)
         self.own, self.width = own, own.stop - own.start
         self.segments = [replace(segment, diagonal=segment.diagonal[own]) for segment in segments]
@@ -125,7 +129,7 @@ class Passes:
         samples = min(len(seen), MAX_CURVATURE) if curvature_samples is None else curvature_samples
         plan = Plan(
             max(len(seen), len(chosen)), self.parameters.size, len(self.segments), samples, len(chosen),
-            probes != "exact", self.ranks.size,
+            probes != "exact", self.ranks.size, means=self.shares[-1] < 1,
         )  # fmt: skip
         if self.announce is not None:
             self.announce(plan)
@@ -159,6 +163,8 @@ class Passes:
     def respond(self, rows: Tensor, pushes: Tensor) -> Tensor:
         """Responses (len(rows), own columns) of the rows at these positions; `pushes` is room of that shape."""
         responses = self.storage.zeros(len(rows), self.width, self.theta.dtype)
+        one_end = self.shares[-1] == 1.0
+        mean = responses if one_end else self.storage.zeros(len(rows), self.width, self.theta.dtype)
         for number, segment in enumerate(self.segments):
             share = segment.share[rows].to(pushes.dtype)[:, None]
             title = f"responses {number + 1}/{len(self.segments)}"
@@ -167,7 +173,9 @@ class Passes:
             for lines in blocks(len(rows), self.chunk):
                 earlier = responses[lines] if number else None
                 responses[lines] = segment.advance(earlier, pushes[lines])
-        return responses
+                if not one_end:
+                    mean[lines] += self.shares[number] * responses[lines]
+        return mean
 
     def _factorised(self, probes: int | float, chosen: Tensor, groups: Groups, samples: int, keep: int) -> Responses:
         room = self.storage.zeros(len(chosen), self.width, self.theta.dtype)
@@ -250,12 +258,13 @@ class Passes:
         No (rows, P) matrix is made: the dual probes walk backwards through the segments once; then one pass per
         segment streams the rows, each rank its own ones with all columns.
         """
-        pulls = []
-        for segment in reversed(self.segments):
-            pull, duals = segment.retreat(duals)
+        pulls, covectors = [], torch.zeros((), dtype=duals.dtype)
+        for segment, share in zip(reversed(self.segments), reversed(self.shares), strict=True):
+            pull, covectors = segment.retreat(covectors + share * duals)
             pulls.append(pull)
         coordinates = self.storage.zeros(len(self.rows), len(duals))
         sources = torch.zeros(groups.count, self.width, dtype=self.theta.dtype)
+        mean = torch.zeros_like(sources)
         for number, (segment, own) in enumerate(zip(self.segments, reversed(pulls), strict=True)):
             pull = self.ranks.spread(own, self.parameters.size)
             pushed = torch.zeros(groups.count, self.parameters.size, dtype=self.theta.dtype)
@@ -267,7 +276,8 @@ class Passes:
                     groups.add(pushed, indices, block)
             if groups.count:
                 sources = segment.advance(sources, self.ranks.total(pushed)[:, self.own])
-        return self.ranks.total(coordinates), sources
+                mean += self.shares[number] * sources
+        return self.ranks.total(coordinates), mean
 
     def _shared(
         self, theta: Tensor, rows: Tensor, title: str, key: tuple[int, ...] | None = None, smoothing: float = 0.0

@@ -18,6 +18,7 @@ class Plan:
         look (`int`): rows that one rank reads after that, to fit and judge the first look, and to learn how its errors
             go together.
         look_bytes (`int`): what the fit holds in memory.
+        means (`bool`): whether responses are means over several ends, which is one more matrix.
     """
 
     rows: int
@@ -29,6 +30,7 @@ class Plan:
     ranks: int = 1
     look: int = 0
     look_bytes: int = 0
+    means: bool = False
 
     @property
     def row_passes(self) -> int:
@@ -42,7 +44,7 @@ class Plan:
     @property
     def bytes(self) -> int:
         """Of the large matrices, over all ranks, in float32: curvature samples, responses and pushes."""
-        return 4 * self.size * (self.segments * self.samples + 2 * self.chosen)
+        return 4 * self.size * (self.segments * self.samples + (2 + self.means) * self.chosen)
 
     def told(self, budget: int, pace: float | None = None) -> str:
         """The plan in one line.

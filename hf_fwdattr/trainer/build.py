@@ -22,6 +22,7 @@ from ..gradients import at_rest, refuse_batch_statistics, refuse_sharded_rest
 from ..kernels import refuse_silent_backward
 from ..objective import objective_of
 from ..parameters import Parameters
+from ..response.ends import weights_read
 from ..response.passes import Passes
 from ..response.ranks import ALONE, Ranks
 from ..response.responses import Responses
@@ -163,8 +164,8 @@ def respond(
         with at_rest(model), Storage(config.memory_budget) as storage:
             segments = record.build(len(rows), end, config.horizon)
             passes = Passes(
-                model, parameters, objective, rows, segments, end.theta, storage, config.seed, config.quiet,
-                record.smoothing, ranks, announced,
+                model, parameters, objective, rows, segments, weights_read(config.ends, segments, end.theta), storage,
+                config.seed, config.quiet, record.smoothing, ranks, announced, config.ends,
             )  # fmt: skip
             exact_sources = len(sources.names) if len(sources.names) <= config.source_probes else 0
             responses = passes.run(
@@ -175,13 +176,16 @@ def respond(
                 exact_sources,
                 keep,
             )
-            _restore(model, parameters, live)
+            if config.ends == "last":
+                _restore(model, parameters, live)
+            else:  # queries are read there, and so is what predicts their gradients
+                parameters.write(model, passes.theta)
             with ranks.together():
                 if ranks.rank == 0:
                     _warn(responses)
                     _write(
                         folder, responses, passes.segments, model, parameters, rows, sources, config, original,
-                        tokenizer, record, fingerprint,
+                        tokenizer, record, fingerprint, passes.theta,
                     )  # fmt: skip
             return ResponseBank(folder, verify=False)
     finally:
@@ -217,6 +221,7 @@ def _write(
     tokenizer: Any,
     record: Record,
     fingerprint: str,
+    theta: Tensor,
 ) -> ResponseBank:
     salt = secrets.token_bytes(16)
     name, revision = model_identity(model)
@@ -234,6 +239,7 @@ def _write(
         "segments": [_stretch(segment) for segment in segments],
         "config": config.to_dict(),
         "curvature_samples": responses.curvature_samples,
+        "ends": config.ends,
         "probes": len(responses.probes),
         "source_probes": len(responses.sources),
         "source_scales": responses.source_scales.tolist(),
@@ -263,6 +269,7 @@ def _write(
     return write_bank(
         folder, described, [responses.probes, responses.sources], *lines, texts=texts,
         responses=responses.own if maps else None, maps=maps, kernel=kernel,
+        weights=theta if config.ends == "mean" else None,
     )  # fmt: skip
 
 

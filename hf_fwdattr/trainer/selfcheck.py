@@ -160,8 +160,9 @@ def predicted(
     else:
         coordinates = torch.cat([block.double() for _, _, block in bank.coordinates()])
         responses = (groups.double() @ coordinates) @ bank.probes(torch.float64, slice(k))
-    with at_rest(model):
-        gradients = RowGradients(model, bank.check_model(model), objective_of(model, config.objective))
+    responding = bank.check_model(model)
+    with at_rest(model), bank.read_at(model, responding):
+        gradients = RowGradients(model, responding, objective_of(model, config.objective))
         found = torch.cat([gradients(batch)[0].double().cpu() for _, batch in rows.batches(asked.tolist())])
     return -found @ responses.T
 

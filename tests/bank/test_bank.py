@@ -66,9 +66,11 @@ MAPS = {"model.layers.0.mlp.down_proj": torch.eye(3), "lm.head": torch.tensor([[
 
 def written_whole(folder: Path, shard_size: int = 1 << 30) -> ResponseBank:
     """A bank that keeps everything that a bank may keep."""
-    told = described(privacy={"text": True})
-    packed = Quantised.of(RESPONSES)
-    return write_bank(folder, told, **parts(), shard_size=shard_size, texts=TEXTS, responses=packed, maps=MAPS)
+    told = described(privacy={"text": True}, ends="mean")
+    packed, weights = Quantised.of(RESPONSES), torch.arange(P) / 8
+    return write_bank(
+        folder, told, **parts(), shard_size=shard_size, texts=TEXTS, responses=packed, maps=MAPS, weights=weights
+    )
 
 
 def contents(bank: ResponseBank) -> dict[str, Any]:

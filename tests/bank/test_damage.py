@@ -194,6 +194,13 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         r"'responses': \('I32', \(10, 6\)\)",
     ),
     "too good a first look": (put("first_look", 1.5), "first_look: Input should be less than or equal to 1"),
+    "weights that are not told of": (put("ends", "last"), "the shards hold 1 lines of weights and bank.json says 0"),
+    "weights that are missing": (lambda f: shard(f, "weights").unlink(), "is missing; download the bank again"),
+    "fewer weights": (
+        forged("weights", lambda p: save_file({"weights": torch.zeros(P - 1)}, p)),
+        r"'weights': \('F32', \(5,\)\)",
+    ),
+    "ends elsewhere": (put("ends", "first"), "ends: Input should be 'last' or 'mean'"),
     "missing responses": (lambda f: shard(f, "responses").unlink(), "is missing; download the bank again"),
     "flipped map": (lambda f: flipped(shard(f, "maps")), "was changed: its sha256 is not"),
     "text of sources only": (
