@@ -123,6 +123,8 @@ def main() -> None:
         ("bank, exact, one segment", {"probes": "exact", "segments": 1}),
         ("bank, exact, five segments", {"probes": "exact", "segments": 5}),
         ("bank, exact, six curvature samples a row", {"probes": "exact", "curvature_samples": 6 * 480}),
+        ("bank, exact, mean of ends", {"probes": "exact", "ends": "mean"}),
+        ("bank, k = 128, mean of ends", {"probes": 128, "ends": "mean"}),
     ):
         add(name, *bank_scores(world, queries, **settings))
     add("gradient dot product", gradient_dot(world, queries), {})

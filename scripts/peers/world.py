@@ -88,9 +88,9 @@ def _recorded(world: lora_world.World):
     return model.eval(), run
 
 
-def bank(world: lora_world.World, exchange: Exchange, probes: int | str) -> Result:
+def bank(world: lora_world.World, exchange: Exchange, probes: int | str, ends: str = "last") -> Result:
     """This library: the real callback and the real pipeline."""
-    callback = ResponseCallback(ResponseConfig(parameters="lora", probes=probes, quiet=True))
+    callback = ResponseCallback(ResponseConfig(parameters="lora", probes=probes, ends=ends, quiet=True))
     spent = _timed(callback, "on_train_end")  # everything that is not training belongs to the bank
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
@@ -188,6 +188,8 @@ def main() -> None:
             exchange, f"bank-{probes}", lambda probes=probes: bank(world, exchange, probes), method="response bank",
             setting=setting, shipped=probes == 128, **ours,
         )  # fmt: skip
+    hand_in(exchange, "bank-exact-mean", lambda: bank(world, exchange, "exact", "mean"), method="response bank",
+            setting="exact, mean of ends", **ours)  # fmt: skip
     for method, name, rows in (
         ("two stages", "bank-two-stages", True), ("first look and probes", "bank-first-look", False)
     ):  # fmt: skip
