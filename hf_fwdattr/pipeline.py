@@ -237,16 +237,14 @@ class TrainingDataAttributionPipeline(Pipeline):
             text so far, as the pipeline returns them, without the rows themselves.
 
         Raises:
-            UnsupportedError: the model's logits are more than an output layer, its cache is no plain one, or the bank is
-                read at other weights than the model's.
+            UnsupportedError: the model's output layer or cache is no plain one, or the bank is one of means.
             QueryError: nothing to continue, or a bank of whole sources that is asked for rows.
         """
         if top_k and self.bank.manifest.privacy.rows == "sources":
             raise QueryError("the bank keeps sources only and has no rows to name; leave top_k out")
         if self.bank.manifest.ends == "mean":
             raise UnsupportedError(
-                "the bank is read at the mean of the run's weights and the text comes from those at its end, so they "
-                "cannot go together: generate first, then pass prompt and completion"
+                "a bank of means (ends='mean') is not read where text is generated: generate first, then pass the output"
             )
         ids = self.preprocess(prompt)
         if bool(ids["completion_mask"].any()) or not ids["input_ids"].numel():

@@ -169,12 +169,7 @@ def respond(
             )  # fmt: skip
             exact_sources = len(sources.names) if len(sources.names) <= config.source_probes else 0
             responses = passes.run(
-                config.probes,
-                config.curvature_samples,
-                config.sample_rows,
-                sources.of,
-                exact_sources,
-                keep,
+                config.probes, config.curvature_samples, config.sample_rows, sources.of, exact_sources, keep
             )
             if config.ends == "last":
                 _restore(model, parameters, live)
