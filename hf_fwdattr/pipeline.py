@@ -244,7 +244,7 @@ class TrainingDataAttributionPipeline(Pipeline):
             raise QueryError("the bank keeps sources only and has no rows to name; leave top_k out")
         if self.bank.manifest.ends == "mean":
             raise UnsupportedError(
-                "a bank of means (ends='mean') is not read where text is generated: generate first, then pass the output"
+                "a bank of means (ends='mean') is not read while text is generated: generate first, then pass it"
             )
         ids = self.preprocess(prompt)
         if bool(ids["completion_mask"].any()) or not ids["input_ids"].numel():
