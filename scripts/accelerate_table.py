@@ -34,11 +34,12 @@ NEUTRAL = {
     "plain", "accumulated", "padded to the context", "two workers", "dispatched", "evaluated", "saved", "resumed",
     "activations checkpointed", "float32", "bf16 autocast", "compiled, eager", "compiled, inductor", "sharded",
     "sharded in one group, evaluated", "sharded, accumulated", "sharded, float32", "sharded, bf16", "sharded, saved",
-    "sharded, resumed",
+    "sharded, resumed", "loaded in pieces",
 }  # fmt: skip
 FOUR_RANKS = {
     "plain", "float32", "dispatched", "clipped", "smoothed labels", "probes", "streamed", "wrapped around", "stream",
     "saved", "resumed", "sharded", "sharded, all weights", "sharded, float32",
+    "loaded in pieces",
 }  # fmt: skip
 ONE_RANK = {"compiled, eager", "compiled, inductor"}  # slow
 NONE = {"failing", "sharded, failing", "sharded, everything", "killed", "killed again", "revived"}  # for tests only

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.distributed import DistributedConfig
 
 from hf_fwdattr import ResponseCallback, build_bank
 from hf_fwdattr.errors import UnsupportedError
@@ -41,7 +42,7 @@ RUNS = {"saved": "run", "resumed": "run", "sharded, saved": "sharded run", "shar
 RUNS |= {"killed": "killed", "killed again": "killed", "revived": "killed"}
 SHARDED: dict[str, Any] = dict(fsdp=True, fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"]})
 # What is changed of the plain run. `rows`, `collate`, `settings` (of the bank), `groups`, `adapter`, `unreadable`,
-# `resume` (the step) and `kill` (the step, the ranks) are ours; everything else goes to TrainingArguments.
+# `pieces`, `resume` (the step) and `kill` (the step, the ranks) are ours; everything else goes to TrainingArguments.
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulated": dict(gradient_accumulation_steps=2),
@@ -91,6 +92,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sharded, accumulated": SHARDED | dict(gradient_accumulation_steps=2),
     "sharded, clipped": SHARDED | dict(max_grad_norm=0.05),
     "sharded, float32": SHARDED | dict(dtype=torch.float32),
+    "loaded in pieces": dict(pieces=True),
     "sharded, bf16": SHARDED | dict(dtype=torch.float32, bf16=True),
     "sharded, failing": SHARDED | dict(unreadable=True),
     "sharded, saved": SHARDED | dict(save_strategy="steps", save_steps=5),
@@ -154,6 +156,13 @@ def fine_tuned(folder: Path, name: str) -> tuple[Any, ResponseCallback]:
     share = BATCH // WORLD // how.get("gradient_accumulation_steps", 1)
     how = dict(per_device_train_batch_size=max(share, 1), collate=padded) | how
     model, data, callback = base(how.pop("dtype", torch.float64)), training_set(rows), ResponseCallback(settings)
+    if how.pop("pieces", False) and WORLD > 1:  # transformers' own way to FSDP2, at loading
+        kept = folder / f"base-{os.environ['RANK']}"  # save_pretrained writes on rank 0 only
+        model.config.save_pretrained(kept)
+        torch.save(model.state_dict(), kept / "pytorch_model.bin")
+        model = type(model).from_pretrained(
+            kept, dtype=model.dtype, distributed_config=DistributedConfig(fsdp_size=WORLD)
+        )
     model = adapted(model) if how.pop("adapter", True) else model
     if how.pop("unreadable", False):
         how["collate"] = Unreadable(callback)
@@ -228,6 +237,7 @@ def main(folder: Path, names: list[str]) -> None:
             "weights": weights(model),
             "unit": unit_weights(callback),
             "clips": record.clips,
+            "sharded": is_sharded(callback.recorder.model),
             "visits": sum(len(rows) for rows in record.rows),
             "rows": [sorted(rows.tolist()) for rows in record.rows],
         }

@@ -220,6 +220,7 @@ def _write(
 ) -> ResponseBank:
     salt = secrets.token_bytes(16)
     name, revision = model_identity(model)
+    shown = original if original is not None else rows.dataset
     described = {
         "libraries": libraries(),
         "model": name,
@@ -241,22 +242,21 @@ def _write(
         "exact": responses.exact,
         "kept_variance": max(0.0, responses.kept),
         "dtype": config.dtype,
-        "dataset": dataset_identity(original if original is not None else rows.dataset)
-        | {"rows": len(rows), "tokenizer": tokenizer_hash(tokenizer)},
+        "dataset": dataset_identity(shown) | {"rows": len(rows), "tokenizer": tokenizer_hash(tokenizer)},
         "sources": sources.names,
         "salt": salt.hex(),
         "privacy": {"rows": "sources" if config.private_rows else "identified", "text": bool(config.include_text)},
     }
-    texts = texts_of(original if original is not None else rows.dataset, config.include_text, tokenizer)
+    texts = texts_of(shown, config.include_text, tokenizer)
     if config.private_rows:
         lines = _per_source(responses.coordinates, sources)
     else:
-        row_ids = row_ids_of(original if original is not None else rows.dataset, config.row_id_column, len(rows))
+        row_ids = row_ids_of(shown, config.row_id_column, len(rows))
         lines = (responses.coordinates, row_ids, _hashes(rows, salt, config.quiet), sources.of)
-    maps, kernel = {}, None
+    maps, kernel, likelihood = {}, None, objective_of(model, config.objective)
     if config.first_look and not config.private_rows:
         look = first_look(
-            model, parameters, objective_of(model, config.objective), rows, responses.products, config.memory_budget,
+            model, parameters, likelihood, rows, responses.products, config.memory_budget,
             responses.scores, config.quiet,
         )  # fmt: skip
         if look is not None:

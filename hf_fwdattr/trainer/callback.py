@@ -141,8 +141,9 @@ def _recorded(folder: Path, state: TrainerState) -> bool:
     """Whether the run goes on from a checkpoint with a record; without one, the bank can only be of what follows."""
     if state.global_step and not folder.is_dir() and state.is_world_process_zero:
         logger.warning(
-            "training resumes at step %d, but %s is missing: the checkpoint was made without ResponseCallback. The "
-            "bank will hold responses to the steps from here on only, and say so in its bank.json (run.first)",
+            "training resumes at step %d, but %s is missing: the checkpoint was made without ResponseCallback (or the "
+            "run was killed while it was made: then resume from the one before). The bank will hold responses to the "
+            "steps from here on only, and say so in its bank.json (run.first)",
             state.global_step, folder,
         )  # fmt: skip
     return state.global_step > 0 and folder.is_dir()

@@ -1,7 +1,7 @@
 """What a bank keeps so that one forward pass gives a first look at every row: maps of errors, and their worth."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from ..errors import UnsupportedError
 from ..gradients import RowGradients
 from ..kriging import kernel_of
-from ..objective import Objective
+from ..objective import Batch, Objective
 from ..parameters import Parameters
 from ..response.rows import Rows
 from ..sharding import is_sharded
@@ -68,12 +68,13 @@ def first_look(
         products (`Callable`): gradients (queries, P) -> their products with all rows' responses (queries, rows).
         memory (`int`): bytes that fitting may take.
         scores (`Tensor`, *optional*): (rows, rows) of all rows as queries; all rows are then read, for the kernel.
-        quiet (`bool`, defaults to `True`): no progress bar over them.
+        quiet (`bool`, defaults to `True`): no progress bars.
     """
     fitted, held = _chosen(len(rows))
     try:
         synthetic = _synthetic(model, parameters, objective, memory)
-        maps = synthetic.fit(batch for _, batch in rows.batches(fitted))
+        with tqdm(total=len(fitted), desc="first look", unit="row", disable=quiet, leave=False) as bar:
+            maps = synthetic.fit(_counted(rows, fitted, bar))
     except UnsupportedError as error:
         logger.info("the bank allows no first look (a query will take a forward pass for each probe): %s", error)
         return None
@@ -125,6 +126,13 @@ def _chosen(total: int) -> tuple[list[int], list[int]]:
     """Rows to fit on, and rows to judge by; the same where there are no more."""
     held = _spread(total, _HELD)
     return [place for place in _spread(total, _FITTED + _HELD) if place not in set(held)] or held, held
+
+
+def _counted(rows: Rows, chosen: list[int], bar: tqdm) -> Iterator[Batch]:
+    """The batches of these rows, shown on a bar."""
+    for at, batch in rows.batches(chosen):
+        yield batch
+        bar.update(len(at))
 
 
 def _spread(total: int, count: int) -> list[int]:

@@ -258,6 +258,8 @@ def _refuse(accelerator: Any) -> None:
     plugin = getattr(getattr(accelerator, "state", None), "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version != 2:
         raise UnsupportedError("FSDP1 flattens weights, so they cannot be told apart; set fsdp_config={'version': 2}")
+    if type(getattr(plugin, "cpu_offload", None)).__name__ == "CPUOffloadPolicy":
+        raise UnsupportedError("FSDP's cpu_offload was never tried with responses; set it to False")
     layout = getattr(accelerator, "parallelism_config", None)
     if layout is not None and layout.non_data_parallel_size > 1:
         raise UnsupportedError(

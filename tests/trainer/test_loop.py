@@ -136,9 +136,13 @@ def test_what_the_recorder_cannot_see_is_refused(tmp_path: Path) -> None:
     ("accelerator", "message"),
     [
         (Namespace(state=Namespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=1))), "FSDP1 flattens"),
+        (
+            Namespace(state=Namespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, cpu_offload=True))),
+            "cpu_offload was never tried",
+        ),
         (Namespace(parallelism_config=ParallelismConfig(tp_size=2)), "show a row to several ranks"),
     ],
-    ids=["FSDP1", "tensor parallel"],
+    ids=["FSDP1", "offloaded", "tensor parallel"],
 )
 @pytest.mark.filterwarnings("ignore:FSDP1 is deprecated")
 def test_other_ways_of_sharding_are_refused(accelerator: Any, message: str) -> None:

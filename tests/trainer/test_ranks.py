@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 TWO = ["plain", "dispatched", "clipped", "smoothed labels", "parameter groups", "streamed", "saved", "failing"]
 FOUR = ["plain", "streamed", "wrapped around", "resumed"]
 SHARDED = ["sharded", "sharded, all weights", "sharded, streamed", "sharded in one group, evaluated"]
+LOADED = ["loaded in pieces"]
 SAVED = ["sharded, saved", "sharded, resumed"]
 REFUSED = ["sharded, failing", "sharded, everything"]
 
@@ -43,7 +44,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], dict
         2: launch(2, folder, [*TWO, "killed"], dies=True),
         4: launch(4, folder, [*FOUR, "killed again"], dies=True),
     }
-    launch(2, folder, [*SHARDED, *SAVED, *REFUSED, "revived"])
+    launch(2, folder, [*SHARDED, *SAVED, *LOADED, *REFUSED, "revived"])
 
     def look_up(name: str, count: int) -> dict[str, Any]:
         path = folder / f"{name}-{count}.pt"
@@ -116,10 +117,12 @@ def test_a_run_goes_on_after_kills(found: Any, count: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "alone"),
-    [(name, name) for name in SHARDED] + [(name, "plain") for name in SAVED],
+    [(name, name) for name in SHARDED] + [(name, "plain") for name in (*SAVED, *LOADED)],
 )
 def test_weights_sharded_by_fsdp_end_with_the_same_bank(found: Any, name: str, alone: str) -> None:
     many, one = found(name, 2), found(alone, 1)
+    assert many["sharded"]
+    assert not one["sharded"]
     near(many["weights"], one["weights"])
     assert many["rows"] == one["rows"]
     near(many["scores"], one["scores"])
