@@ -1,6 +1,6 @@
 """The same bank however training is run: every configuration against the plain run of one process.
 
-    python scripts/accelerate_table.py [--ranks 1 2 4] [--only NAME ...]
+    python scripts/accelerate_table.py [--ranks 1 2 4] [--only NAME ...] [--folder KEPT]
 
 Each line is a real fine-tune of a tiny GPT-2 with LoRA in float64 (24 rows, global batch of four, three epochs),
 started by torchrun over gloo on CPUs; "sharded" ones by FSDP2. Printed are the largest differences of scores,
@@ -46,7 +46,10 @@ NONE = {"failing", "sharded, failing", "sharded, everything", "killed", "killed 
 
 
 def run(ranks: int, names: list[str], folder: Path) -> None:
-    """One torchrun for all configurations."""
+    """One torchrun for all configurations that were not run before."""
+    names = [name for name in names if not (folder / f"{name}-{ranks}.pt").exists()]
+    if not names:
+        return
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FWDATTR_REBUILD": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m",
@@ -79,10 +82,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--only", nargs="+", default=[name for name in SETTINGS if name not in NONE])
+    parser.add_argument("--folder", type=Path, help="keep the runs, and go on with those that are there")
     options = parser.parse_args()
     started, found = time.time(), {name: {} for name in dict.fromkeys(["plain", *options.only])}
     with tempfile.TemporaryDirectory() as scratch:
-        folder, counts = Path(scratch), sorted({1, *options.ranks})
+        folder, counts = options.folder or Path(scratch), sorted({1, *options.ranks})
+        started = min([started, *(path.stat().st_mtime for path in folder.glob("*.pt"))])  # of runs that are there
         for ranks in counts:
             names = [n for n in found if ranks == 1 or (n not in ONE_RANK and (ranks < 4 or n in FOUR_RANKS))]
             run(ranks, names, folder)
@@ -91,13 +96,7 @@ def main() -> None:
                     found[name][what] = max(value, found[name].get(what, 0.0))
                 if ranks > 1:
                     found[name].setdefault(f"{ranks} ranks", "other batches")
-    columns = [
-        *(f"{ranks} ranks" for ranks in counts[1:]),
-        "the plain run",
-        "one process's passes",
-        "weights",
-        "tokens",
-    ]
+    columns = [*(f"{n} ranks" for n in counts[1:]), "the plain run", "one process's passes", "weights", "tokens"]
     rows = [{"configuration": name} | {key: shown(line.get(key)) for key in columns} for name, line in found.items()]
     report("accelerate", "The same bank however training is run: relative differences of scores", rows, started)
 
