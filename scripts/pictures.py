@@ -1,0 +1,86 @@
+"""Pictures of result files, drawn anew from scripts/results/*.json: python scripts/pictures.py
+
+lds_lora.png    k against LDS, with what retrainings agree among themselves
+peers.png       LDS and the seconds of a query, for every library of the comparison
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def kept(name: str) -> dict[str, Any]:
+    """A result file."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def probes_against_lds(result: dict[str, Any], target: Path) -> None:
+    """LDS of banks with so many probes, beside the exact bank, the gradient dot product and the noise ceiling."""
+    figure, axis = pyplot.subplots(figsize=(4.6, 3.2))
+    rows = {row["method"]: row for row in result["rows"]}
+    few = [row for name, row in rows.items() if name.endswith(f"k = {row['probes']}")]
+    errors = [[row["LDS"] - row["low"] for row in few], [row["high"] - row["LDS"] for row in few]]
+    axis.errorbar([row["probes"] for row in few], [row["LDS"] for row in few], errors, fmt="o-", ms=4, label="probes")
+    lines = [
+        ("exact, mean of ends", rows.get("bank, exact, mean of ends", {}).get("LDS"), ":"),
+        ("exact", rows["bank, exact, three segments"]["LDS"], "--"),
+        ("one retraining", result["noise_ceiling"], "-."),
+        ("gradient dot product", rows["gradient dot product"]["LDS"], "-"),
+    ]
+    for number, (name, value, style) in enumerate(lines):
+        if value is not None:
+            axis.axhline(value, color=f"C{number + 1}", ls=style, lw=1, label=name)
+    axis.set(xscale="log", xlabel="probes k", ylabel="LDS", xticks=[row["probes"] for row in few])
+    axis.xaxis.set_major_formatter("{x:.0f}")
+    axis.minorticks_off()
+    axis.legend(fontsize=7, loc="lower right")
+    _save(figure, target)
+
+
+def cost_and_lds(result: dict[str, Any], target: Path) -> None:
+    """Each line of the peers' table that ran: LDS with its interval, and processor seconds a query."""
+    rows = [row for row in result["rows"] if row["LDS"] != "-"][::-1]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(8.4, 0.22 * len(rows) + 0.9), sharey=True)
+    colours = {"none": "C2", "query": "C0", "query and rows": "C1"}
+    for place, row in enumerate(rows):
+        colour = colours[row["backward"]]
+        left.errorbar(row["LDS"], place, xerr=[[row["LDS"] - row["low"]], [row["high"] - row["LDS"]]], fmt="o",
+                      ms=4, color=colour)  # fmt: skip
+        right.plot(max(row["s / query"], 1e-3), place, "o", ms=4, color=colour)
+    names = [f"{row['peer'].split()[0]} {row['method']}, {row['setting']}" for row in rows]
+    left.set_yticks(range(len(rows)), names, fontsize=6.5)
+    left.set_xlabel("LDS", fontsize=8)
+    right.set_xscale("log")
+    right.set_xlabel("processor seconds a query", fontsize=8)
+    for axis in (left, right):
+        axis.grid(axis="y", lw=0.3)
+        axis.tick_params(axis="x", labelsize=7)
+    for need, colour in colours.items():
+        right.plot([], [], "o", ms=4, color=colour, label=f"backward passes: {need}")
+    right.legend(fontsize=6.5, loc="upper left")
+    _save(figure, target)
+
+
+def _save(figure: Any, target: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(target, dpi=80)
+    pyplot.close(figure)
+    print(f"wrote {target.name}")
+
+
+def main() -> None:
+    probes_against_lds(kept("lds_lora"), RESULTS / "lds_lora.png")
+    cost_and_lds(kept("peers"), RESULTS / "peers.png")
+
+
+if __name__ == "__main__":
+    main()
