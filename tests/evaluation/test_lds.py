@@ -55,6 +55,12 @@ def test_swapped_axes_are_refused(swap) -> None:  # type: ignore[no-untyped-def]
         lds(*swap(*world()))
 
 
+def test_scores_of_other_rows_are_refused() -> None:
+    scores, kept, losses = world()
+    with pytest.raises(ValueError, match="do not fit"):
+        lds(scores[:, 1:], kept, losses)
+
+
 @pytest.mark.parametrize("which", ["scores", "outcomes"])
 def test_values_that_are_not_finite_are_refused(which: str) -> None:
     scores, kept, losses = world()
