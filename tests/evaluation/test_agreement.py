@@ -45,6 +45,20 @@ def test_it_is_scipys() -> None:
     assert result.spearman.low < result.spearman.mean < result.spearman.high
 
 
+def test_the_summary_says_each_figure_under_its_name() -> None:
+    scores, left_out, losses, _ = world()
+    losses[1:] += 1.0  # a common shift, so that no two figures are alike
+    result = loo(scores, left_out, losses)
+    expected = {
+        "spearman": result.spearman.mean, "spearman_low": result.spearman.low, "spearman_high": result.spearman.high,
+        "pearson": result.pearson, "cosine": result.cosine, "slope": result.slope,
+    }  # fmt: skip
+    assert result.summary() == pytest.approx(expected, abs=6e-5)
+    assert len({round(value, 3) for value in expected.values()}) == 6
+    assert torch.equal(result.predicted, scores[:, left_out])
+    assert torch.equal(result.measured, (losses[1:] - losses[0]).T)
+
+
 def test_a_perfect_prediction_is_calibrated() -> None:
     scores, left_out, losses, noise = world()
     losses[1:] -= noise
@@ -89,8 +103,9 @@ def test_swapped_axes_of_equal_length_score_nothing() -> None:
 
 def test_values_and_rows_that_cannot_be_are_refused() -> None:
     scores, left_out, losses, _ = world()
-    with pytest.raises(ValueError, match="beyond the 20"):
-        loo(scores, left_out + 10, losses)
+    for bad in (left_out - 1, left_out + 1):  # -1 and 20 are among them
+        with pytest.raises(ValueError, match="beyond the 20"):
+            loo(scores, bad, losses)
     losses[3, 2] = torch.nan
     with pytest.raises(ValueError, match="measured hold"):
         loo(scores, left_out, losses)

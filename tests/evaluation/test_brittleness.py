@@ -38,5 +38,6 @@ def test_other_shapes_and_losses_are_refused(bad: torch.Tensor) -> None:
 
 
 def test_counts_must_ascend() -> None:
-    with pytest.raises(ValueError, match="ascend"):
-        brittleness(torch.ones(3, 2).bool(), COUNTS.flip(0))
+    for counts in (COUNTS.flip(0), torch.tensor([1, 2, 2])):
+        with pytest.raises(ValueError, match="ascend"):
+            brittleness(torch.ones(3, 2).bool(), counts)

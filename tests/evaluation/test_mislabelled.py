@@ -30,7 +30,8 @@ def test_what_cannot_be_is_refused() -> None:
     for bad in ((suspicion[None], flipped), (suspicion, flipped[:3]), (suspicion, flipped.float())):
         with pytest.raises(ValueError, match="must be"):
             mislabelled_auc(*bad)
-    with pytest.raises(ValueError, match="both kinds"):
-        mislabelled_auc(suspicion, torch.zeros(4).bool())
+    for all_alike in (torch.zeros(4).bool(), torch.ones(4).bool()):
+        with pytest.raises(ValueError, match="both kinds"):
+            mislabelled_auc(suspicion, all_alike)
     with pytest.raises(ValueError, match="suspicion hold"):
         mislabelled_auc(suspicion / 0, flipped)
