@@ -106,6 +106,10 @@ def attribute(
     top_k: Annotated[int, typer.Option(help="Rows to name on either side.")] = 5,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the output.")] = 16,
     readout: Annotated[str, typer.Option(help="jvp or difference.")] = "jvp",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Forward passes for naming rows: a number, certain, or all of the bank's probes."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Ask a model, and name the rows and sources behind what it says."""
@@ -114,7 +118,7 @@ def attribute(
 
     try:
         result = attribute_with(
-            model, prompt, completion, dataset, bank, split, top_k, max_new_tokens, readout, text_column
+            model, prompt, completion, dataset, bank, split, top_k, max_new_tokens, readout, text_column, budget
         )
     except (AttributionError, OSError, ValueError) as error:
         _fail(error)

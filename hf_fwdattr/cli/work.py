@@ -115,6 +115,7 @@ def attribute_with(
     max_new_tokens: int,
     readout: str,
     text_column: str,
+    budget: str | None = None,
 ) -> dict[str, Any]:
     """`hf-fwdattr attribute`; returns the pipeline's result."""
     opened = None if bank is None else ResponseBank.from_pretrained(bank)
@@ -123,5 +124,6 @@ def attribute_with(
     length = getattr(run.model.config, "max_position_embeddings", None)
     rows = None if dataset is None else tokenized(open_dataset(dataset, split), run.tokenizer, text_column, length)
     query: Any = prompt if completion is None else {"prompt": prompt, "completion": completion}
-    result: dict[str, Any] = run(query, dataset=rows, top_k=top_k, max_new_tokens=max_new_tokens)
+    more = {} if budget is None else {"budget": int(budget) if budget.lstrip("-").isdigit() else budget}
+    result: dict[str, Any] = run(query, dataset=rows, top_k=top_k, max_new_tokens=max_new_tokens, **more)
     return result

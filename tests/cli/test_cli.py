@@ -65,6 +65,16 @@ def test_attribute_prints_json_and_nothing_else(folder: Path) -> None:
     assert values["examples"][0]["example"]["text"].startswith("w")
 
 
+def test_attribute_takes_a_budget(folder: Path) -> None:
+    found = [json.loads(attributed(folder, "--json", "--budget", budget).stdout) for budget in ("all", "60")]
+    named = [[example["row"] for example in result["examples"]] for result in found]
+    assert named[0] == named[1] != []
+    for wrong, said in (("0", "budget=0"), ("-3", "budget=-3"), ("some", "budget='some': a number of forward passes")):
+        result = attributed(folder, "--budget", wrong)
+        assert result.exit_code == 1
+        assert said in result.stderr
+
+
 def test_attribute_generates_where_no_completion_is_given(folder: Path) -> None:
     result = call("attribute", folder, "w3 w4", "--max-new-tokens", 3, "--json", "--readout", "difference")
     assert result.exit_code == 0, result.output
