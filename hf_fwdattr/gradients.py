@@ -210,14 +210,20 @@ class RowGradients:
         return {name: torch.stack([row[name] for row in rows]) for name in self._others}
 
     def _check(self, batch: Batch, labels: Tensor, gradients: Tensor, smoothing: float) -> None:
-        """Compare the batch's largest gradient with plain autograd on its row alone, with the same labels."""
+        """Compare the batch's largest gradient with plain autograd on its row alone, with the same labels.
+
+        In half precision a gradient changes by a fifth with the shape of the batch alone (kernels round in another
+        order, layer upon layer), so there the row is alone in a batch of its own copies, of the same shape.
+        """
         row = int(gradients.norm(dim=1).argmax())
-        single = {key: value[row : row + 1] if isinstance(value, Tensor) else value for key, value in batch.items()}
+        half = any(dtype.itemsize < 4 for dtype in self._dtypes)
+        copies = torch.full((len(labels),) if half else (1,), row, device=labels.device)
+        single = {key: value[copies] if isinstance(value, Tensor) else value for key, value in batch.items()}
         live = self.parameters.tensors(self.model)
         used: list[Tensor] = list(live)
         with torch.enable_grad(), trainable(live), self._as_used(used):
             logits, _ = self.objective.forward(self.model, single)
-            loss = row_losses(logits, labels[row : row + 1], smoothing).sum()
+            loss = row_losses(logits, labels[copies], smoothing).mean()
             plain = torch.autograd.grad(loss, used, allow_unused=True)
         alone = torch.cat(
             [

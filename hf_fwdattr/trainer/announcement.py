@@ -28,7 +28,8 @@ def announce(
     if config.quiet or ranks.rank > 0:
         return
     if config.first_look and not config.private_rows:
-        look, size = cost_of(model, parameters, objective_of(model, config.objective), rows, config.memory_budget)
         learned = plan.stand_ins and plan.chosen == rows and rows * parameters.size <= keep
-        plan = replace(plan, look=look + rows * (learned and look > 0), look_bytes=size)
+        objective = objective_of(model, config.objective)
+        look, size = cost_of(model, parameters, objective, rows, config.memory_budget, learned)
+        plan = replace(plan, look=look, look_bytes=size)
     tqdm.write(f"response bank: {plan.told(config.memory_budget, pace)}", file=sys.stderr)

@@ -39,8 +39,10 @@ class FirstLook:
     kernel: Tensor | None
 
 
-def cost_of(model: nn.Module, parameters: Parameters, objective: Objective, rows: int, memory: int) -> tuple[int, int]:
-    """Rows that `first_look` will read of so many (those it is judged on twice), and bytes that fitting holds; zeros
+def cost_of(
+    model: nn.Module, parameters: Parameters, objective: Objective, rows: int, memory: int, learned: bool
+) -> tuple[int, int]:
+    """Rows that `first_look` will read of so many (those it is judged on twice, or all where its errors are `learned`), and bytes that fitting holds; zeros
     where there will be none.
     """
     try:
@@ -48,7 +50,7 @@ def cost_of(model: nn.Module, parameters: Parameters, objective: Objective, rows
     except UnsupportedError:
         return 0, 0
     fitted, held = _chosen(rows)
-    return len(fitted) + 2 * len(held), synthetic.fitting_bytes
+    return len(fitted) + (rows if learned else 2 * len(held)), synthetic.fitting_bytes
 
 
 def first_look(
@@ -75,28 +77,35 @@ def first_look(
         synthetic = _synthetic(model, parameters, objective, memory)
         with tqdm(total=len(fitted), desc="first look", unit="row", disable=quiet, leave=False) as bar:
             maps = synthetic.fit(_counted(rows, fitted, bar))
-    except UnsupportedError as error:
+        if scores is None:
+            gradients = RowGradients(model, parameters, objective)
+            found = [(places, products(-gradients(batch)[0].cpu())) for places, batch in rows.batches(held)]
+            exact = torch.cat([block for _, block in found])[torch.cat([places for places, _ in found]).argsort()]
+            predicted = _predicted(synthetic, rows, held, products, quiet=True)
+        else:
+            exact, predicted = scores[held], _predicted(synthetic, rows, list(range(len(rows))), products, quiet)
+    except UnsupportedError as error:  # the responses, which took longer, are not lost with it
         logger.info("the bank allows no first look (a query will take a forward pass for each probe): %s", error)
         return None
-    gradients = RowGradients(model, parameters, objective)
-    exact, predicted = [], []
-    for _, batch in rows.batches(held):
-        exact.append(products(-gradients(batch)[0].cpu()))
-        predicted.append(products(synthetic(batch).cpu()))
-    known = torch.cat(exact)
-    missed = (known - torch.cat(predicted)).square().sum() / known.square().sum().clamp(min=1e-30)
-    kernel = None if scores is None else kernel_of(scores - _predicted(synthetic, rows, products, quiet))
-    return FirstLook(maps, 1.0 - float(missed), kernel)
+    kernel = None if scores is None else kernel_of(scores - predicted)
+    missed = exact - (predicted if scores is None else predicted[held])
+    return FirstLook(maps, 1.0 - float(missed.square().sum() / exact.square().sum().clamp(min=1e-30)), kernel)
 
 
-def _predicted(synthetic: SyntheticGradients, rows: Rows, products: Callable[[Tensor], Tensor], quiet: bool) -> Tensor:
-    """(rows, rows) what a first look says of each row as a query."""
+def _predicted(
+    synthetic: SyntheticGradients,
+    rows: Rows,
+    places: list[int],
+    products: Callable[[Tensor], Tensor],
+    quiet: bool,
+) -> Tensor:
+    """(len(places), rows) what a first look says of the rows at these ascending positions as queries."""
     found: list[Tensor] = []
     waiting: list[Tensor] = []
     order: list[int] = []
-    total = rows.count(len(rows))
-    for places, batch in tqdm(rows.batches(), "first look", total, unit="batch", disable=quiet, leave=False):
-        order += [int(place) for place in places]
+    total = rows.count(len(places))
+    for here, batch in tqdm(rows.batches(places), "first look", total, unit="batch", disable=quiet, leave=False):
+        order += [int(place) for place in here]
         waiting.append(synthetic(batch).cpu())
         if sum(map(len, waiting)) >= _TOGETHER:
             found.append(products(torch.cat(waiting)))

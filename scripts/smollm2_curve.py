@@ -1,0 +1,182 @@
+"""Accuracy against forward passes on SmolLM2-135M: the top ten of two thousand rows, 64 output tokens a query.
+
+    python scripts/smollm2_curve.py [--rows 2000] [--timed 3]
+
+What a readout would say is looked up in exact scores (gradients by reverse mode times the rows' own responses), with
+the pipeline's own search; that a real readout says the same is checked on one query. Time is the processor's, of real
+readouts, in plain float32 forward passes of the same query.
+"""
+
+import argparse
+import re
+import time
+from collections.abc import Callable
+
+import torch
+from readout_curve import gradients_of
+from results import report
+from smollm2_world import QUERY, world
+from torch import Tensor
+
+from hf_fwdattr.kriging import Kriging
+from hf_fwdattr.objective import CAUSAL_LM
+from hf_fwdattr.parameters import Parameters
+from hf_fwdattr.readout import jvp
+from hf_fwdattr.search import search
+
+
+TOP = 10
+BUDGETS = (21, 33, 41, 65, 97, 129)
+DEPTHS = (0, 10, 20, 25)  # lowest layer that responds
+
+
+def seconds(work: Callable[[], object], times: int = 1) -> float:
+    """Of the processor, per call; the second call on."""
+    work()
+    began = time.process_time()
+    for _ in range(times):
+        work()
+    return (time.process_time() - began) / times
+
+
+class Curve:
+    """Lines of the table, against exact scores (queries, rows)."""
+
+    def __init__(self, exact: Tensor):
+        self.exact, self.rows = exact, list[dict]()
+        self.top = exact.topk(TOP, 1).indices
+
+    def add(self, method: str, forwards: float, scores: Tensor, spent: float | None = None) -> None:
+        """One way of reading; `spent` in plain forwards."""
+        found = scores.topk(TOP, 1).indices
+        shared = torch.tensor(
+            [len(set(a.tolist()) & set(b.tolist())) / TOP for a, b in zip(found, self.top, strict=True)]
+        )
+        joined = torch.stack(
+            [torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(scores, self.exact, strict=True)]
+        )
+        self.rows.append(
+            {
+                "method": method, "forward passes": round(forwards, 1), "of the top ten": float(shared.mean()),
+                "all of the top ten": float((shared == 1).double().mean()), "correlation": float(joined.mean()),
+                "time in forwards": "-" if spent is None else round(spent, 1),
+            }
+        )  # fmt: skip
+        print(self.rows[-1], flush=True)
+
+
+def searched(first: Tensor, exact: Tensor, kernel: Tensor | None, budget: int | None) -> tuple[Tensor, float]:
+    """Estimates (queries, rows) after the pipeline's own search, and rows read per query."""
+    found, read = [], 0
+    for prior, line in zip(first, exact, strict=True):
+        result = search(
+            prior, kernel, TOP, None if budget is None else budget - 1, lambda at, line=line: line[at][None]
+        )
+        found.append(result.estimate)
+        read += len(result.places)
+    return torch.stack(found), read / len(first)
+
+
+def probed(first: Tensor, exact: Tensor, kernel: Tensor, coordinates: Tensor, probes: int) -> Tensor:
+    """(queries, rows) from a first look and the first probes."""
+    weights = (coordinates / coordinates.square().sum(0))[:, :probes].double()
+    found = []
+    for prior, line in zip(first, exact, strict=True):
+        learned = Kriging(prior, kernel)
+        learned.mixtures(weights, weights.T @ (line - prior))
+        found.append(learned.expected())
+    return torch.stack(found)
+
+
+def by_depth(attribute, gradients: Tensor, responses: Tensor, curve: Curve, plain: float, query: dict) -> None:
+    """Exact scores of the upper layers' responses alone, and what a pass along them takes."""
+    model, parameters = attribute.model, attribute._reader.parameters
+    layer = [int(re.search(r"layers\.(\d+)", name)[1]) for name in parameters.names]
+    batch = attribute._reader.batch([query])
+    for lowest in DEPTHS:
+        upper = torch.cat(
+            [torch.full((size,), own >= lowest) for own, size in zip(layer, parameters.sizes, strict=True)]
+        )
+        chosen = [name for name, own in zip(parameters.names, layer, strict=True) if own >= lowest]
+        own = Parameters.of(model, [f"^{re.escape(name)}$" for name in chosen])
+        directions = torch.randn(16, own.size)
+        spent = seconds(lambda own=own, directions=directions: jvp.read(model, own, CAUSAL_LM, batch, directions)) / 16
+        scores = (gradients * upper) @ responses.T
+        curve.add(
+            f"exact, responses of layers {lowest} to {max(layer)}; time is of one pass",
+            1,
+            scores.double(),
+            spent / plain,
+        )
+
+
+def timings(attribute, queries: list[dict], plain: float) -> dict[str, float]:
+    """Real readouts, in plain forwards per query."""
+    reader, found = attribute._reader, {}
+    ways: dict[str, Callable[[dict], object]] = {"first": lambda query: reader.scores([query], budget=1)}
+    for budget in BUDGETS:
+        ways[f"stages {budget}"] = lambda query, budget=budget: reader.rank(query, TOP, budget)
+    ways["certain"] = lambda query: reader.rank(query, TOP, "certain")
+    ways["sources"] = lambda query: attribute.source_scores([query])
+    for name, way in ways.items():
+        way(queries[0])
+        found[name] = sum(seconds_once(way, query) for query in queries) / len(queries) / plain
+        with torch.autocast("cpu", torch.bfloat16):
+            found[name + " bf16"] = sum(seconds_once(way, query) for query in queries) / len(queries) / plain
+        print(name, found[name], found[name + " bf16"], flush=True)
+    return found
+
+
+def seconds_once(way: Callable[[dict], object], query: dict) -> float:
+    began = time.process_time()
+    way(query)
+    return time.process_time() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--timed", type=int, default=3, help="queries whose real readouts are timed")
+    options = parser.parse_args()
+    started = time.time()
+    attribute, queries = world(options.rows)
+    reader = attribute._reader
+    gradients = gradients_of(attribute, queries).float()
+    responses = reader._unpacked
+    exact = (gradients @ responses.T).double()
+    first = torch.cat([reader.scores([query], budget=1).double() for query in queries])
+    kernel, bank = reader._kernel, attribute.bank
+    coordinates = torch.cat([block for _, _, block in bank.coordinates()])
+    with torch.no_grad():
+        batch = reader.batch(queries[:1])
+        plain = seconds(lambda: CAUSAL_LM.forward(attribute.model, batch), 5)
+    real = reader.rank(queries[0], TOP, 33)[1]
+    looked_up = searched(first[:1], exact[:1], kernel, 33)[0][0]
+    agreement = float((real - looked_up).norm() / looked_up.norm())
+    spent = timings(attribute, queries[: options.timed], plain)
+    curve = Curve(exact)
+    curve.add("exact (all rows' own responses)", len(responses) + 1, exact)
+    curve.add("first look", 1, first, spent["first"])
+    for probes in (16, 32, 64, 128):
+        scores = (gradients @ bank.probes(lines=slice(0, probes)).T).double() @ coordinates[:, :probes].double().T
+        curve.add("probes alone", probes + 1, scores)
+        curve.add("first look, the rest in probes", probes + 1, probed(first, exact, kernel, coordinates, probes))
+    for budget in BUDGETS:
+        curve.add("two stages", budget, searched(first, exact, kernel, budget)[0], spent[f"stages {budget}"])
+        curve.add("two stages, chosen by the first look alone", budget, searched(first, exact, None, budget)[0])
+        none = torch.zeros_like(first)
+        curve.add("rows alone, no first look", budget, searched(none, exact, kernel, budget)[0])
+    scores, read = searched(first, exact, kernel, None)
+    curve.add("until certain", read + 1, scores, spent["certain"])
+    by_depth(attribute, gradients, responses, curve, plain, queries[0])
+    report(
+        "smollm2_curve", f"The top {TOP} of {len(responses)} rows, SmolLM2-135M, {QUERY} output tokens", curve.rows,
+        started, queries=len(queries), first_look_share=round(bank.manifest.first_look, 3),
+        kept_by_128_probes=round(bank.manifest.kept_variance, 3), plain_forward_s=round(plain, 3),
+        real_against_looked_up=agreement, nine_sources_in_forwards=round(spent["sources"], 1),
+        in_bfloat16={name: round(value, 1) for name, value in spent.items() if name.endswith("bf16")},
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
