@@ -57,7 +57,7 @@ def world(rows: int):
 
 def fine_tune(base: str, tokenizer, train: Dataset, folder: Path) -> None:
     """One epoch and three passes, in bfloat16 where it pays."""
-    config = ResponseConfig(source_column="publisher", segments=1, memory_budget=14 << 30)
+    config = ResponseConfig(source_column="publisher", segments=1, curvature_samples=600, memory_budget=14 << 30)
     trainer = Trainer(
         model=adapted(base), args=arguments(folder / "run", 1, per_device_train_batch_size=16, bf16=True),
         train_dataset=train, callbacks=[ResponseCallback(config)],

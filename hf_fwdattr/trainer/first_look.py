@@ -42,8 +42,8 @@ class FirstLook:
 def cost_of(
     model: nn.Module, parameters: Parameters, objective: Objective, rows: int, memory: int, learned: bool
 ) -> tuple[int, int]:
-    """Rows that `first_look` will read of so many (those it is judged on twice, or all where its errors are `learned`), and bytes that fitting holds; zeros
-    where there will be none.
+    """Rows that `first_look` will read of so many (those it is judged on twice, or all where its errors are
+    `learned`), and bytes that fitting holds; zeros where there will be none.
     """
     try:
         synthetic = _synthetic(model, parameters, objective, memory)
