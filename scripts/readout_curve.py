@@ -151,7 +151,7 @@ def until_certain(curve: Curve, reader, queries: list[dict]) -> None:
     curve.add("two stages, until certain", 1 + sum(read) / len(queries), scores, seconds)
 
 
-def not_in_use(curve: Curve, attribute, gradients: Tensor, responses: Tensor) -> None:
+def not_in_use(curve: Curve, attribute, queries: list[dict], gradients: Tensor, responses: Tensor) -> None:
     """What else was tried, from exact scores."""
     bank = attribute.bank
     coordinates = torch.cat([block.double() for _, _, block in bank.coordinates()])
@@ -203,7 +203,7 @@ def main() -> None:
         curve = Curve(halves, outcomes, gradients @ responses.T, plain_forward(attribute, queries))
         curve.add("exact (all rows' own responses)", len(responses) + 1, curve.exact)
         in_use(curve, attribute, queries)
-        not_in_use(curve, attribute, gradients, responses)
+        not_in_use(curve, attribute, queries, gradients, responses)
         manifest = attribute.bank.manifest
     picture(curve.rows)
     report(
