@@ -114,6 +114,7 @@ class ResponseRecorder:
         self._unscale, self._detached = 1.0, False
         self._pending: list[Step] = []
         self._merged = len(self.record.rates)
+        self._moved, self._owed = any(self.record.rates), False
         self._began, self._visits = time.perf_counter(), 0
 
     def _begin(self, resume: str | Path | None, steps: int, begun: int, total: int, smoothing: float) -> Record:
@@ -138,9 +139,11 @@ class ResponseRecorder:
 
     def step(self) -> None:
         """Note the step that was just taken; does nothing where the optimizer only accumulates."""
-        skipped = self._accelerator is not None and self._accelerator.optimizer_step_was_skipped
+        loop = self._accelerator  # which says that a step was skipped until the next one, also while it accumulates
+        skipped = loop is not None and loop.sync_gradients and loop.optimizer_step_was_skipped
         if self._rate is None and not skipped:
             return
+        self._moved |= self._rate is not None
         step = Step(0.0 if self._rate is None else self._rate, self.exposure.take(), unscale=self._unscale)
         if self._clipping is not None:
             clip = self._clipping.take()
@@ -150,7 +153,9 @@ class ResponseRecorder:
         self._pending.append(step)
         if len(self._pending) >= _SETTLE or self.taken <= self.record.first + 1:  # the first: to complain at once
             self._settle()
-        if self.record.due(self.taken):
+        self._owed |= self.record.due(self.taken)
+        if self._owed and self._moved:  # before the first step that is not skipped, the optimizer has no state
+            self._owed = False
             self.record.snapshots.append(self.snapshot(self.taken))
 
     @property

@@ -19,7 +19,7 @@ from hf_fwdattr import ResponseBank, ResponseCallback, ResponseRecorder
 from hf_fwdattr.errors import UnsupportedError
 from tests.cases import adapted, padded
 from tests.reference import agree
-from tests.runs import ask, base, config, queries, trainer_for, training_set, weights
+from tests.runs import ROWS, ask, base, config, queries, trainer_for, training_set, weights
 
 
 STEPS = 12
@@ -119,6 +119,51 @@ def test_a_loop_that_is_resumed_ends_with_the_same_bank(tmp_path: Path) -> None:
     assert torch.equal(
         ask(other["model"], other["bank"]).scores(queries()), ask(one["model"], one["bank"]).scores(queries())
     )
+
+
+def scaled(**settings: Any) -> Any:
+    """An Accelerator as with fp16, which it does on GPUs only: the gradient scaler is real, and works on a CPU. Only
+    that scales are taken out before clipping is left to the loop.
+    """
+
+    def make(**more: Any) -> Accelerator:
+        accelerator = Accelerator(**more)
+        accelerator.scaler = torch.amp.GradScaler("cpu", **settings)
+        return accelerator
+
+    return make
+
+
+CLIPS = "accelerator.clip_grad_norm_("
+UNSCALED = example().replace(CLIPS, f"accelerator.scaler.unscale_(optimizer.optimizer); {CLIPS}")
+
+
+def test_a_gradient_scaler_that_grows_changes_nothing(tmp_path: Path) -> None:
+    plain = looped(tmp_path / "plain", example(), 2)
+    other = looped(tmp_path / "scaled", UNSCALED, 2, Accelerator=scaled(init_scale=2.0**10, growth_interval=2))
+    assert other["accelerator"].scaler.get_scale() > 2.0**12
+    agree(weights(other["model"]), weights(plain["model"]), 1e-9)
+    one, two = (ask(run["model"], run["bank"]).scores(queries()) for run in (other, plain))
+    agree(one, two, 1e-6)
+
+
+def test_a_step_that_the_scaler_skips_moved_nothing(tmp_path: Path) -> None:
+    """The first step's gradients overflow: it is not taken, and its rows are as if never seen in it."""
+
+    def overflow(model: Any, recorder: ResponseRecorder) -> None:
+        weight = next(p for p in model.parameters() if p.requires_grad)
+        weight.register_hook(lambda gradient: gradient * (float("inf") if recorder.taken == 0 else 1.0))
+
+    code = UNSCALED.replace("for _ in", "overflow(model, recorder)\nfor _ in")
+    run = looped(tmp_path, code, 2, Accelerator=scaled(), overflow=overflow)
+    record = run["recorder"].record
+    assert record.rates[0] == 0.0
+    assert min(record.rates[1:]) > 0.0
+    start, stop = record.bounds()[0]
+    (segment, *_) = record.build(ROWS, record.end)
+    seen = {int(row) for rows in record.rows[start + 1 : stop] for row in rows}
+    assert set(segment.share.nonzero().flatten().tolist()) == seen
+    assert bool(torch.isfinite(ask(run["model"], run["bank"]).scores(queries())).all())
 
 
 def test_what_the_recorder_cannot_see_is_refused(tmp_path: Path) -> None:
