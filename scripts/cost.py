@@ -95,6 +95,7 @@ def ratios(world, rows, pairs: int, epochs: int, callback_of, **changes) -> tupl
         passes.append((total - loop) / (plain / epochs))
         looks.append(spent[0] / (plain / epochs))
         times.append(plain)
+        print(f"loop {loops[-1]:.3f}, passes {passes[-1]:.2f} epochs, first look {looks[-1]:.2f} of them", flush=True)
     build.first_look, epoch = look, statistics.median(times) / epochs
     table = [
         {"what": "training loop with the callback, against without", "ratio": statistics.median(loops),
@@ -211,7 +212,13 @@ def smollm2(model: str | None, pairs: int, count: int) -> None:
         lambda: ResponseCallback(ResponseConfig(probes=16, segments=1, batch_size=6, quiet=True)),
         per_device_train_batch_size=6, num_train_epochs=1,
     )  # fmt: skip
-    facts = {"rows": count, "tokens": 64, "segments": 1, "probes": 16, "responding": callback.bank.manifest.size}
+    facts = {
+        "training_rows": count,
+        "tokens": 64,
+        "segments": 1,
+        "probes": 16,
+        "responding": callback.bank.manifest.size,
+    }
     report("cost_smollm2", "Cost on SmolLM2-135M with LoRA", table, started, **facts)
 
 
