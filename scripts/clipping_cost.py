@@ -1,6 +1,6 @@
 """What it costs to ignore gradient clipping: scores of sources against the derivative of real training.
 
-    python scripts/clipping_cost.py [--optimizers sgd adamw_torch] [--norms 0 1 0.3]
+    python scripts/clipping_cost.py [--optimizers sgd adamw_torch] [--norms 0 1 0.3] [--add]
 
 The tiny world of tests/test_sources_removed.py: eight sources of four rows, six epochs. Each source's weight is nudged
 to 1.2 and 0.8 in real runs of the same batches, and the change of 16 queries' losses per unit of weight is compared
@@ -9,6 +9,7 @@ Medians over the sources. A norm of 0 clips nothing. About ten minutes on one co
 """
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from results import report
+from results import FOLDER, report
 
 
 ROOT = Path(__file__).parents[1]
@@ -67,8 +68,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--optimizers", nargs="+", default=["sgd", "adamw_torch"])
     parser.add_argument("--norms", nargs="+", type=float, default=[0.0, 1.0, 0.3])
+    parser.add_argument("--add", action="store_true", help="to the lines of an earlier run")
     options = parser.parse_args()
     started, rows = time.time(), []
+    earlier = FOLDER / "clipping_cost.json"
+    if options.add and earlier.exists():
+        rows = json.loads(earlier.read_text())["rows"]
     for optimizer in options.optimizers:
         for norm in options.norms:
             with tempfile.TemporaryDirectory() as folder:
