@@ -36,3 +36,10 @@ def test_ratios_of_neighbours() -> None:
 def test_no_repeat_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
         cost(lambda: None, lambda: None, repeats=0)
+
+
+def test_the_ratio_is_the_median_and_not_swayed_by_one_slow_call() -> None:
+    """Queries of 2, 9 and 4 seconds beside forwards of one: the median, the lowest and the highest."""
+    ticks = iter([0.0, 2, 2, 3, 3, 12, 12, 13, 13, 17, 17, 18])
+    result = cost(lambda: None, lambda: None, repeats=3, clock=lambda: next(ticks))
+    assert (result.ratio, result.low, result.high, result.seconds) == (4.0, 2.0, 9.0, 4.0)
