@@ -22,8 +22,8 @@ def loader(tokens, size=16):
 
 
 def named(tokens, size=16):
-    """The same as dictionaries, which is what the library's hooks take for language models."""
-    return DataLoader([{"input_ids": row} for row in tokens], batch_size=size, shuffle=False)
+    """The same as dictionaries, which is what the library's hooks take for language models: queries with labels."""
+    return DataLoader([{"input_ids": row, "labels": row} for row in tokens], batch_size=size, shuffle=False)
 
 
 def functional(model, parameters, tokens):

@@ -188,8 +188,8 @@ def main() -> None:
             exchange, f"bank-{probes}", lambda probes=probes: bank(world, exchange, probes), method="response bank",
             setting=setting, shipped=probes == 128, **ours,
         )  # fmt: skip
-    hand_in(exchange, "bank-exact-mean", lambda: bank(world, exchange, "exact", "mean"), method="response bank",
-            setting="exact, mean of ends", **ours)  # fmt: skip
+    hand_in(exchange, "bank-exact-mean", lambda: bank(world, exchange, "exact", "mean"), method="bank of means",
+            setting="exact, ends='mean'", **ours)  # fmt: skip
     for method, name, rows in (
         ("two stages", "bank-two-stages", True), ("first look and probes", "bank-first-look", False)
     ):  # fmt: skip
