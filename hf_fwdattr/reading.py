@@ -18,6 +18,7 @@ from .bank.bank import ResponseBank
 from .errors import QueryError
 from .kriging import Kriging
 from .objective import CAUSAL_LM, IGNORED
+from .own import OwnResponses
 from .parameters import Parameters
 from .readout.decoding import Decoding
 from .readout.ranking import Ranked, rank, scores, source_coordinates
@@ -29,9 +30,9 @@ Query = Mapping[str, Sequence[int]]
 Budget = int | str  # forward passes, or `CERTAIN`
 CERTAIN = "certain"
 BUDGET = 96  # forward passes for naming rows, where the bank allows two stages: measured by scripts/readout_curve.py
-_UNPACKED = 1 << 31  # bytes of rows' own responses that may be held as float32 between queries
 _SOON = 3.0  # seconds after which a query shows how far it is
-_SHARE = 3  # without a kernel, one in so many forward passes goes to a probe, the others to rows
+_SHARE = 4  # one in so many forward passes is read along sums of responses (or a probe), the others along rows
+_SUMS = 16  # passes along sums where the number of passes is left open
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Reader:
     ):
         self.quiet = quiet
         self.bank, self.model, self.parameters, self._engine = bank, model, parameters, engine
+        self._own = OwnResponses(bank) if bank.manifest.responses else None
         self._held: tuple[int, Tensor] | None = None
 
     @property
@@ -188,10 +190,16 @@ class Reader:
 
         With `CERTAIN` rows are read until no other is likely to belong to them; see `search`.
         """
-        kernel = self._kernel
         rows = None if isinstance(budget, str) else budget - 1
-        spent = 0 if kernel is not None or rows is None else self._probes_within(rows // _SHARE)
-        estimate = self._estimate([query], spent)[0]
+        learned = None
+        if self._own is not None and self._own.kernel is not None:
+            spent = _SUMS if rows is None else rows // _SHARE
+            learned = self._learned(query, self._first([query])[0], spent)
+            estimate = learned.expected()
+        else:
+            assert rows is not None
+            spent = self._probes_within(rows // _SHARE)
+            estimate = self._estimate([query], spent)[0]
         most = MOST if rows is None else rows - spent
         with tqdm(total=most, unit="pass", delay=_SOON, disable=self.quiet, leave=False) as bar:
 
@@ -200,7 +208,7 @@ class Reader:
                 bar.update(len(places))
                 return tokens
 
-            found = search(estimate, kernel, count, None if rows is None else most, read)
+            found = search(estimate, learned, count, None if rows is None else most, read)
         ids, sources = self._named
         scores = found.tokens.sum(0).float()
         named = Ranked(found.places, ids[found.places], sources[found.places], scores, found.tokens.T.float())
@@ -210,68 +218,53 @@ class Reader:
         """Probes to read in so many forward passes: none of an exact bank, whose probes are its rows, in no order."""
         return 0 if self.bank.manifest.exact else min(passes, self.bank.manifest.probes)
 
-    def _estimate(self, queries: Sequence[Query], spent: int) -> Tensor:
-        """(queries, rows), float64: the first look, corrected along the first `spent` probes."""
-        manifest, batch = self.bank.manifest, self.batch(queries)
+    def _gradients(self, queries: Sequence[Query]) -> Tensor:
+        """(queries, P), on the CPU: predicted from one forward pass."""
+        batch = self.batch(queries)
         with self.bank.read_at(self.model, self.parameters):
             assert self._first_look is not None
-            gradients = self._first_look(batch).cpu()
-        head = self._lines(slice(0, spent if manifest.responses else manifest.probes)).cpu()
+            return self._first_look(batch).cpu()
+
+    def _first(self, queries: Sequence[Query]) -> Tensor:
+        """(queries, rows), float64: the first look along rows' own responses."""
+        assert self._own is not None
+        return self._own.products(self._gradients(queries))
+
+    def _learned(self, query: Query, first: Tensor, spent: int) -> Kriging:
+        """What is known of a query after its first look (rows,) and so many passes along sums of responses."""
+        assert self._own is not None
+        assert self._own.kernel is not None
+        learned = Kriging(first, self._own.kernel)
+        if spent:
+            weights, directions = self._own.sums(spent)
+            found = self.along([query], directions.to(self._device))[0].double().sum(0).cpu()
+            learned.mixtures(weights, found - weights.T @ first)
+        return learned
+
+    def _estimate(self, queries: Sequence[Query], spent: int) -> Tensor:
+        """(queries, rows), float64: the first look, corrected in `spent` passes."""
+        if self._own is not None and self._own.kernel is not None:
+            looks = zip(queries, self._first(queries), strict=True)
+            return torch.stack([self._learned(query, first, spent).expected() for query, first in looks])
+        gradients = self._gradients(queries)
+        head = self._lines(slice(0, spent if self._own is not None else self.bank.manifest.probes)).cpu()
         predicted = (gradients @ head.T).double()
         exact = self.probes(queries, slice(0, spent)).double().sum(1).cpu() if spent else predicted[:, :0]
         change = exact - predicted[:, :spent]
-        if manifest.responses:
-            own = self._products(gradients)
-            if self._kernel is not None:
-                return self._learned(own, change)
+        if self._own is not None:
+            first = self._own.products(gradients)
         else:
-            own, change = (
-                torch.zeros(len(queries), len(self.bank)).double(),
-                torch.cat([exact, predicted[:, spent:]], 1),
-            )
+            first = torch.zeros(len(queries), len(self.bank)).double()
+            change = torch.cat([exact, predicted[:, spent:]], 1)
         if not change.shape[1]:
-            return own
+            return first
         blocks = [block[:, : change.shape[1]].double() for _, _, block in self.bank.coordinates()]
-        return own + torch.cat([change @ block.T for block in blocks], dim=1)
-
-    def _learned(self, own: Tensor, change: Tensor) -> Tensor:
-        """(queries, rows) of what is expected when the first probes are off by `change` (queries, probes)."""
-        assert self._kernel is not None
-        if not change.shape[1]:
-            return own
-        blocks = [block[:, : change.shape[1]].double() for _, _, block in self.bank.coordinates()]
-        coordinates = torch.cat(blocks)
-        weights = coordinates / coordinates.square().sum(0)  # of the rows' responses in each probe; see `basis`
-        result = []
-        for prior, off in zip(own, change, strict=True):
-            learned = Kriging(prior, self._kernel)
-            learned.mixtures(weights, off)
-            result.append(learned.expected())
-        return torch.stack(result)
-
-    @cached_property
-    def _kernel(self) -> Tensor | None:
-        return self.bank.kernel()
-
-    def _products(self, gradients: Tensor) -> Tensor:
-        """(queries, rows), float64: with rows' own responses, kept unpacked between queries if they are few."""
-        if self._holds:
-            return (gradients.float() @ self._unpacked.T).double()
-        return torch.cat([block.products(gradients) for block in self.bank.responses()], dim=1)
-
-    @property
-    def _holds(self) -> bool:
-        """Whether rows' own responses are kept unpacked between queries."""
-        return 4 * self.bank.manifest.responses * self.bank.manifest.size <= _UNPACKED
-
-    @cached_property
-    def _unpacked(self) -> Tensor:
-        return torch.cat([block.unpacked() for block in self.bank.responses()])
+        return first + torch.cat([change @ block.T for block in blocks], dim=1)
 
     def _responses_of(self, places: Tensor) -> Tensor:
         """(n, P): rows' own responses, or what the probes keep of them."""
-        if self.bank.manifest.responses:
-            return self._unpacked[places] if self._holds else self.bank.responses_of(places.tolist())
+        if self._own is not None:
+            return self._own.of(places)
         found, at = [], 0
         for _, _, block in self.bank.coordinates():
             here = places[(places >= at) & (places < at + len(block))]

@@ -9,7 +9,7 @@ from torch import Tensor
 from .kriging import Kriging
 
 
-TURNS = 3
+TURNS = 4
 DEVIATIONS = 2.0  # deviations that an unread row may be off by, measured by scripts/readout_curve.py
 MOST = 256  # rows that are read for certainty, at most
 _PROPONENTS = 2 / 3  # of the rows that are read; the others are opponents
@@ -34,18 +34,19 @@ class Found:
 Read = Callable[[Tensor], Tensor]  # ascending positions (n,) -> scores by output token (positions, n), float64
 
 
-def search(estimate: Tensor, kernel: Tensor | None, count: int, rows: int | None, read: Read) -> Found:
+def search(estimate: Tensor, learned: Kriging | None, count: int, rows: int | None, read: Read) -> Found:
     """Read the rows that matter.
 
     Args:
         estimate (`Tensor`): (rows,) scores as a first look has them.
-        kernel (`Tensor`, *optional*): see `kriging`; without it all rows are chosen by the first look.
+        learned (`Kriging`, *optional*): what is known of this query so far, to which what is read is added. A turn
+            then reads rows that may be best or worst: one deviation is allowed for. Without it all rows are chosen by
+            the first look.
         count (`int`): rows to name on either side; so many are read in any case.
         rows (`int`, *optional*): how many to read. None: until no other row is likely to belong to the `count` best
             or worst, that is, to be off by more than `DEVIATIONS` deviations; at most `MOST`.
         read (`Callable`): what reads.
     """
-    learned = None if kernel is None else Kriging(estimate, kernel)
     turns, total = (1 if learned is None else TURNS), len(estimate)
     if rows is None:
         turns, rows = -(-max(MOST, 2 * count) // _TURN), max(MOST, 2 * count)
@@ -53,9 +54,10 @@ def search(estimate: Tensor, kernel: Tensor | None, count: int, rows: int | None
     down = min(max(count, rows - up), total)
     unread = torch.ones(total, dtype=torch.bool)
     places, tokens = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0)
+    deviations = torch.zeros(total) if learned is None else learned.deviations()
     for turn in range(turns):
         best, worst = (side * (turn + 1) // turns - side * turn // turns for side in (up, down))
-        chosen = _extremes(estimate, unread, best, worst)
+        chosen = _extremes(estimate, deviations, unread, best, worst)
         if not len(chosen):
             continue
         unread[chosen] = False
@@ -65,7 +67,8 @@ def search(estimate: Tensor, kernel: Tensor | None, count: int, rows: int | None
             learned.rows(chosen, new.sum(0))
             estimate = learned.expected()
             estimate[places] = tokens.sum(0)
-            if turns > TURNS and _certain(estimate, learned.deviations(), unread, count):
+            deviations = learned.deviations()
+            if turns > TURNS and _certain(estimate, deviations, unread, count):
                 break
     places, order = places.sort()
     tokens = tokens[:, order]
@@ -85,9 +88,10 @@ def _certain(estimate: Tensor, deviations: Tensor, unread: Tensor, count: int) -
     return True
 
 
-def _extremes(estimate: Tensor, unread: Tensor, best: int, worst: int) -> Tensor:
-    """Ascending positions of so many rows with the highest and the lowest estimates, of those that are unread."""
+def _extremes(estimate: Tensor, deviations: Tensor, unread: Tensor, best: int, worst: int) -> Tensor:
+    """Ascending positions of so many rows that may be highest and lowest, of those that are unread."""
     places = unread.nonzero().flatten()
-    order = estimate[places].argsort(descending=True, stable=True)
-    chosen = torch.cat([order[: min(best, len(order))], order[max(len(order) - worst, 0) :]])
-    return places[chosen.unique()]
+    allowed = torch.where(deviations.isfinite(), deviations, 0.0)[places]
+    up = (estimate[places] + allowed).argsort(descending=True, stable=True)[:best]
+    down = (estimate[places] - allowed).argsort(stable=True)[:worst]
+    return places[torch.cat([up, down]).unique()]

@@ -126,12 +126,12 @@ def in_use(curve: Curve, attribute, queries: list[dict]) -> None:
         scores, seconds = timed(
             lambda budget=budget: torch.cat([reader.scores([query], budget=budget) for query in queries]), len(queries)
         )
-        curve.add("first look, the rest in probes", budget, scores.double(), seconds)
+        curve.add("first look, the rest along sums of responses", budget, scores.double(), seconds)
     for budget in BUDGETS[4:]:  # with fewer, the ten rows that are read on either side in any case would exceed it
         scores, seconds = timed(
             lambda budget=budget: torch.stack([reader.rank(query, TOP, budget)[1] for query in queries]), len(queries)
         )
-        curve.add("two stages: first look, then rows in three turns", budget, scores, seconds)
+        curve.add("two stages: first look, a quarter along sums, rows in turns", budget, scores, seconds)
     until_certain(curve, reader, queries)
 
 

@@ -20,13 +20,15 @@ from torch import Tensor
 
 from hf_fwdattr.kriging import Kriging
 from hf_fwdattr.objective import CAUSAL_LM
+from hf_fwdattr.own import OwnResponses
 from hf_fwdattr.parameters import Parameters
 from hf_fwdattr.readout import jvp
 from hf_fwdattr.search import search
 
 
 TOP = 10
-BUDGETS = (21, 33, 41, 65, 97, 129)
+BUDGETS = (21, 33, 41, 65, 97, 129, 193)
+TIMED = (33, 97)
 DEPTHS = (0, 10, 20, 25)  # lowest layer that responds
 
 
@@ -65,24 +67,31 @@ class Curve:
         print(self.rows[-1], flush=True)
 
 
-def searched(first: Tensor, exact: Tensor, kernel: Tensor | None, budget: int | None) -> tuple[Tensor, float]:
-    """Estimates (queries, rows) after the pipeline's own search, and rows read per query."""
-    found, read = [], 0
+def searched(
+    first: Tensor, exact: Tensor, own: OwnResponses | None, budget: int | None, share: int = 4
+) -> tuple[Tensor, float]:
+    """Estimates (queries, rows) after the pipeline's own search, and passes per query."""
+    found, passes = [], 0
     for prior, line in zip(first, exact, strict=True):
-        result = search(
-            prior, kernel, TOP, None if budget is None else budget - 1, lambda at, line=line: line[at][None]
-        )
+        sums = 0 if own is None or not share else 16 if budget is None else (budget - 1) // share
+        learned = None if own is None else Kriging(prior, own.kernel)
+        if sums:
+            weights, _ = own.sums(sums)
+            learned.mixtures(weights, weights.T @ (line - prior))
+        estimate = prior if learned is None else learned.expected()
+        rows = None if budget is None else budget - 1 - sums
+        result = search(estimate, learned, TOP, rows, lambda at, line=line: line[at][None])
         found.append(result.estimate)
-        read += len(result.places)
-    return torch.stack(found), read / len(first)
+        passes += 1 + sums + len(result.places)
+    return torch.stack(found), passes / len(first)
 
 
-def probed(first: Tensor, exact: Tensor, kernel: Tensor, coordinates: Tensor, probes: int) -> Tensor:
-    """(queries, rows) from a first look and the first probes."""
-    weights = (coordinates / coordinates.square().sum(0))[:, :probes].double()
+def summed(first: Tensor, exact: Tensor, own: OwnResponses, count: int) -> Tensor:
+    """(queries, rows) from a first look and passes along sums of responses."""
+    weights, _ = own.sums(count)
     found = []
     for prior, line in zip(first, exact, strict=True):
-        learned = Kriging(prior, kernel)
+        learned = Kriging(prior, own.kernel)
         learned.mixtures(weights, weights.T @ (line - prior))
         found.append(learned.expected())
     return torch.stack(found)
@@ -114,9 +123,8 @@ def timings(attribute, queries: list[dict], plain: float) -> dict[str, float]:
     """Real readouts, in plain forwards per query."""
     reader, found = attribute._reader, {}
     ways: dict[str, Callable[[dict], object]] = {"first": lambda query: reader.scores([query], budget=1)}
-    for budget in BUDGETS:
+    for budget in TIMED:
         ways[f"stages {budget}"] = lambda query, budget=budget: reader.rank(query, TOP, budget)
-    ways["certain"] = lambda query: reader.rank(query, TOP, "certain")
     ways["sources"] = lambda query: attribute.source_scores([query])
     for name, way in ways.items():
         way(queries[0])
@@ -142,32 +150,32 @@ def main() -> None:
     attribute, queries = world(options.rows)
     reader = attribute._reader
     gradients = gradients_of(attribute, queries).float()
-    responses = reader._unpacked
+    responses = reader._own._unpacked
     exact = (gradients @ responses.T).double()
     first = torch.cat([reader.scores([query], budget=1).double() for query in queries])
-    kernel, bank = reader._kernel, attribute.bank
+    own, bank = reader._own, attribute.bank
     coordinates = torch.cat([block for _, _, block in bank.coordinates()])
     with torch.no_grad():
         batch = reader.batch(queries[:1])
         plain = seconds(lambda: CAUSAL_LM.forward(attribute.model, batch), 5)
     real = reader.rank(queries[0], TOP, 33)[1]
-    looked_up = searched(first[:1], exact[:1], kernel, 33)[0][0]
+    looked_up = searched(first[:1], exact[:1], own, 33)[0][0]
     agreement = float((real - looked_up).norm() / looked_up.norm())
     spent = timings(attribute, queries[: options.timed], plain)
     curve = Curve(exact)
     curve.add("exact (all rows' own responses)", len(responses) + 1, exact)
     curve.add("first look", 1, first, spent["first"])
-    for probes in (16, 32, 64, 128):
-        scores = (gradients @ bank.probes(lines=slice(0, probes)).T).double() @ coordinates[:, :probes].double().T
-        curve.add("probes alone", probes + 1, scores)
-        curve.add("first look, the rest in probes", probes + 1, probed(first, exact, kernel, coordinates, probes))
+    for count in (16, 32, 64, 128):
+        scores = (gradients @ bank.probes(lines=slice(0, count)).T).double() @ coordinates[:, :count].double().T
+        curve.add("probes alone", count + 1, scores)
+        curve.add("first look, the rest along sums", count + 1, summed(first, exact, own, count))
+    none = torch.zeros_like(first)
     for budget in BUDGETS:
-        curve.add("two stages", budget, searched(first, exact, kernel, budget)[0], spent[f"stages {budget}"])
-        curve.add("two stages, chosen by the first look alone", budget, searched(first, exact, None, budget)[0])
-        none = torch.zeros_like(first)
-        curve.add("rows alone, no first look", budget, searched(none, exact, kernel, budget)[0])
-    scores, read = searched(first, exact, kernel, None)
-    curve.add("until certain", read + 1, scores, spent["certain"])
+        curve.add("two stages", *reversed(searched(first, exact, own, budget)), spent.get(f"stages {budget}"))
+        curve.add("two stages, no sums", *reversed(searched(first, exact, own, budget, share=0)))
+        curve.add("rows chosen by the first look alone", *reversed(searched(first, exact, None, budget)))
+        curve.add("rows and sums, no first look", *reversed(searched(none, exact, own, budget)))
+    curve.add("two stages, until certain", *reversed(searched(first, exact, own, None)), spent.get("certain"))
     by_depth(attribute, gradients, responses, curve, plain, queries[0])
     report(
         "smollm2_curve", f"The top {TOP} of {len(responses)} rows, SmolLM2-135M, {QUERY} output tokens", curve.rows,

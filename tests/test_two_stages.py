@@ -82,7 +82,7 @@ def test_responses_that_are_too_many_to_hold_are_streamed(
 ) -> None:
     _, model, bank = tuned
     held = ask(model, bank).scores(queries(), budget=3)
-    monkeypatch.setattr("hf_fwdattr.reading._UNPACKED", 0)
+    monkeypatch.setattr("hf_fwdattr.own._UNPACKED", 0)
     agree(ask(model, bank).scores(queries(), budget=3), held, 1e-5)
 
 
