@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..activation import fused
 from ..errors import NumericalError, UnsupportedError
 from ..objective import Batch, Objective, row_losses
 from ..parameters import Parameters, canonical_name
@@ -105,9 +106,10 @@ class SyntheticGradients:
         if missing:
             raise UnsupportedError(f"there is no map of errors at {missing[0]}: fitted on another model, or not yet")
         errors: dict[str, Tensor] = {}
-        for host in self._hosts:
-            if host not in errors:
-                errors |= self._errors(host, trace)
+        with fused(self.model):  # for the slopes of activations
+            for host in self._hosts:
+                if host not in errors:
+                    errors |= self._errors(host, trace)
         gradients = {weight.name: self._gradient(weight, errors, trace) for weight in self._weights}
         result = self.parameters.join(gradients).float()
         if not bool(torch.isfinite(result).all()):
