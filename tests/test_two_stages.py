@@ -8,6 +8,7 @@ import torch
 
 from hf_fwdattr.errors import QueryError
 from hf_fwdattr.objective import CAUSAL_LM
+from hf_fwdattr.own import OwnResponses
 from hf_fwdattr.reading import Reader
 from tests.cases import adapted, padded
 from tests.reference import agree, row_gradient
@@ -156,3 +157,18 @@ def test_certainty(tuned: tuple[str, Any, Any]) -> None:
         for budget in ("certain", 100)
     ]
     assert named[0] == named[1]
+
+
+def test_sums_are_the_kernels_leading_eigenvectors_times_the_responses(tmp_path: Path) -> None:
+    bank: Any = fine_tune(tmp_path, adapted(base()), config(probes=3)).bank
+    own = OwnResponses(bank)
+    assert own.kernel is not None
+    values, vectors = torch.linalg.eigh(own.kernel.double())
+    weights, directions = own.sums(4)
+    agree((weights * vectors.flip(1)[:, :4]).sum(0).abs(), torch.ones(4).double(), 1e-4)
+    assert bool((values.diff() >= 0).all())
+    agree(directions, weights.T @ torch.cat([block.unpacked() for block in bank.responses()]).double(), 1e-5)
+    more, further = own.sums(6)
+    assert torch.equal(more[:, :4], weights)
+    assert torch.equal(further[:4], directions)
+    assert own.sums(1000)[0].shape == (ROWS, ROWS)
