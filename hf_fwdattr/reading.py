@@ -201,7 +201,7 @@ class Reader:
             spent = self._probes_within(rows // _SHARE)
             estimate = self._estimate([query], spent)[0]
         most = MOST if rows is None else rows - spent
-        with tqdm(total=most, unit="pass", delay=_SOON, disable=self.quiet, leave=False) as bar:
+        with tqdm(total=max(most, 2 * count), unit="pass", delay=_SOON, disable=self.quiet, leave=False) as bar:
 
             def read(places: Tensor) -> Tensor:
                 tokens = self.along([query], self._responses_of(places).to(self._device))[0].double().cpu()
