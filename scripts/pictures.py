@@ -2,6 +2,7 @@
 
 lds_lora.png    k against LDS, with what retrainings agree among themselves
 peers.png       LDS and the seconds of a query, for every library of the comparison
+smollm2_curve.png  share of the top ten found on SmolLM2-135M, against forward passes
 """
 
 import json
@@ -70,6 +71,21 @@ def cost_and_lds(result: dict[str, Any], target: Path) -> None:
     _save(figure, target)
 
 
+def passes_against_top(result: dict[str, Any], target: Path) -> None:
+    """Every way of reading that has more than one line: the share of the top ten that it finds."""
+    figure, axis = pyplot.subplots(figsize=(7.2, 3.2))
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        if not row["method"].startswith("exact"):
+            lines.setdefault(row["method"], []).append(row)
+    for number, (name, line) in enumerate(lines.items()):
+        passes, found = [[row[key] for row in line] for key in ("forward passes", "of the top ten")]
+        axis.plot(passes, found, "o-" if len(line) > 1 else "*", ms=4, color=f"C{number % 10}", lw=1, label=name)
+    axis.set(xscale="log", xlabel="forward passes per query", ylabel="of the top ten of 2,000 rows", ylim=(0, 1.03))
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    _save(figure, target)
+
+
 def _save(figure: Any, target: Path) -> None:
     figure.tight_layout()
     figure.savefig(target, dpi=80)
@@ -80,6 +96,7 @@ def _save(figure: Any, target: Path) -> None:
 def main() -> None:
     probes_against_lds(kept("lds_lora"), RESULTS / "lds_lora.png")
     cost_and_lds(kept("peers"), RESULTS / "peers.png")
+    passes_against_top(kept("smollm2_curve"), RESULTS / "smollm2_curve.png")
 
 
 if __name__ == "__main__":
