@@ -176,6 +176,8 @@ def main() -> None:
         curve.add("rows chosen by the first look alone", *reversed(searched(first, exact, None, budget)))
         curve.add("rows and sums, no first look", *reversed(searched(none, exact, own, budget)))
     curve.add("two stages, until certain", *reversed(searched(first, exact, own, None)), spent.get("certain"))
+    order = list(dict.fromkeys(row["method"] for row in curve.rows))
+    curve.rows.sort(key=lambda row: order.index(row["method"]))
     by_depth(attribute, gradients, responses, curve, plain, queries[0])
     report(
         "smollm2_curve", f"The top {TOP} of {len(responses)} rows, SmolLM2-135M, {QUERY} output tokens", curve.rows,
