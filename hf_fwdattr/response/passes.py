@@ -32,6 +32,7 @@ from .storage import Storage, blocks
 MAX_CURVATURE = 4096  # samples per segment unless more are asked for
 _CHUNK = 256  # rows that pass through a segment together, if memory allows
 _LEAST = 64 << 20  # bytes that the passes take in any case, however small the budget
+_APART = 0x5A17 << 16  # so that no seed draws the rows that training with the same seed saw first
 _MAX_EXACT = 16384  # probes of an exact bank; beyond, its coordinates alone would fill the memory
 
 
@@ -124,7 +125,7 @@ class Passes:
         if probes == "exact":
             self._check_exact()
         elif total > sample_rows:
-            order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(self.seed))
+            order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(_APART + self.seed))
             chosen = seen[order[:sample_rows]].sort().values
         samples = min(len(seen), MAX_CURVATURE) if curvature_samples is None else curvature_samples
         plan = Plan(
@@ -143,7 +144,7 @@ class Passes:
     def measure_curvature(self, samples: int) -> None:
         """One pass per segment: M sampled-label gradients become the segment's [`Curvature`]."""
         seen = self.seen.nonzero().flatten()
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(_APART + self.seed)
         order = seen[torch.randperm(len(seen), generator=generator)]
         for number, segment in enumerate(self.segments):
             factor = self.storage.zeros(samples, self.width, self.theta.dtype)
