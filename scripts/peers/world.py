@@ -127,7 +127,7 @@ def staged(world: lora_world.World, exchange: Exchange, budget: int, rows: bool)
         else:
             scores = attribute.scores(queries, budget=budget)
         asked = seconds() - began
-        kept = sum(f.size for f in attribute.bank.manifest.files if f.kind in ("coordinates", "responses"))
+        kept = sum(f.size for f in attribute.bank.manifest.files if f.kind in ("coordinates", "responses", "kernel"))
     return Result(scores, spent[0], asked, kept / len(world.rows))
 
 
@@ -191,7 +191,7 @@ def main() -> None:
     hand_in(exchange, "bank-exact-mean", lambda: bank(world, exchange, "exact", "mean"), method="bank of means",
             setting="exact, ends='mean'", **ours)  # fmt: skip
     for method, name, rows in (
-        ("two stages", "bank-two-stages", True), ("first look and probes", "bank-first-look", False)
+        ("two stages", "bank-two-stages", True), ("first look and sums", "bank-first-look", False)
     ):  # fmt: skip
         hand_in(
             exchange, name, lambda rows=rows: staged(world, exchange, BUDGET, rows), method=method,
