@@ -10,7 +10,6 @@ from .bank.bank import ResponseBank
 
 _UNPACKED = 1 << 31  # bytes of responses that may be held as float32 between queries
 _LEAST = 32  # sums that are made together: the leading ones of more are the same
-_POWERS = 4  # of the iteration that finds them
 
 
 class OwnResponses:
@@ -33,6 +32,12 @@ class OwnResponses:
     @cached_property
     def _unpacked(self) -> Tensor:
         return torch.cat([block.unpacked() for block in self.bank.responses()])
+
+    @cached_property
+    def _eigenvectors(self) -> Tensor:
+        """(rows, rows) of the kernel, leading ones first: rows are at most `sample_rows`, which takes a second."""
+        assert self.kernel is not None
+        return torch.linalg.eigh(self.kernel)[1].flip(1)
 
     @property
     def _holds(self) -> bool:
@@ -57,10 +62,7 @@ class OwnResponses:
         count = min(count, len(self.kernel))
         if self._sums is None or self._sums[0].shape[1] < count:
             wanted = min(max(count, _LEAST), len(self.kernel))
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                weights = torch.svd_lowrank(self.kernel, q=min(wanted + 8, len(self.kernel)), niter=_POWERS)[0]
-            weights = weights[:, :wanted].contiguous()
+            weights = self._eigenvectors[:, :wanted]
             total, at = torch.zeros(wanted, self.bank.manifest.size), 0
             blocks = [self._unpacked] if self._holds else (block.unpacked() for block in self.bank.responses())
             for block in blocks:

@@ -134,7 +134,8 @@ class Reader:
         if self.bank.manifest.exact and budget > 1:
             return torch.stack([self.rank(query, 1, budget)[1] for query in queries]).float()
         step = batch_size or 8
-        spent = self._probes_within(budget - 1)
+        learns = self._own is not None and self._own.kernel is not None  # along as many sums as there are rows
+        spent = budget - 1 if learns else self._probes_within(budget - 1)
         parts = [self._estimate(queries[at : at + step], spent) for at in range(0, len(queries), step)]
         return torch.cat(parts).float()
 

@@ -48,6 +48,7 @@ def search(estimate: Tensor, learned: Kriging | None, count: int, rows: int | No
         read (`Callable`): what reads.
     """
     turns, total = (1 if learned is None else TURNS), len(estimate)
+    until_certain = rows is None
     if rows is None:
         turns, rows = -(-max(MOST, 2 * count) // _TURN), max(MOST, 2 * count)
     up = min(max(count, round(rows * _PROPONENTS)), total)
@@ -68,7 +69,7 @@ def search(estimate: Tensor, learned: Kriging | None, count: int, rows: int | No
             estimate = learned.expected()
             estimate[places] = tokens.sum(0)
             deviations = learned.deviations()
-            if turns > TURNS and _certain(estimate, deviations, unread, count):
+            if until_certain and _certain(estimate, deviations, unread, count):
                 break
     places, order = places.sort()
     tokens = tokens[:, order]

@@ -18,7 +18,6 @@ import corpora
 import lora_world
 import torch
 from results import report
-from transformers import Trainer, default_data_collator, pipeline
 
 from hf_fwdattr import ResponseCallback, ResponseConfig
 from hf_fwdattr.evaluation.lds import lds, noise_ceiling
@@ -40,13 +39,7 @@ def bank_scores(world: lora_world.World, queries: list[dict], **settings) -> tup
     """(queries, rows) of a bank made while training, and what it cost."""
     callback = ResponseCallback(ResponseConfig(parameters="lora", **settings))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            model=world.model(), args=lora_world.arguments(folder, seed=0), train_dataset=world.rows,
-            data_collator=default_data_collator, callbacks=[callback],
-        )  # fmt: skip
-        trainer.train()
-        trainer.save_model(folder)
-        attribute = pipeline("training-data-attribution", model=folder, tokenizer=world.tokenizer(), device="cpu")
+        attribute = lora_world.attributed(world, callback, folder)
         began = time.time()
         scores = attribute.scores(queries, batch_size=1)
         spent = time.time() - began

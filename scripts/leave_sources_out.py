@@ -19,7 +19,6 @@ import corpora
 import lora_world
 import torch
 from results import report
-from transformers import Trainer, default_data_collator, pipeline
 
 from hf_fwdattr import ResponseCallback, ResponseConfig
 from hf_fwdattr.evaluation.retrain import retrain
@@ -33,13 +32,7 @@ def predicted(world: lora_world.World, segments: int, parameters: str) -> torch.
         parameters=parameters, source_column="source", segments=segments, probes=1, source_probes=len(world.sources)
     )
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            model=world.model(), args=lora_world.arguments(folder, seed=0), train_dataset=world.rows,
-            data_collator=default_data_collator, callbacks=[ResponseCallback(config)],
-        )  # fmt: skip
-        trainer.train()
-        trainer.save_model(folder)
-        attribute = pipeline("training-data-attribution", model=folder, tokenizer=world.tokenizer(), device="cpu")
+        attribute = lora_world.attributed(world, ResponseCallback(config), folder)
         queries = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in world.queries]
         scores = attribute.source_scores(queries)
         order = [attribute.bank.manifest.sources.index(str(source)) for source in range(len(world.sources))]

@@ -24,7 +24,7 @@ from leave_sources_out import train
 from results import FOLDER as FOLDER_OF_RESULTS
 from results import report
 from torch import Tensor
-from transformers import Trainer, default_data_collator, pipeline
+from transformers import Trainer, default_data_collator
 
 from hf_fwdattr import ResponseCallback, ResponseConfig
 from hf_fwdattr.evaluation.agreement import Agreement, agreement
@@ -45,13 +45,7 @@ def bank_scores(world: lora_world.World, segments: int) -> tuple[Tensor, Tensor]
         parameters="lora", source_column="source", segments=segments, probes="exact", source_probes=len(world.sources)
     )
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            model=world.model(), args=lora_world.arguments(folder, seed=0), train_dataset=world.rows,
-            data_collator=default_data_collator, callbacks=[ResponseCallback(config)],
-        )  # fmt: skip
-        trainer.train()
-        trainer.save_model(folder)
-        attribute = pipeline("training-data-attribution", model=folder, tokenizer=world.tokenizer(), device="cpu")
+        attribute = lora_world.attributed(world, ResponseCallback(config), folder)
         queries = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in world.queries]
         order = [attribute.bank.manifest.sources.index(str(source)) for source in range(len(world.sources))]
         return attribute.scores(queries, batch_size=1).double(), attribute.source_scores(queries)[:, order].double()

@@ -22,8 +22,11 @@ from transformers import (
     Trainer,
     TrainingArguments,
     default_data_collator,
+    pipeline,
     set_seed,
 )
+
+from hf_fwdattr import ResponseCallback
 
 
 CONTEXT = 64
@@ -164,6 +167,17 @@ def fine_tune(
     )
     trainer.train()
     return model.eval()
+
+
+def attributed(world: World, callback: ResponseCallback, folder: str):
+    """The pipeline that reads the fine-tune with seed 0, whose bank the callback makes; all of it in `folder`."""
+    trainer = Trainer(
+        model=world.model(), args=arguments(folder, seed=0), train_dataset=world.rows,
+        data_collator=default_data_collator, callbacks=[callback],
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model(folder)
+    return pipeline("training-data-attribution", model=folder, tokenizer=world.tokenizer(), device="cpu")
 
 
 @torch.no_grad()

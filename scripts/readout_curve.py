@@ -21,7 +21,6 @@ from lds_lora import train
 from results import report
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
-from transformers import Trainer, default_data_collator, pipeline
 
 from hf_fwdattr import ResponseCallback, ResponseConfig
 from hf_fwdattr.evaluation.lds import lds
@@ -41,13 +40,7 @@ def fine_tune(world: lora_world.World, folder: str):
     """The fine-tune with its bank; the pipeline that reads it."""
     config = ResponseConfig(parameters="lora", probes=PROBES, source_column="source")
     callback = ResponseCallback(config)
-    trainer = Trainer(
-        model=world.model(), args=lora_world.arguments(folder, seed=0), train_dataset=world.rows,
-        data_collator=default_data_collator, callbacks=[callback],
-    )  # fmt: skip
-    trainer.train()
-    trainer.save_model(folder)
-    return pipeline("training-data-attribution", model=folder, tokenizer=world.tokenizer(), device="cpu")
+    return lora_world.attributed(world, callback, folder)
 
 
 def gradients_of(attribute, queries: list[dict]) -> Tensor:

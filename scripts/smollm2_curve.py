@@ -97,6 +97,19 @@ def summed(first: Tensor, exact: Tensor, own: OwnResponses, count: int) -> Tenso
     return torch.stack(found)
 
 
+def cosines(attribute, gradients: Tensor, queries: list[dict]) -> dict[int, float]:
+    """Layer -> cosine of predicted with exact gradients, over all queries."""
+    reader = attribute._reader
+    predicted = torch.cat([reader._gradients([query]) for query in queries]).float()
+    pieces = zip(reader.parameters.names, predicted.split(reader.parameters.sizes, 1),
+                 gradients.split(reader.parameters.sizes, 1), strict=True)  # fmt: skip
+    layers: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for name, said, real in pieces:
+        layers.setdefault(int(re.search(r"layers\.(\d+)", name)[1]), []).append((said.flatten(), real.flatten()))
+    joined = {layer: [torch.cat(side) for side in zip(*pairs, strict=True)] for layer, pairs in layers.items()}
+    return {layer: round(float(torch.cosine_similarity(*sides, dim=0)), 2) for layer, sides in joined.items()}
+
+
 def by_depth(attribute, gradients: Tensor, responses: Tensor, curve: Curve, plain: float, query: dict) -> None:
     """Exact scores of the upper layers' responses alone, and what a pass along them takes."""
     model, parameters = attribute.model, attribute._reader.parameters
@@ -183,7 +196,8 @@ def main() -> None:
         "smollm2_curve", f"The top {TOP} of {len(responses)} rows, SmolLM2-135M, {QUERY} output tokens", curve.rows,
         started, queries=len(queries), first_look_share=round(bank.manifest.first_look, 3),
         kept_by_128_probes=round(bank.manifest.kept_variance, 3), plain_forward_s=round(plain, 3),
-        real_against_looked_up=agreement, nine_sources_in_forwards=round(spent["sources"], 1),
+        real_against_looked_up=agreement, cosine_by_layer=cosines(attribute, gradients, queries),
+        nine_sources_in_forwards=round(spent["sources"], 1),
         in_bfloat16={name: round(value, 1) for name, value in spent.items() if name.endswith("bf16")},
     )  # fmt: skip
 

@@ -2,8 +2,8 @@
 
     python scripts/smollm2_world.py [--rows 2000]
 
-The rows are passages of news articles, 48 tokens each; queries are passages of 64 tokens of other articles. About 45
-minutes on two cores; training is resumed from nothing, the bank from the record if the passes were interrupted.
+The rows are passages of news articles, 48 tokens each; queries are passages of 64 tokens of other articles. The better
+part of an hour on one core; what stops on the way begins anew.
 """
 
 import argparse

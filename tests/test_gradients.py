@@ -338,3 +338,25 @@ def test_rows_are_told_apart_by_the_precision_that_linears_compute_in(monkeypatc
         RowGradients(model, parameters, CAUSAL_LM)(batch)
     with pytest.raises(UnsupportedError, match="rows touch each other"):
         RowGradients(model, parameters, CAUSAL_LM)(batch)
+
+
+def test_kernels_that_round_by_the_batchs_shape_are_not_rows_that_touch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In half precision: a row is compared with its own copies, in a batch as large; other rows are still noticed."""
+    batch = padded(token_rows())
+    for mixes in (False, True):
+        model = adapted(llama(torch.float32))
+        parameters = Parameters.of(model, "lora")
+        base = next(module for name, module in model.named_modules() if name.endswith("v_proj.base_layer"))
+
+        def changed(_: nn.Module, __: Any, output: Tensor, mixes: bool = mixes) -> Tensor:
+            return output + output.mean(0, keepdim=True) if mixes else output * (1 + len(output))
+
+        base.register_forward_hook(changed)
+        with torch.autocast("cpu", torch.bfloat16):
+            if mixes:
+                with pytest.raises(UnsupportedError, match="rows touch each other"):
+                    RowGradients(model, parameters, CAUSAL_LM)(batch)
+            else:
+                RowGradients(model, parameters, CAUSAL_LM)(batch)
+        with pytest.raises(UnsupportedError, match="rows touch each other"):
+            RowGradients(model, parameters, CAUSAL_LM)(batch)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lora_world
 from lds_lora import bm25
-from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, default_data_collator, pipeline
+from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, default_data_collator
 
 from hf_fwdattr import ResponseCallback, ResponseConfig
 from hf_fwdattr.gradients import RowGradients, at_rest
@@ -93,13 +93,7 @@ def bank(world: lora_world.World, exchange: Exchange, probes: int | str, ends: s
     callback = ResponseCallback(ResponseConfig(parameters="lora", probes=probes, ends=ends, quiet=True))
     spent = _timed(callback, "on_train_end")  # everything that is not training belongs to the bank
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            model=world.model(), args=lora_world.arguments(folder, seed=0), train_dataset=world.rows,
-            data_collator=default_data_collator, callbacks=[callback],
-        )  # fmt: skip
-        trainer.train()
-        trainer.save_model(folder)
-        attribute = pipeline("training-data-attribution", model=folder, tokenizer=world.tokenizer(), device="cpu")
+        attribute = lora_world.attributed(world, callback, folder)
         queries = [{"input_ids": ids, "labels": ids} for ids in exchange.queries.tolist()]
         began = seconds()
         scores = attribute.scores(queries)
@@ -113,13 +107,7 @@ def staged(world: lora_world.World, exchange: Exchange, budget: int, rows: bool)
     callback = ResponseCallback(ResponseConfig(parameters="lora", quiet=True))
     spent = _timed(callback, "on_train_end")
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            model=world.model(), args=lora_world.arguments(folder, seed=0), train_dataset=world.rows,
-            data_collator=default_data_collator, callbacks=[callback],
-        )  # fmt: skip
-        trainer.train()
-        trainer.save_model(folder)
-        attribute = pipeline("training-data-attribution", model=folder, tokenizer=world.tokenizer(), device="cpu")
+        attribute = lora_world.attributed(world, callback, folder)
         queries = [{"input_ids": ids, "labels": ids} for ids in exchange.queries.tolist()]
         began = seconds()
         if rows:
