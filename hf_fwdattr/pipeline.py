@@ -1,7 +1,4 @@
-"""The attribution pipeline: generate (or take) an output, and say which rows and sources made it likely.
-
-A facade: the work is done by `reading` (what is read of a query) and `bank` (what was stored).
-"""
+"""The attribution pipeline, a facade: `reading` is what is read of a query, and `bank` what was stored."""
 
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
@@ -13,11 +10,11 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils.logging import is_progress_bar_enabled
 
 from .bank.bank import ResponseBank
+from .engine import Engine
 from .errors import BankError, QueryError, UnsupportedError
 from .loading import AutoModelForAttribution
 from .objective import IGNORED
 from .reading import CERTAIN, Attributed, Budget, Reader
-from .readout import READOUTS
 from .readout.ranking import Ranked
 from .streaming import streamed
 from .training_set import TrainingSet
@@ -38,7 +35,10 @@ class TrainingDataAttributionPipeline(Pipeline):
 
     Args (beside those of every pipeline):
         bank (`str`, `Path` or `ResponseBank`, *optional*): where the bank is, if not beside the model.
-        readout (`str`, defaults to `jvp`): `jvp` or `difference`.
+        readout (`str`, defaults to `auto`): `jvp` (torch's forward mode), `difference` (where that cannot be), or
+            `auto`: forward mode written out for GPT-2, Llama and its descendants, and `jvp` for other models.
+        precision (`str`, defaults to `auto`): `full`, `half` (a score is off by some 2e-3 of itself), or `auto`: half
+            for rows that are picked in two stages, where the processor has instructions for bfloat16.
         dataset (*optional*): the training set, to show the rows themselves where the bank does not keep their text; it
             must be the one that was trained on, with its `input_ids`; a stream will do. `verify_dataset=1000` looks at
             so many of its rows instead of all, spread over it, or the first of a stream; `verify_dataset=False`
@@ -75,13 +75,11 @@ class TrainingDataAttributionPipeline(Pipeline):
     _allowed: tuple[str, ...] = ()
 
     def __init__(
-        self, *args: Any, bank: Any = None, readout: str = "jvp", allow_mismatch: Sequence[str] = (), **kwargs: Any
-    ):
+        self, *args: Any, bank: Any = None, readout: str = "auto", precision: str = "auto",
+        allow_mismatch: Sequence[str] = (), **kwargs: Any,
+    ):  # fmt: skip
         super().__init__(*args, **kwargs)
-        if readout not in READOUTS:
-            raise ValueError(f"readout={readout!r}: one of {', '.join(READOUTS)}")
-        unknown = sorted(set(allow_mismatch) - {"weights", "tokenizer", "dataset"})
-        if isinstance(allow_mismatch, str) or unknown:
+        if isinstance(allow_mismatch, str) or set(allow_mismatch) - {"weights", "tokenizer", "dataset"}:
             raise ValueError(f"allow_mismatch={allow_mismatch!r}: a list of 'weights', 'tokenizer' and 'dataset'")
         self._allowed = tuple(allow_mismatch)
         self.model.eval()
@@ -92,8 +90,8 @@ class TrainingDataAttributionPipeline(Pipeline):
             raise source
         self.bank = source if isinstance(source, ResponseBank) else ResponseBank.from_pretrained(source)
         parameters = self.bank.check_model(self.model, self._allowed)
-        quiet = not is_progress_bar_enabled()
-        self._reader = Reader(self.bank, self.model, parameters, READOUTS[readout], quiet)
+        engine = Engine(self.model, parameters, readout, precision)
+        self._reader = Reader(self.bank, self.model, parameters, engine, not is_progress_bar_enabled())
         own = getattr(self.model, "attribution_tokenizer", None)
         if own is not None and getattr(self.tokenizer, "name_or_path", None) == self.model.name_or_path:
             self.tokenizer: Any = own  # nobody named one, and transformers took the base model's

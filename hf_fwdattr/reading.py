@@ -5,28 +5,29 @@ responses are a first look at every row. A few probes, read exactly, correct it 
 queries; then the rows that matter are read exactly, each along its own response.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .bank.bank import ResponseBank
+from .engine import Engine
 from .errors import QueryError
 from .kriging import Kriging
-from .objective import CAUSAL_LM, IGNORED
+from .objective import CAUSAL_LM
 from .own import OwnResponses
 from .parameters import Parameters
+from .queries import Query, check, padded
 from .readout.decoding import Decoding
 from .readout.ranking import Ranked, rank, scores, source_coordinates
 from .search import MOST, search
 from .synthetic.gradients import SyntheticGradients
 
 
-Query = Mapping[str, Sequence[int]]
+Along = Callable[[Tensor], Tensor]  # directions (n, P) -> (queries, positions, n)
 Budget = int | str  # forward passes, or `CERTAIN`
 CERTAIN = "certain"
 BUDGET = 96  # forward passes for naming rows, where the bank allows two stages: measured by scripts/readout_curve.py
@@ -55,7 +56,7 @@ class Reader:
         bank (`ResponseBank`): what is read along.
         model (`nn.Module`): the model that the bank belongs to, in evaluation mode.
         parameters (`Parameters`): what responds in it.
-        engine (`Callable`): `readout.jvp.read` or `readout.difference.read`.
+        engine (`Engine`, *optional*): what reads.
         quiet (`bool`, defaults to `True`): no progress bar over queries that take more than a few seconds.
     """
 
@@ -64,11 +65,12 @@ class Reader:
         bank: ResponseBank,
         model: nn.Module,
         parameters: Parameters,
-        engine: Callable[..., Tensor],
+        engine: Engine | None = None,
         quiet: bool = True,
     ):
         self.quiet = quiet
-        self.bank, self.model, self.parameters, self._engine = bank, model, parameters, engine
+        self.bank, self.model, self.parameters = bank, model, parameters
+        self.engine = engine or Engine(model, parameters)
         self._own = OwnResponses(bank) if bank.manifest.responses else None
         self._held: tuple[int, Tensor] | None = None
 
@@ -112,9 +114,19 @@ class Reader:
 
     def along(self, queries: Sequence[Query], directions: Tensor) -> Tensor:
         """(queries, positions, n): derivatives of each token's log-likelihood along (n, P)."""
+        return self._opened(queries, False)(directions)
+
+    def _opened(self, queries: Sequence[Query], staged: bool) -> Along:
+        """What reads these queries along directions, as often as it is asked; for one call, as weights may change."""
         batch = self.batch(queries)
         with self.bank.read_at(self.model, self.parameters):
-            return self._engine(self.model, self.parameters, CAUSAL_LM, batch, directions)
+            read = self.engine.opened(batch, staged)
+
+        def along(directions: Tensor) -> Tensor:
+            with self.bank.read_at(self.model, self.parameters):
+                return read(directions)
+
+        return along
 
     def probes(self, queries: Sequence[Query], lines: slice) -> Tensor:
         """(queries, positions, lines): the readout along some of the bank's probes, the rows' before the sources'."""
@@ -192,10 +204,10 @@ class Reader:
         With `CERTAIN` rows are read until no other is likely to belong to them; see `search`.
         """
         rows = None if isinstance(budget, str) else budget - 1
-        learned = None
+        learned, along = None, self._opened([query], True)
         if self._own is not None and self._own.kernel is not None:
             spent = _SUMS if rows is None else rows // _SHARE
-            learned = self._learned(query, self._first([query])[0], spent)
+            learned = self._learned(along, self._first([query])[0], spent)
             estimate = learned.expected()
         else:
             assert rows is not None
@@ -205,7 +217,7 @@ class Reader:
         with tqdm(total=max(most, 2 * count), unit="pass", delay=_SOON, disable=self.quiet, leave=False) as bar:
 
             def read(places: Tensor) -> Tensor:
-                tokens = self.along([query], self._responses_of(places).to(self._device))[0].double().cpu()
+                tokens = along(self._responses_of(places).to(self._device))[0].double().cpu()
                 bar.update(len(places))
                 return tokens
 
@@ -231,22 +243,27 @@ class Reader:
         assert self._own is not None
         return self._own.products(self._gradients(queries))
 
-    def _learned(self, query: Query, first: Tensor, spent: int) -> Kriging:
+    def _learned(self, along: Along, first: Tensor, spent: int) -> Kriging:
         """What is known of a query after its first look (rows,) and so many passes along sums of responses."""
         assert self._own is not None
         assert self._own.kernel is not None
         learned = Kriging(first, self._own.kernel)
         if spent:
             weights, directions = self._own.sums(spent)
-            found = self.along([query], directions.to(self._device))[0].double().sum(0).cpu()
+            found = along(directions.to(self._device))[0].double().sum(0).cpu()
             learned.mixtures(weights, found - weights.T @ first)
         return learned
 
     def _estimate(self, queries: Sequence[Query], spent: int) -> Tensor:
         """(queries, rows), float64: the first look, corrected in `spent` passes."""
         if self._own is not None and self._own.kernel is not None:
-            looks = zip(queries, self._first(queries), strict=True)
-            return torch.stack([self._learned(query, first, spent).expected() for query, first in looks])
+            first = self._first(queries)
+            if not spent:
+                return first
+            looks = zip(queries, first, strict=True)
+            return torch.stack(
+                [self._learned(self._opened([query], True), look, spent).expected() for query, look in looks]
+            )
         gradients = self._gradients(queries)
         head = self._lines(slice(0, spent if self._own is not None else self.bank.manifest.probes)).cpu()
         predicted = (gradients @ head.T).double()
@@ -298,41 +315,11 @@ class Reader:
             QueryError: no supervised token, labels that do not fit, or too long for the model.
         """
         self.check(queries)
-        width = max(len(query["input_ids"]) for query in queries)
-
-        def padded(lists: list[list[int]], fill: int) -> Tensor:
-            return torch.tensor([line + [fill] * (width - len(line)) for line in lists], device=self._device)
-
-        return {
-            "input_ids": padded([list(query["input_ids"]) for query in queries], 0),
-            "attention_mask": padded([[1] * len(query["input_ids"]) for query in queries], 0),
-            "labels": padded([list(query["labels"]) for query in queries], IGNORED),
-        }
+        return padded(queries, self._device)
 
     def check(self, queries: Sequence[Query]) -> None:
         """Refuse queries that cannot be scored, before anything is computed."""
-        settings: Any = self.model.config
-        longest, known = getattr(settings, "max_position_embeddings", None), getattr(settings, "vocab_size", None)
-        if not queries:
-            raise QueryError("there are no queries to score")
-        for number, query in enumerate(queries):
-            ids, labels = query["input_ids"], query["labels"]
-            if len(ids) != len(labels):
-                raise QueryError(
-                    f"query {number} has {len(ids)} input_ids and {len(labels)} labels; one label per token"
-                )
-            if not any(label != IGNORED for label in labels[1:]):
-                raise QueryError(
-                    f"query {number} has no supervised token (all labels are -100, or only its first token)"
-                )
-            if longest is not None and len(ids) > longest:
-                raise QueryError(
-                    f"query {number} has {len(ids)} tokens and the model reads at most {longest}; shorten it"
-                )
-            for what, values in (("token", ids), ("label", [label for label in labels if label != IGNORED])):
-                strange = [v for v in values if v < 0 or (known is not None and v >= known)]
-                if strange:
-                    raise QueryError(f"query {number} has the {what} {strange[0]}, which is not in the vocabulary")
+        check(queries, self.model.config)
 
 
 def _sorted(rows: Ranked, count: int, sign: float) -> Ranked:

@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from hf_fwdattr import ResponseCallback, ResponseConfig, build_bank
+from hf_fwdattr.engine import WAYS, Engine
 from hf_fwdattr.objective import CAUSAL_LM
 from hf_fwdattr.trainer import build
 
@@ -143,12 +144,9 @@ def query_ratios(attribute, world, probes: int) -> list[dict]:
     """Time of one query's readout against k + 1 plain forward passes of the same query, alternating."""
     attribute._reader._lines(slice(0, probes))  # read before anything is timed
     rows = []
-    for readout in ("jvp", "difference"):
+    for readout in WAYS:
         ratios, seconds = [], []
-        if readout == "difference":
-            from hf_fwdattr.readout import difference
-
-            attribute._reader._engine = difference.read
+        attribute._reader.engine = Engine(attribute.model, attribute._reader.parameters, readout)
         for row in world.queries.select(range(5)):
             query = {"input_ids": row["input_ids"], "labels": row["input_ids"]}
             tokens = torch.tensor([row["input_ids"]])

@@ -18,17 +18,19 @@ from results import report
 from smollm2_world import QUERY, world
 from torch import Tensor
 
+from hf_fwdattr.engine import Engine
 from hf_fwdattr.kriging import Kriging
 from hf_fwdattr.objective import CAUSAL_LM
 from hf_fwdattr.own import OwnResponses
 from hf_fwdattr.parameters import Parameters
-from hf_fwdattr.readout import jvp
 from hf_fwdattr.search import search
+from hf_fwdattr.tangent.read import Tangents
 
 
 TOP = 10
 BUDGETS = (21, 33, 41, 65, 97, 129, 193)
-TIMED = (33, 97)
+TIMED = (33, 97, 129)
+REAL = 129  # forward passes of queries that are really read
 DEPTHS = (0, 10, 20, 25)  # lowest layer that responds
 
 
@@ -48,8 +50,10 @@ class Curve:
         self.exact, self.rows = exact, list[dict]()
         self.top = exact.topk(TOP, 1).indices
 
-    def add(self, method: str, forwards: float, scores: Tensor, spent: float | None = None) -> None:
-        """One way of reading; `spent` in plain forwards."""
+    def add(
+        self, method: str, forwards: float, scores: Tensor, spent: float | None = None, half: float | None = None
+    ) -> None:
+        """One way of reading; `spent` in plain forwards, and `half` with products in bfloat16."""
         found = scores.topk(TOP, 1).indices
         shared = torch.tensor(
             [len(set(a.tolist()) & set(b.tolist())) / TOP for a, b in zip(found, self.top, strict=True)]
@@ -61,7 +65,8 @@ class Curve:
             {
                 "method": method, "forward passes": round(forwards, 1), "of the top ten": float(shared.mean()),
                 "all of the top ten": float((shared == 1).double().mean()), "correlation": float(joined.mean()),
-                "time in forwards": "-" if spent is None else round(spent, 1),
+                "time in forwards": "-" if spent is None else round(spent, 2),
+                "in bfloat16": "-" if half is None else round(half, 2),
             }
         )  # fmt: skip
         print(self.rows[-1], flush=True)
@@ -121,14 +126,16 @@ def by_depth(attribute, gradients: Tensor, responses: Tensor, curve: Curve, plai
         )
         chosen = [name for name, own in zip(parameters.names, layer, strict=True) if own >= lowest]
         own = Parameters.of(model, [f"^{re.escape(name)}$" for name in chosen])
-        directions = torch.randn(16, own.size)
-        spent = seconds(lambda own=own, directions=directions: jvp.read(model, own, CAUSAL_LM, batch, directions)) / 16
+        directions = torch.randn(24, own.size)
+        each = []
+        for dtype in (None, torch.bfloat16):
+            read = Tangents(model, own, CAUSAL_LM, batch, dtype).along
+            each.append(
+                seconds(lambda read=read, directions=directions: read(directions), 3) / len(directions) / plain
+            )
         scores = (gradients * upper) @ responses.T
         curve.add(
-            f"exact, responses of layers {lowest} to {max(layer)}; time is of one pass",
-            1,
-            scores.double(),
-            spent / plain,
+            f"exact, responses of layers {lowest} to {max(layer)}; time is of one pass", 1, scores.double(), *each
         )
 
 
@@ -139,12 +146,27 @@ def timings(attribute, queries: list[dict], plain: float) -> dict[str, float]:
     for budget in TIMED:
         ways[f"stages {budget}"] = lambda query, budget=budget: reader.rank(query, TOP, budget)
     ways["sources"] = lambda query: attribute.source_scores([query])
-    for name, way in ways.items():
-        way(queries[0])
-        found[name] = sum(seconds_once(way, query) for query in queries) / len(queries) / plain
-        with torch.autocast("cpu", torch.bfloat16):
-            found[name + " bf16"] = sum(seconds_once(way, query) for query in queries) / len(queries) / plain
-        print(name, found[name], found[name + " bf16"], flush=True)
+    for precision in ("full", "half"):
+        reader.engine = Engine(attribute.model, reader.parameters, precision=precision)
+        for name, way in ways.items():
+            way(queries[0])
+            found[f"{name} {precision}"] = sum(seconds_once(way, query) for query in queries) / len(queries) / plain
+            print(name, precision, found[f"{name} {precision}"], flush=True)
+    return found
+
+
+def found_for_real(attribute, queries: list[dict], exact: Tensor) -> dict[str, float]:
+    """What share of the top ten real readouts find, in either precision, and how far their scores are off."""
+    reader, found = attribute._reader, {}
+    for precision in ("full", "half"):
+        reader.engine = Engine(attribute.model, reader.parameters, precision=precision)
+        shared, off = 0.0, 0.0
+        for query, line in zip(queries, exact, strict=True):
+            sides, estimate = reader.rank(query, TOP, REAL)
+            shared += len(set(estimate.topk(TOP).indices.tolist()) & set(line.topk(TOP).indices.tolist())) / TOP
+            named = torch.cat([side.positions for side in sides])
+            off += float((estimate[named] - line[named]).norm() / line[named].norm())
+        found |= {f"top ten, {precision}": shared / len(queries), f"scores off, {precision}": off / len(queries)}
     return found
 
 
@@ -158,6 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--timed", type=int, default=3, help="queries whose real readouts are timed")
+    parser.add_argument("--real", type=int, default=45, help="queries that are really read, and compared")
     options = parser.parse_args()
     started = time.time()
     attribute, queries = world(options.rows)
@@ -171,24 +194,28 @@ def main() -> None:
     with torch.no_grad():
         batch = reader.batch(queries[:1])
         plain = seconds(lambda: CAUSAL_LM.forward(attribute.model, batch), 5)
-    real = reader.rank(queries[0], TOP, 33)[1]
+    reader.engine = Engine(attribute.model, reader.parameters, precision="full")
+    once = reader.rank(queries[0], TOP, 33)[1]
     looked_up = searched(first[:1], exact[:1], own, 33)[0][0]
-    agreement = float((real - looked_up).norm() / looked_up.norm())
+    agreement = float((once - looked_up).norm() / looked_up.norm())
+    real = found_for_real(attribute, queries[: options.real], exact[: options.real])
+    print(real, flush=True)
     spent = timings(attribute, queries[: options.timed], plain)
     curve = Curve(exact)
     curve.add("exact (all rows' own responses)", len(responses) + 1, exact)
-    curve.add("first look", 1, first, spent["first"])
+    curve.add("first look", 1, first, spent["first full"])
     for count in (16, 32, 64, 128):
         scores = (gradients @ bank.probes(lines=slice(0, count)).T).double() @ coordinates[:, :count].double().T
         curve.add("probes alone", count + 1, scores)
         curve.add("first look, the rest along sums", count + 1, summed(first, exact, own, count))
     none = torch.zeros_like(first)
     for budget in BUDGETS:
-        curve.add("two stages", *reversed(searched(first, exact, own, budget)), spent.get(f"stages {budget}"))
+        times = (spent.get(f"stages {budget} {precision}") for precision in ("full", "half"))
+        curve.add("two stages", *reversed(searched(first, exact, own, budget)), *times)
         curve.add("two stages, no sums", *reversed(searched(first, exact, own, budget, share=0)))
         curve.add("rows chosen by the first look alone", *reversed(searched(first, exact, None, budget)))
         curve.add("rows and sums, no first look", *reversed(searched(none, exact, own, budget)))
-    curve.add("two stages, until certain", *reversed(searched(first, exact, own, None)), spent.get("certain"))
+    curve.add("two stages, until certain", *reversed(searched(first, exact, own, None)))
     order = list(dict.fromkeys(row["method"] for row in curve.rows))
     curve.rows.sort(key=lambda row: order.index(row["method"]))
     by_depth(attribute, gradients, responses, curve, plain, queries[0])
@@ -197,8 +224,8 @@ def main() -> None:
         started, queries=len(queries), first_look_share=round(bank.manifest.first_look, 3),
         kept_by_128_probes=round(bank.manifest.kept_variance, 3), plain_forward_s=round(plain, 3),
         real_against_looked_up=agreement, cosine_by_layer=cosines(attribute, gradients, queries),
-        nine_sources_in_forwards=round(spent["sources"], 1),
-        in_bfloat16={name: round(value, 1) for name, value in spent.items() if name.endswith("bf16")},
+        nine_sources_in_forwards={name: round(spent[f"sources {name}"], 1) for name in ("full", "half")},
+        really_read=REAL, queries_really_read=options.real, **real,
     )  # fmt: skip
 
 

@@ -167,7 +167,7 @@ def test_scores_are_additive_over_tokens_and_do_not_depend_on_the_batch(
     agree(attribute.scores(halves).sum(0), whole[1], 1e-5)
 
 
-@pytest.mark.parametrize("readout", ["jvp", "difference"])
+@pytest.mark.parametrize("readout", ["auto", "jvp", "difference"])
 def test_both_readouts_are_the_oracle(folder: Path, readout: str) -> None:
     attribute = pipeline(TASK, model=str(folder), device="cpu", readout=readout)
     agree(attribute.scores(queries()), oracle(attribute.model, attribute.bank, queries()), 1e-5)
@@ -214,7 +214,7 @@ def test_no_query_runs_a_backward_pass(folder: Path, monkeypatch: pytest.MonkeyP
     ):
         with pytest.raises(Backwards):
             attempt()
-    for readout in ("jvp", "difference"):
+    for readout in ("auto", "jvp", "difference"):
         attribute = pipeline(TASK, model=str(folder), device="cpu", readout=readout)
         assert not any(parameter.grad is not None for parameter in attribute.model.parameters())
         with torch.enable_grad():  # nor is a graph kept, whatever mode the user is in
@@ -267,7 +267,7 @@ def test_other_settings_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(QueryError, match="num_return_sequences is more than one"):
         attribute("w1", num_return_sequences=2, do_sample=True, max_new_tokens=2)
-    with pytest.raises(ValueError, match="readout='reverse': one of jvp, difference"):
+    with pytest.raises(ValueError, match="readout='reverse': one of auto, jvp, difference"):
         pipeline(TASK, model=str(folder), device="cpu", readout="reverse")
 
 

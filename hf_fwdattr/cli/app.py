@@ -105,7 +105,8 @@ def attribute(
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
     top_k: Annotated[int, typer.Option(help="Rows to name on either side.")] = 5,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the output.")] = 16,
-    readout: Annotated[str, typer.Option(help="jvp or difference.")] = "jvp",
+    readout: Annotated[str, typer.Option(help="auto, jvp or difference.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Of products in forward mode: auto, full or half.")] = "auto",
     budget: Annotated[
         str | None,
         typer.Option(help="Forward passes for naming rows: a number, certain, or all of the bank's probes."),
@@ -118,7 +119,18 @@ def attribute(
 
     try:
         result = attribute_with(
-            model, prompt, completion, dataset, bank, split, top_k, max_new_tokens, readout, text_column, budget
+            model,
+            prompt,
+            completion,
+            dataset,
+            bank,
+            split,
+            top_k,
+            max_new_tokens,
+            readout,
+            text_column,
+            budget,
+            precision,
         )
     except (AttributionError, OSError, ValueError) as error:
         _fail(error)

@@ -116,11 +116,13 @@ def attribute_with(
     readout: str,
     text_column: str,
     budget: str | None = None,
+    precision: str = "auto",
 ) -> dict[str, Any]:
     """`hf-fwdattr attribute`; returns the pipeline's result."""
-    opened = None if bank is None else ResponseBank.from_pretrained(bank)
-    extra = {} if opened is None else {"bank": opened}
-    run = pipeline(TASK, model=model, tokenizer=open_tokenizer(model), readout=readout, **extra)
+    extra: dict[str, Any] = {"readout": readout, "precision": precision}
+    if bank is not None:
+        extra["bank"] = ResponseBank.from_pretrained(bank)
+    run = pipeline(TASK, model=model, tokenizer=open_tokenizer(model), **extra)
     length = getattr(run.model.config, "max_position_embeddings", None)
     rows = None if dataset is None else tokenized(open_dataset(dataset, split), run.tokenizer, text_column, length)
     query: Any = prompt if completion is None else {"prompt": prompt, "completion": completion}

@@ -43,7 +43,8 @@ def attention_weights(query: Tensor, key: Tensor, scaling: float, mask: Tensor |
         positions = logits.shape[-1]
         mask = torch.ones(positions, positions, dtype=torch.bool, device=logits.device).tril()
     if mask.dtype == torch.bool:
-        return logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(-1)
+        weights = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(-1)
+        return weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)  # padding behind a window sees nothing at all
     return (logits + mask).softmax(-1)
 
 

@@ -68,20 +68,31 @@ def own_gradient(model: nn.Module, weight: Weight, x: Tensor, error: Tensor) -> 
     return error.transpose(1, 2) @ x if isinstance(owner, nn.Linear) else x.transpose(1, 2) @ error
 
 
-def back_through(layer: Any, error: Tensor) -> Tensor | None:
-    """(..., in): an error (..., out) behind a Linear, Conv1D or plain LoRA layer, before it; None for other layers."""
+def adapters_of(layer: Any) -> list[str] | None:
+    """Names of the adapters that act in a Linear, Conv1D or plain LoRA layer; None for layers of other kinds."""
     base = getattr(layer, "base_layer", layer)
     if not is_linear(base):
         return None
-    matrix = base.weight if isinstance(base, nn.Linear) else base.weight.T
-    result = error @ matrix.to(error.dtype)
     if base is layer or layer.merged:
-        return result
-    for adapter in layer.active_adapters:
-        if adapter not in layer.lora_A:
-            continue
-        if not _plain(layer, adapter):
-            return None
+        return []
+    acting = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    return acting if all(_plain(layer, adapter) for adapter in acting) else None
+
+
+def matrix_of(layer: Any) -> Tensor:
+    """(out, in) of a Linear or Conv1D, or of the one inside a LoRA layer, without its adapters."""
+    base = getattr(layer, "base_layer", layer)
+    matrix: Tensor = base.weight if isinstance(base, nn.Linear) else base.weight.T
+    return matrix
+
+
+def back_through(layer: Any, error: Tensor) -> Tensor | None:
+    """(..., in): an error (..., out) behind a Linear, Conv1D or plain LoRA layer, before it; None for other layers."""
+    adapters = adapters_of(layer)
+    if adapters is None:
+        return None
+    result = error @ matrix_of(layer).to(error.dtype)
+    for adapter in adapters:
         up, down = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
         result = result + layer.scaling[adapter] * (error @ up.to(error.dtype)) @ down.to(error.dtype)
     return result
@@ -89,4 +100,5 @@ def back_through(layer: Any, error: Tensor) -> Tensor | None:
 
 def _plain(layer: Any, adapter: str) -> bool:
     """Whether a layer computes W x + s B A x, with nothing else that depends on the adapter."""
-    return adapter in getattr(layer, "scaling", {}) and not getattr(layer, "use_dora", {}).get(adapter)
+    variants = {**getattr(layer, "use_dora", {}), **getattr(layer, "lora_variant", {})}
+    return adapter in getattr(layer, "scaling", {}) and not variants.get(adapter)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .adjoint import attention, attention_weights, rotated, slope
 from .anatomy import back_through
-from .trace import Trace, before_norm, gain_of
+from .trace import Seen, before_norm, form_of
 
 
 _SAME = 1e-3  # how far a block, written out, may be from the model's own, relative; in half precision 30 times that
@@ -29,15 +29,15 @@ class Block:
     inputs: tuple[str, ...]
     output: str
 
-    def inner(self, model: nn.Module, trace: Trace) -> Tensor | None:
+    def inner(self, model: nn.Module, trace: Seen) -> Tensor | None:
         """What goes into the output projection, written out; None where that cannot be said."""
         raise NotImplementedError
 
-    def pull(self, model: nn.Module, trace: Trace, error: Tensor) -> list[Tensor]:
+    def pull(self, model: nn.Module, trace: Seen, error: Tensor) -> list[Tensor]:
         """Errors at the outputs of `inputs`, from the error before the output projection."""
         raise NotImplementedError
 
-    def holds(self, model: nn.Module, trace: Trace) -> bool:
+    def holds(self, model: nn.Module, trace: Seen) -> bool:
         """Whether the block, written out, is what the model computed."""
         seen = trace.inputs[self.output]
         layer: Any = model.get_submodule(self.output)
@@ -51,7 +51,7 @@ class Block:
         tolerance = _SAME if seen.dtype in (torch.float32, torch.float64) else 30 * _SAME
         return float((inner - seen).norm()) <= tolerance * float(seen.norm())
 
-    def errors(self, model: nn.Module, trace: Trace, error: Tensor) -> dict[str, Tensor]:
+    def errors(self, model: nn.Module, trace: Seen, error: Tensor) -> dict[str, Tensor]:
         """Path of each input -> error (rows, positions, out) at its output, from the error at the block's end."""
         inner = back_through(model.get_submodule(self.output), error)
         assert inner is not None  # or `holds` had been false
@@ -64,11 +64,11 @@ class MLP(Block):
 
     activation: Callable[[Tensor], Tensor]
 
-    def inner(self, model: nn.Module, trace: Trace) -> Tensor | None:
+    def inner(self, model: nn.Module, trace: Seen) -> Tensor | None:
         opened = self.activation(trace.outputs[self.inputs[0]])
         return opened if len(self.inputs) == 1 else opened * trace.outputs[self.inputs[1]]
 
-    def pull(self, model: nn.Module, trace: Trace, error: Tensor) -> list[Tensor]:
+    def pull(self, model: nn.Module, trace: Seen, error: Tensor) -> list[Tensor]:
         outputs = [trace.outputs[path][:, : error.shape[1]].to(error.dtype) for path in self.inputs]
         opening = slope(self.activation, outputs[0])
         if len(outputs) == 1:
@@ -77,7 +77,7 @@ class MLP(Block):
 
 
 @dataclass
-class _State:
+class State:
     """What an attention had in its hands, by heads: (rows, heads, positions, size).
 
     Attributes:
@@ -104,12 +104,12 @@ class Attention(Block):
     With rotary positions or none, and norms of queries and keys or none.
     """
 
-    def inner(self, model: nn.Module, trace: Trace) -> Tensor | None:
-        state = self._state(model, trace, None)
+    def inner(self, model: nn.Module, trace: Seen) -> Tensor | None:
+        state = self.state(model, trace, None)
         return None if state is None else (state.weights @ state.value).transpose(1, 2).flatten(2)
 
-    def pull(self, model: nn.Module, trace: Trace, error: Tensor) -> list[Tensor]:
-        state = self._state(model, trace, error.shape[1])
+    def pull(self, model: nn.Module, trace: Seen, error: Tensor) -> list[Tensor]:
+        state = self.state(model, trace, error.shape[1])
         assert state is not None
         module: Any = model.get_submodule(self.path)
         query, key, value, weights = (
@@ -129,8 +129,8 @@ class Attention(Block):
         flat = [part.transpose(1, 2).flatten(2) for part in errors]
         return [torch.cat(flat, dim=-1)] if len(self.inputs) == 1 else flat
 
-    def _state(self, model: nn.Module, trace: Trace, positions: int | None) -> _State | None:
-        """None if something is unusual."""
+    def state(self, model: nn.Module, trace: Seen, positions: int | None) -> State | None:
+        """At so many positions, or all; None if something is unusual."""
         module: Any = model.get_submodule(self.path)
         given = trace.arguments.get(self.path, {})
         outputs = [trace.outputs[path][:, :positions] for path in self.inputs]
@@ -143,7 +143,7 @@ class Attention(Block):
             if hasattr(module, name):
                 norm = getattr(module, name)
                 normed[index] = norm(raw[index])
-                if gain_of(norm) is None or before_norm(norm, raw[index], normed[index], normed[index]) is None:
+                if form_of(norm, raw[index], normed[index]) is None:
                     return None
         query, key, turn = *normed, given.get("position_embeddings")
         if turn is not None:
@@ -159,7 +159,7 @@ class Attention(Block):
                 return None
             mask = mask[..., : query.shape[2], : query.shape[2]]
         weights = attention_weights(query, key, float(module.scaling), mask)
-        return _State(query, key, value, raw, normed, turn, weights)
+        return State(query, key, value, raw, normed, turn, weights)
 
 
 def blocks_of(model: nn.Module) -> list[Block]:

@@ -1,5 +1,7 @@
 """What one forward pass shows to hooks: inputs and outputs of layers, and the error that the logits make."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +14,21 @@ from ..readout.head import covectors
 from .adjoint import layer_norm, rms_norm
 
 
-class Trace:
+@dataclass
+class Seen:
+    """What layers did in one forward pass.
+
+    Attributes:
+        inputs, outputs (`dict`): path -> tensor (rows, positions, features).
+        arguments (`dict`): path of an attention -> its keyword arguments.
+    """
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class Trace(Seen):
     """One forward pass of a batch, watched.
 
     Args:
@@ -21,8 +37,6 @@ class Trace:
         targets: paths of layers whose output shall be differentiable; the pass is then made with a graph.
 
     Attributes:
-        inputs, outputs (`dict`): path -> tensor (rows, positions, features).
-        arguments (`dict`): path -> keyword arguments.
         logits, labels (`Tensor`): of the objective.
         error (`Tensor`): (rows, positions, features) derivative of each supervised token's log-likelihood by the last
             residual state of its position; zero elsewhere.
@@ -38,9 +52,7 @@ class Trace:
         blocks: set[str],
         targets: frozenset[str] = frozenset(),
     ):
-        self.inputs: dict[str, Tensor] = {}
-        self.outputs: dict[str, Tensor] = {}
-        self.arguments: dict[str, dict[str, Any]] = {}
+        super().__init__()
         self._norms: list[tuple[nn.Module, Tensor, Tensor]] = []
         self._hidden: list[Tensor] = []
         handles = [head.register_forward_pre_hook(lambda _, inputs: self._hidden.append(inputs[0].detach()))]
@@ -95,26 +107,48 @@ class Trace:
         return bracket if before is None else before
 
 
+@dataclass(frozen=True)
+class Form:
+    """How a norm was computed.
+
+    Attributes:
+        pull (`Callable`): `layer_norm` or `rms_norm`, of `adjoint`.
+        gain (`Tensor`): (d,) what it multiplies with.
+        eps (`float`): what it adds to the mean square.
+    """
+
+    pull: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    gain: Tensor
+    eps: float
+
+
+def form_of(module: nn.Module, x: Tensor, y: Tensor) -> Form | None:
+    """The form that makes `y` of `x`; None if the norm is another one, or none at all."""
+    gain, eps = gain_of(module), _eps(module)
+    if gain is None:
+        return None
+    wide = y.dtype if y.dtype == torch.float64 else torch.float32
+    x, gain, bias = x.to(wide), gain.to(wide), getattr(module, "bias", None)
+    expected = y.to(wide) - (0.0 if bias is None else bias.to(wide))
+    tolerance = 1e-3 if y.dtype in (torch.float32, torch.float64) else 3e-2
+    for form in (layer_norm, rms_norm):
+        centred = x - x.mean(-1, keepdim=True) if form is layer_norm else x
+        unit = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+        for scale in (gain, 1.0 + gain):  # Gemma's gains are offsets from one
+            if float((unit * scale - expected).norm()) <= tolerance * float(expected.norm()):
+                return Form(form, scale, eps)
+    return None
+
+
 def before_norm(module: nn.Module, x: Tensor, y: Tensor, error: Tensor) -> Tensor | None:
     """The error (rows, positions, ..., d) before a norm, from the one behind it; None if the norm is another one.
 
     Args:
         x, y: what went into the norm and what came out of it; may have more positions than `error`.
     """
-    gain, eps = gain_of(module), _eps(module)
-    assert gain is not None
-    positions = error.shape[1]
-    wide, gain = x[:, :positions].to(error.dtype), gain.to(error.dtype)
-    bias = getattr(module, "bias", None)
-    expected = y[:, :positions].to(error.dtype) - (0.0 if bias is None else bias.to(error.dtype))
-    tolerance = 1e-3 if y.dtype in (torch.float32, torch.float64) else 3e-2
-    for form in (layer_norm, rms_norm):
-        centred = wide - wide.mean(-1, keepdim=True) if form is layer_norm else wide
-        unit = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-        for scale in (gain, 1.0 + gain):  # Gemma's gains are offsets from one
-            if float((unit * scale - expected).norm()) <= tolerance * float(expected.norm()):
-                return form(wide, scale, error, eps)
-    return None
+    x, y = x[:, : error.shape[1]], y[:, : error.shape[1]]
+    form = form_of(module, x, y)
+    return None if form is None else form.pull(x.to(error.dtype), form.gain.to(error.dtype), error, form.eps)
 
 
 def gain_of(module: nn.Module) -> Tensor | None:

@@ -1,0 +1,146 @@
+"""Decoder layers: which norms, attention and MLP they are made of, and tangents through them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError
+from ..synthetic.block import MLP, Attention, Block, blocks_of
+from ..synthetic.trace import Seen, gain_of
+from .block import AttentionPoint, MLPPoint
+from .linear import Linears
+from .norm import Norm
+
+
+_SAME = (
+    1e-4  # how far a sum of residuals may be from the model's own, relative; in half precision a hundred times that
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """x + attention(norm(x)), and x + mlp(norm(x)) on that; norms behind attention and MLP too, or not.
+
+    Attributes:
+        path (`str`): of the module.
+        blocks (`tuple[Attention, MLP]`): in this order.
+        norms (`tuple[str, ...]`): paths of its norms.
+    """
+
+    path: str
+    blocks: tuple[Attention, MLP]
+    norms: tuple[str, ...]
+
+    @property
+    def linears(self) -> list[str]:
+        """Paths of its linear layers."""
+        return [path for block in self.blocks for path in (*block.inputs, block.output)]
+
+    @property
+    def watched(self) -> list[str]:
+        """Paths of what is to be seen of it."""
+        return [*self.linears, *self.norms, self.path]
+
+
+def layers_of(model: nn.Module) -> list[Layer]:
+    """Decoder layers of GPT-2, or of Llama and its descendants, in the order of the model's modules."""
+    homes: dict[str, list[Block]] = {}
+    for block in blocks_of(model):
+        homes.setdefault(block.path.rpartition(".")[0], []).append(block)
+    found = []
+    for path, blocks in homes.items():
+        attentions = [block for block in blocks if isinstance(block, Attention)]
+        mlps = [block for block in blocks if isinstance(block, MLP)]
+        if len(attentions) == 1 and len(mlps) == 1:
+            children = model.get_submodule(path).named_children()
+            norms = tuple(f"{path}.{name}" for name, module in children if gain_of(module) is not None)
+            found.append(Layer(path, (attentions[0], mlps[0]), norms))
+    return found
+
+
+class _Half:
+    """Attention or MLP with its norms, where a batch passes it; adds to the residual stream."""
+
+    def __init__(self, model: nn.Module, layer: Layer, block: Block, seen: Seen, linears: Linears):
+        self.block, self._linears = block, linears
+        for path in (*block.inputs, block.output):
+            linears.check(path)
+        before, *others = (seen.inputs[path] for path in block.inputs)
+        if any(other is not before and not torch.equal(other, before) for other in others):
+            raise UnsupportedError(f"the projections into {block.path} start from different places")
+        if not block.holds(model, seen):
+            raise UnsupportedError(f"{block.path} computes something else than is written out")
+        starts = [path for path in layer.norms if _same(seen.outputs[path], before)]
+        if not starts:
+            raise UnsupportedError(f"there is no norm before {block.path}")
+        norm = starts[0]
+        self.start = seen.inputs[norm]
+        self._norm = Norm(norm, model.get_submodule(norm), self.start, seen.outputs[norm])
+        self._inputs = {
+            path: seen.inputs[path] for path in (*block.inputs, block.output) if path in linears.responding
+        }
+        end = seen.outputs[block.output]
+        behind = [path for path in layer.norms if _same(seen.inputs[path], end)]
+        self._after = None
+        if behind:
+            self._after = Norm(behind[0], model.get_submodule(behind[0]), end, seen.outputs[behind[0]])
+            end = seen.outputs[behind[0]]
+        self.end = self.start + end
+        if isinstance(block, MLP):
+            self._point: MLPPoint | AttentionPoint = MLPPoint(block, seen, linears.dtype)
+        else:
+            assert isinstance(block, Attention)
+            self._point = AttentionPoint(block, model, seen, linears.dtype)
+
+    def push(self, moved: Tensor | None, directions: list[Tensor]) -> Tensor | None:
+        """Tangents (k, rows, positions, d) of the residual stream behind it; those before it are overwritten."""
+        inner = None if moved is None else self._norm.push(moved)
+        if inner is not None:
+            inner = inner.to(self._linears.dtype)
+        parts = [self._linears.push(path, self._inputs.get(path), inner, directions) for path in self.block.inputs]
+        inner = self._point.push(parts)
+        output = self.block.output
+        change = self._linears.push(output, self._inputs.get(output), inner, directions)
+        if change is not None and self._after is not None:
+            change = self._after.push(change)
+        if change is None:
+            return moved
+        return _wide(change) if moved is None else moved.add_(change)
+
+
+class LayerPoint:
+    """A layer where a batch passes it.
+
+    Raises:
+        UnsupportedError: the model computes something else than is written out.
+    """
+
+    def __init__(self, model: nn.Module, layer: Layer, seen: Seen, linears: Linears):
+        self._halves = [_Half(model, layer, block, seen, linears) for block in layer.blocks]
+        first, second = self._halves
+        begins, goes_on = _same(first.start, seen.inputs[layer.path]), _same(second.start, first.end)
+        if not (begins and goes_on and _same(seen.outputs[layer.path], second.end)):
+            raise UnsupportedError(f"{layer.path} adds up its blocks in another way than is written out")
+        for half in self._halves:
+            del half.start, half.end
+
+    def push(self, moved: Tensor | None, directions: list[Tensor]) -> Tensor | None:
+        """Tangents (k, rows, positions, d) behind the layer, from those before it, which are overwritten."""
+        for half in self._halves:
+            moved = half.push(moved, directions)
+        return moved
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """float32 or float64: the residual stream is summed up over all layers."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if one is other:
+        return True
+    if one.shape != other.shape:
+        return False
+    full = one.dtype in (torch.float32, torch.float64)
+    return float((one - other).norm()) <= (_SAME if full else 100 * _SAME) * float(other.norm())

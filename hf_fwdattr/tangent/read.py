@@ -1,0 +1,178 @@
+"""Readout of many probes from one forward pass that is kept: derivatives of token log-likelihoods, written out."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..activation import fused
+from ..errors import NumericalError, UnsupportedError
+from ..objective import Batch, Likelihood, Objective
+from ..parameters import Parameters
+from ..readout.head import covectors, output_layer
+from ..synthetic.anatomy import matrix_of
+from ..synthetic.trace import Seen, before_norm, gain_of
+from .layer import Layer, LayerPoint, layers_of
+from .linear import Linears
+
+
+_CPU_KEPT = 1 << 31  # bytes of what is kept of the forward pass, at most; on a GPU half of what is free
+_KEPT = 3  # copies of a layer's outputs: as they are seen, and what is made of them
+_CPU_TANGENTS = 1 << 30  # bytes of tangents in flight, at most
+_HANDFUL, _CPU_CACHE = 16, 3 << 24  # but so many probes where possible, or as many as caches hold
+_ALIVE = 6  # tangents of the widest layer that live at the same time
+
+
+class TooLarge(UnsupportedError):
+    """The batch takes more memory than there is for it."""
+
+
+class Tangents:
+    """A batch of queries, passed once through the model, ready to be read along probes.
+
+    Args:
+        model (`nn.Module`): in evaluation mode; its weights must not change while this is used.
+        batch (`Mapping`): tensors (queries, positions), right-padded, with `labels`.
+        dtype (`torch.dtype`, *optional*): of the products that probes pass through; the model's own by default. What
+            the model itself computes and the sum over layers are not rounded to it.
+
+    Raises:
+        UnsupportedError: the model is not written out here (no decoder-only language model of a known kind, something
+            else than linear layers responds), or does not compute what is written out.
+        TooLarge: what is kept of the batch would not fit.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, model: nn.Module, parameters: Parameters, objective: Objective, batch: Batch,
+        dtype: torch.dtype | None = None,
+    ):  # fmt: skip
+        head = output_layer(model, parameters, objective)
+        layers = layers_of(model)
+        if head is None or not layers or any(module.training for module in model.modules()):
+            raise UnsupportedError(f"{type(model).__name__} is in training mode, or of no kind that is written out")
+        self._parameters = parameters
+        self._device = parameters.tensors(model)[0].device
+        self._linears = Linears(model, parameters, dtype or _own_type(model, parameters))
+        self._each = self._room(model, layers, batch)
+        known = {path for layer in layers for path in layer.linears}
+        strange = sorted(self._linears.responding - known)
+        if strange:
+            raise UnsupportedError(f"{strange[0]} responds and is in no layer that is written out")
+        watched = {path for layer in layers for path in layer.watched}
+        attentions = {layer.blocks[0].path for layer in layers}
+        seen, norms, hidden = Seen(), list[tuple[nn.Module, Tensor, Tensor]](), list[Tensor]()
+        with fused(model), _watching(model, head, watched, attentions, seen, norms, hidden):
+            logits, labels = Likelihood(model, objective)(batch)
+        self.labels = labels
+        bracket = covectors(head, hidden[-1], logits, labels)
+        if bracket is None:
+            raise UnsupportedError("between the last hidden state and the logits is more than one Linear layer")
+        last = seen.outputs[layers[-1].path]
+        for before, after in pairwise(layers):
+            if seen.outputs[before.path] is not seen.inputs[after.path]:
+                raise UnsupportedError(f"{after.path} does not begin where {before.path} ends")
+        if not norms or norms[-1][1] is not last or not torch.equal(norms[-1][2], hidden[-1]):
+            raise UnsupportedError("between the last layer and the output layer is something else than a norm")
+        error = before_norm(*norms[-1], bracket)
+        if error is None:
+            raise UnsupportedError("the last norm is not written out")
+        self._error = error
+        with fused(model):
+            self._points = [LayerPoint(model, layer, seen, self._linears) for layer in layers]
+
+    def _room(self, model: nn.Module, layers: list[Layer], batch: Batch) -> int:
+        """Bytes of the widest tangent of one probe.
+
+        Raises:
+            TooLarge: what is kept of the forward pass would not fit.
+        """
+        widths = [int(matrix_of(model.get_submodule(path)).shape[0]) for layer in layers for path in layer.linears]
+        tokens = 4 * batch["labels"].numel()
+        limit = torch.cuda.mem_get_info(self._device)[0] // 2 if self._device.type == "cuda" else _CPU_KEPT
+        if _KEPT * tokens * sum(widths) > limit:
+            raise TooLarge(f"keeping a pass over {batch['labels'].numel()} tokens would take over {limit >> 20} MiB")
+        return tokens * max(widths)
+
+    @torch.no_grad()
+    def along(self, probes: Tensor, chunk: int | None = None) -> Tensor:
+        """(queries, positions, k): derivatives along (k, P), in nats; zero where a position is not supervised.
+
+        Raises:
+            NumericalError: a derivative that is not finite.
+        """
+        chunk = chunk or self._at_once()
+        with torch.autocast(self._device.type, enabled=False):
+            parts = [self._block(probes[at : at + chunk]) for at in range(0, len(probes), chunk)]
+        result = torch.cat(parts).permute(1, 2, 0)
+        if not bool(torch.isfinite(result).all()):
+            raise NumericalError("a derivative of the query's log-likelihood is not finite: is the model's own NaN?")
+        return result
+
+    def _at_once(self) -> int:
+        """Probes in flight."""
+        each = _ALIVE * self._each
+        if self._device.type == "cuda":
+            return max(1, torch.cuda.mem_get_info(self._device)[0] // 2 // each)
+        return max(1, min(_CPU_TANGENTS // each, max(_HANDFUL, _CPU_CACHE // each)))
+
+    def _block(self, probes: Tensor) -> Tensor:
+        """(k, queries, positions)."""
+        directions = self._parameters.split(probes)
+        moved = None
+        for point in self._points:
+            moved = point.push(moved, directions)
+        if moved is None:
+            return torch.zeros(len(probes), *self.labels.shape, device=probes.device)
+        return torch.einsum("krtd,rtd->krt", moved[:, :, : self.labels.shape[1]], self._error.to(moved.dtype))
+
+
+def _own_type(model: nn.Module, parameters: Parameters) -> torch.dtype:
+    """What the model's products are computed in."""
+    weight = parameters.tensors(model)[0]
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype
+
+
+@contextmanager
+def _watching(
+    model: nn.Module, head: nn.Module, watched: set[str], attentions: set[str], seen: Seen,
+    norms: list[tuple[nn.Module, Tensor, Tensor]], hidden: list[Tensor],
+) -> Iterator[None]:  # fmt: skip
+    """While this is open, what goes through these layers is kept."""
+
+    def keep(path: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if path in seen.inputs:
+                raise UnsupportedError(f"{path} is used twice in one pass")
+            seen.inputs[path] = inputs[0] if inputs else kwargs["hidden_states"]
+            seen.outputs[path] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def argue(path: str) -> Any:
+        def hook(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.arguments[path] = kwargs
+
+        return hook
+
+    def last(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        norms[:] = [(module, inputs[0], output)]
+
+    handles = [head.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))]
+    for path, module in model.named_modules():
+        if path in watched:
+            handles.append(module.register_forward_hook(keep(path), with_kwargs=True))
+        if path in attentions:
+            handles.append(module.register_forward_pre_hook(argue(path), with_kwargs=True))
+        if gain_of(module) is not None:
+            handles.append(module.register_forward_hook(last))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
