@@ -48,7 +48,7 @@ class TrainingDataAttributionPipeline(Pipeline):
         top_k (`int`, defaults to 5): rows to name on either side, proponents and opponents; with 0, only what sources
             need is read and downloaded.
         budget (`int`, `certain` or `all`, *optional*): forward passes for naming rows. A bank that keeps maps of
-            errors and its rows' own responses names them in two stages, with 96 passes by default: the rows named have
+            errors and its rows' own responses names them in two stages, with 128 passes by default: the rows named have
             exact scores.
             `certain` reads rows until no other is likely to belong to the `top_k` on either side (two deviations of
             what the first look has been off by), 256 at most. `all` reads all of the bank's probes instead. In any

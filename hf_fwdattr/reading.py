@@ -30,7 +30,7 @@ from .synthetic.gradients import SyntheticGradients
 Along = Callable[[Tensor], Tensor]  # directions (n, P) -> (queries, positions, n)
 Budget = int | str  # forward passes, or `CERTAIN`
 CERTAIN = "certain"
-BUDGET = 96  # forward passes for naming rows, where the bank allows two stages: measured by scripts/readout_curve.py
+BUDGET = 128  # forward passes for naming rows, where the bank allows two stages: measured by scripts/readout_curve.py
 _SOON = 3.0  # seconds after which a query shows how far it is
 _SHARE = 4  # one in so many forward passes is read along sums of responses (or a probe), the others along rows
 _SUMS = 16  # passes along sums where the number of passes is left open

@@ -155,7 +155,7 @@ def test_every_mistake_is_one_message_without_traceback(tmp_path: Path, folder: 
         (("build", "nobody/nothing", text), "is no local folder to put the bank into; say --output"),
         (("build", folder, text, "--record", tmp_path), "no record of a run in"),
         (("attribute", folder, "w3", "--completion", ""), "the completion is empty"),
-        (("attribute", folder, "w3", "--readout", "reverse"), "one of jvp, difference"),
+        (("attribute", folder, "w3", "--readout", "reverse"), "one of auto, jvp, difference"),
         (("attribute", folder, "w3", "--bank", tmp_path), "no bank in"),
         (("attribute", folder, "w3", "--top-k", "-1"), "top_k=-1"),
         (("attribute", tmp_path / "damaged", "w3"), "tokenizer"),
