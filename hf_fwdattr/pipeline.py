@@ -48,8 +48,8 @@ class TrainingDataAttributionPipeline(Pipeline):
         top_k (`int`, defaults to 5): rows to name on either side, proponents and opponents; with 0, only what sources
             need is read and downloaded.
         budget (`int`, `certain` or `all`, *optional*): forward passes for naming rows. A bank that keeps maps of
-            errors and its rows' own responses names them in two stages, with 128 passes by default: the rows named have
-            exact scores.
+            errors and its rows' own responses names them in two stages, by default with 128 passes; the rows named
+            have exact scores.
             `certain` reads rows until no other is likely to belong to the `top_k` on either side (two deviations of
             what the first look has been off by), 256 at most. `all` reads all of the bank's probes instead. In any
             case sources take a pass each, and `top_k` rows on either side are read: with a budget below 2 `top_k` they
@@ -247,10 +247,11 @@ class TrainingDataAttributionPipeline(Pipeline):
         ids = self.preprocess(prompt)
         if bool(ids["completion_mask"].any()) or not ids["input_ids"].numel():
             raise QueryError("streaming continues a prompt: pass one that is not empty, and no completion")
-        decoding = self._reader.decoding(self._reader.lines(top_k))
+        continued = ids["input_ids"][0].to(self.device)
+        decoding = self._reader.decoding(self._reader.lines(top_k), continued)
         settings = self._prepare_generate_kwargs(dict(generate))
         so_far: list[Tensor] = []
-        for token, found in streamed(self.model, decoding, ids["input_ids"][0].to(self.device), settings):
+        for token, found in streamed(self.model, decoding, continued, settings):
             if so_far and token in self._ends():
                 continue
             so_far.append(found)

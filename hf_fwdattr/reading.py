@@ -180,9 +180,9 @@ class Reader:
         summed = readout.double().sum(0, keepdim=True).cpu()
         return Attributed(sides, self.per_source(summed[:, -manifest.source_probes :])[0])
 
-    def decoding(self, lines: slice) -> Decoding:
-        """Reads along some of the bank's probes while a text is generated."""
-        return Decoding(self.model, self.parameters, CAUSAL_LM, self._lines(lines))
+    def decoding(self, lines: slice, prompt: Tensor) -> Decoding:
+        """Reads along some of the bank's probes while a prompt (n,) is continued."""
+        return self.engine.decoding(self._lines(lines), prompt)
 
     def _in_stages(self, query: Query, count: int, budget: Budget) -> "Attributed":
         manifest = self.bank.manifest

@@ -104,20 +104,9 @@ class Decoding:
 
     def _forward(self, **inputs: Any) -> Any:
         """What the model would have returned, with the tangents of its last hidden state kept aside."""
-        ids = inputs.get("input_ids")
-        if ids is None or len(ids) != 1:
-            raise UnsupportedError("reading while generating takes one text at a time, without beams or embeddings")
-        cache = inputs.pop("past_key_values", None)
-        if cache is None or not all(type(layer).__name__ == "DynamicLayer" for layer in cache.layers):
-            raise UnsupportedError(
-                "reading while generating wants the plain growing key-value cache (use_cache=True, no sliding "
-                "window); read the finished text instead"
-            )
-        before = cache.get_seq_length()
-        if before != (self._past[0].shape[-2] if self._past else 0):
-            raise UnsupportedError(
-                "the cache was cut or filled from elsewhere (assisted decoding?): its tangents fit no more"
-            )
+        before = self._past[0].shape[-2] if self._past else 0
+        check_cache(inputs, before)
+        cache = inputs.pop("past_key_values")
         empty = cache if not before else _emptied(cache)
         body, kept = _Body(self.model), {}
 
@@ -168,6 +157,30 @@ class Decoding:
                 f"{type(self.model).__name__} does more than its output layer to its logits (soft capping, scaling); "
                 "read the finished text instead"
             )
+
+
+def check_cache(inputs: dict[str, Any], before: int) -> None:
+    """Refuse what a model is called with if tangents cannot follow.
+
+    Args:
+        inputs (`dict`): keyword arguments of the model's forward.
+        before (`int`): positions that tangents are known for.
+
+    Raises:
+        UnsupportedError: several texts, embeddings, or a cache that does not hold these positions and grow.
+    """
+    ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+    if ids is None or len(ids) != 1:
+        raise UnsupportedError("reading while generating takes one text at a time, without beams or embeddings")
+    if cache is None or not all(type(layer).__name__ == "DynamicLayer" for layer in cache.layers):
+        raise UnsupportedError(
+            "reading while generating wants the plain growing key-value cache (use_cache=True, no sliding "
+            "window); read the finished text instead"
+        )
+    if cache.get_seq_length() != before:
+        raise UnsupportedError(
+            "the cache was cut or filled from elsewhere (assisted decoding?): its tangents fit no more"
+        )
 
 
 def _pairs(tensors: Any) -> Iterator[tuple[Tensor, Tensor]]:

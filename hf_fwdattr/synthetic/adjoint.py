@@ -40,8 +40,8 @@ def attention_weights(query: Tensor, key: Tensor, scaling: float, mask: Tensor |
     """
     logits = query @ key.transpose(-1, -2) * scaling
     if mask is None:
-        positions = logits.shape[-1]
-        mask = torch.ones(positions, positions, dtype=torch.bool, device=logits.device).tril()
+        positions, looked_at = logits.shape[-2:]  # keys of earlier passes come first
+        mask = torch.ones(positions, looked_at, dtype=torch.bool, device=logits.device).tril(looked_at - positions)
     if mask.dtype == torch.bool:
         weights = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(-1)
         return weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)  # padding behind a window sees nothing at all

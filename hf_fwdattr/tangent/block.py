@@ -1,5 +1,7 @@
 """Tangents through attentions and MLPs, between the projections into them and the one back."""
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor, nn
 
@@ -8,6 +10,20 @@ from ..synthetic.adjoint import attention_weights, slope
 from ..synthetic.block import MLP, Attention
 from ..synthetic.trace import Seen
 from .norm import Norm
+
+
+_SAME = 1e-3  # how far a tensor may be from the model's own, relative; in half precision 30 times that
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal up to rounding."""
+    if one is other:
+        return True
+    if one.shape != other.shape:
+        return False
+    full = torch.promote_types(one.dtype, other.dtype) in (torch.float32, torch.float64)
+    both = full and min(torch.finfo(part.dtype).bits for part in (one, other)) >= 32
+    return float((one - other).norm()) <= (_SAME if both else 30 * _SAME) * float(other.norm())
 
 
 class MLPPoint:
@@ -19,6 +35,12 @@ class MLPPoint:
         if up:
             slopes = [slopes[0] * up[0], block.activation(gate)]
         self._slopes = [factor.to(dtype) for factor in slopes]
+        self._inner = block.activation(gate) if not up else slopes[1] * up[0]
+
+    def holds(self, inner: Tensor) -> bool:
+        """Whether what is written out is what the model handed to its output projection; asked once."""
+        own, self._inner = self._inner, self._inner.new_zeros(0)
+        return same(own, inner)
 
     def push(self, moved: list[Tensor | None]) -> Tensor | None:
         """Tangents (k, rows, positions, size) before the output projection, from those behind the input projections.
@@ -32,17 +54,40 @@ class MLPPoint:
         return result
 
 
+@dataclass
+class Past:
+    """Keys and values of the positions before a batch, and how they move.
+
+    Attributes:
+        key, value (`Tensor`, *optional*): (rows, groups, positions, size); None at the beginning.
+        moved (`list`): their tangents (rows * groups, k, positions, size); None where nothing moves.
+    """
+
+    key: Tensor | None = None
+    value: Tensor | None = None
+    moved: list[Tensor | None] = field(default_factory=lambda: [None, None])
+
+    @property
+    def length(self) -> int:
+        """Positions."""
+        return 0 if self.key is None else self.key.shape[2]
+
+
 class AttentionPoint:
     """An attention where a batch passes it.
 
     With weights p = softmax(s), s = q k^T / sqrt(size): dp = p (ds - sum(p ds)), and the output moves by dp v + p dv.
     Heads that share a key are kept together, so that it is not repeated for each of them.
 
+    Args:
+        past (`Past`, *optional*): of earlier passes, to which this one is added when it is pushed through.
+
     Raises:
         UnsupportedError: it computes something else than softmax attention.
     """
 
-    def __init__(self, block: Attention, model: nn.Module, seen: Seen, dtype: torch.dtype):
+    def __init__(self, block: Attention, model: nn.Module, seen: Seen, dtype: torch.dtype, past: Past | None = None):
+        self._past = past
         state = block.state(model, seen, None)
         if state is None:
             raise UnsupportedError(f"{block.path} is an attention that is not written out")
@@ -51,8 +96,10 @@ class AttentionPoint:
         self._groups = state.raw[1].shape[1]
         sharing = state.query.shape[1] // self._groups
         self._query, self._key, self._value = state.query, state.key[:, ::sharing], state.value[:, ::sharing]
+        if past is not None and past.key is not None and past.value is not None:
+            self._key, self._value = torch.cat([past.key, self._key], 2), torch.cat([past.value, self._value], 2)
         mask = seen.arguments.get(block.path, {}).get("attention_mask")
-        self._mask = None if mask is None else mask[..., : state.query.shape[2], : state.query.shape[2]]
+        self._mask = None if mask is None else mask[..., : self._query.shape[2], : self._key.shape[2]]
         self._turn = None
         if state.turn is not None:
             cos, sin = (part.squeeze(1).unsqueeze(2) for part in state.turn)  # (rows, positions, 1, size)
@@ -63,22 +110,33 @@ class AttentionPoint:
             for index, name in enumerate(("q_norm", "k_norm"))
         ]  # fmt: skip
 
+    def _weights(self) -> Tensor:
+        """(rows, heads, positions, positions looked at); not kept, as it is the largest of all."""
+        sharing = self._query.shape[1] // self._groups
+        return attention_weights(self._query, self._key.repeat_interleave(sharing, 1), self._scaling, self._mask)
+
+    def holds(self, inner: Tensor) -> bool:
+        """Whether what is written out is what the model handed to its output projection."""
+        sharing = self._query.shape[1] // self._groups
+        own = self._weights() @ self._value.repeat_interleave(sharing, 1)
+        return same(own.transpose(1, 2).flatten(2), inner)
+
     def push(self, moved: list[Tensor | None]) -> Tensor | None:
         """Tangents (k, rows, positions, size) before the output projection; see `MLPPoint`."""
         if len(moved) == 1:
             moved = [None] * 3 if moved[0] is None else list(moved[0].chunk(3, dim=-1))
-        if all(part is None for part in moved):
-            return None
         query, key, value = (self._meeting(part, index) for index, part in enumerate(moved))
-        own_query, own_key, own_value = (
+        if self._past is not None:
+            lengths = self._past.length, self._query.shape[2]
+            key, value = (_joined(*pair, *lengths) for pair in zip(self._past.moved, (key, value), strict=True))
+            self._past.key, self._past.value, self._past.moved = self._key, self._value, [key, value]
+        if query is None and key is None and value is None:
+            return None
+        own_query, own_key, own_value, weights = (
             part.unflatten(1, (self._groups, -1)).flatten(2, 3).flatten(0, 1).to(self._dtype)
-            for part in (self._query, self._key, self._value)
+            for part in (self._query, self._key, self._value, self._weights())
         )  # (rows * groups, positions of all heads that share, size)
         sharing = self._query.shape[1] // self._groups
-        weights = attention_weights(
-            self._query, self._key.repeat_interleave(sharing, 1), self._scaling, self._mask
-        ).to(self._dtype)
-        weights = weights.unflatten(1, (self._groups, -1)).flatten(2, 3).flatten(0, 1)
         result = None
         if query is not None or key is not None:
             change = self._logits(query, key, own_query, own_key).mul_(self._scaling)
@@ -120,6 +178,18 @@ class AttentionPoint:
         """(k, rows, positions, heads * size) of (rows * groups, k, positions of the heads that share, size)."""
         heads = result.unflatten(0, (-1, self._groups)).unflatten(3, (sharing, -1))
         return heads.permute(2, 0, 4, 1, 3, 5).flatten(3, 5)
+
+
+def _joined(before: Tensor | None, now: Tensor | None, earlier: int, later: int) -> Tensor | None:
+    """Tangents (n, k, positions, size) of so many positions before a pass, and of those in it."""
+    known = before if before is not None else now
+    if known is None:
+        return None
+    parts = [
+        known.new_zeros(*known.shape[:2], length, known.shape[3]) if part is None else part
+        for part, length in ((before, earlier), (now, later))
+    ]
+    return torch.cat(parts, 2)
 
 
 def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

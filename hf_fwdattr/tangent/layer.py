@@ -8,14 +8,9 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError
 from ..synthetic.block import MLP, Attention, Block, blocks_of
 from ..synthetic.trace import Seen, gain_of
-from .block import AttentionPoint, MLPPoint
+from .block import AttentionPoint, MLPPoint, Past, same
 from .linear import Linears
 from .norm import Norm
-
-
-_SAME = (
-    1e-4  # how far a sum of residuals may be from the model's own, relative; in half precision a hundred times that
-)
 
 
 @dataclass(frozen=True)
@@ -62,16 +57,14 @@ def layers_of(model: nn.Module) -> list[Layer]:
 class _Half:
     """Attention or MLP with its norms, where a batch passes it; adds to the residual stream."""
 
-    def __init__(self, model: nn.Module, layer: Layer, block: Block, seen: Seen, linears: Linears):
+    def __init__(self, model: nn.Module, layer: Layer, block: Block, seen: Seen, linears: Linears, past: Past | None):
         self.block, self._linears = block, linears
         for path in (*block.inputs, block.output):
             linears.check(path)
         before, *others = (seen.inputs[path] for path in block.inputs)
         if any(other is not before and not torch.equal(other, before) for other in others):
             raise UnsupportedError(f"the projections into {block.path} start from different places")
-        if not block.holds(model, seen):
-            raise UnsupportedError(f"{block.path} computes something else than is written out")
-        starts = [path for path in layer.norms if _same(seen.outputs[path], before)]
+        starts = [path for path in layer.norms if same(seen.outputs[path], before)]
         if not starts:
             raise UnsupportedError(f"there is no norm before {block.path}")
         norm = starts[0]
@@ -81,7 +74,7 @@ class _Half:
             path: seen.inputs[path] for path in (*block.inputs, block.output) if path in linears.responding
         }
         end = seen.outputs[block.output]
-        behind = [path for path in layer.norms if _same(seen.inputs[path], end)]
+        behind = [path for path in layer.norms if same(seen.inputs[path], end)]
         self._after = None
         if behind:
             self._after = Norm(behind[0], model.get_submodule(behind[0]), end, seen.outputs[behind[0]])
@@ -91,7 +84,9 @@ class _Half:
             self._point: MLPPoint | AttentionPoint = MLPPoint(block, seen, linears.dtype)
         else:
             assert isinstance(block, Attention)
-            self._point = AttentionPoint(block, model, seen, linears.dtype)
+            self._point = AttentionPoint(block, model, seen, linears.dtype, past)
+        if not self._point.holds(seen.inputs[block.output]):
+            raise UnsupportedError(f"{block.path} computes something else than is written out")
 
     def push(self, moved: Tensor | None, directions: list[Tensor]) -> Tensor | None:
         """Tangents (k, rows, positions, d) of the residual stream behind it; those before it are overwritten."""
@@ -112,15 +107,18 @@ class _Half:
 class LayerPoint:
     """A layer where a batch passes it.
 
+    Args:
+        past (`Past`, *optional*): of its attention; see there.
+
     Raises:
         UnsupportedError: the model computes something else than is written out.
     """
 
-    def __init__(self, model: nn.Module, layer: Layer, seen: Seen, linears: Linears):
-        self._halves = [_Half(model, layer, block, seen, linears) for block in layer.blocks]
+    def __init__(self, model: nn.Module, layer: Layer, seen: Seen, linears: Linears, past: Past | None = None):
+        self._halves = [_Half(model, layer, block, seen, linears, past) for block in layer.blocks]
         first, second = self._halves
-        begins, goes_on = _same(first.start, seen.inputs[layer.path]), _same(second.start, first.end)
-        if not (begins and goes_on and _same(seen.outputs[layer.path], second.end)):
+        begins, goes_on = same(first.start, seen.inputs[layer.path]), same(second.start, first.end)
+        if not (begins and goes_on and same(seen.outputs[layer.path], second.end)):
             raise UnsupportedError(f"{layer.path} adds up its blocks in another way than is written out")
         for half in self._halves:
             del half.start, half.end
@@ -135,12 +133,3 @@ class LayerPoint:
 def _wide(tensor: Tensor) -> Tensor:
     """float32 or float64: the residual stream is summed up over all layers."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    if one is other:
-        return True
-    if one.shape != other.shape:
-        return False
-    full = one.dtype in (torch.float32, torch.float64)
-    return float((one - other).norm()) <= (_SAME if full else 100 * _SAME) * float(other.norm())

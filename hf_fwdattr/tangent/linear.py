@@ -54,7 +54,7 @@ class Linears:
         layer: Any = self.model.get_submodule(path)
         result = None
         if moved is not None:
-            result = functional.linear(moved.to(self.dtype), self._matrix(layer))
+            result = self._through(layer, moved.to(self.dtype))
         for weight, place in self._responding.get(path, ()):
             assert x is not None
             flat = x.flatten(0, 1).to(self.dtype)
@@ -65,13 +65,19 @@ class Linears:
             _add(result.flatten(1, 2), layer, weight, flat, own)
         return result
 
-    def _matrix(self, layer: Any) -> Tensor:
-        """(out, in) with all that acts in the layer."""
-        matrix = matrix_of(layer)
-        for adapter in adapters_of(layer) or ():
+    def _through(self, layer: Any, moved: Tensor) -> Tensor:
+        """Tangents (k, rows, positions, in) times all that acts in the layer."""
+        matrix, adapters = matrix_of(layer), adapters_of(layer) or []
+        if moved[..., 0].numel() < matrix.shape[1]:  # few tangents: adding up matrices would be most of the work
+            result = functional.linear(moved, matrix.to(self.dtype))
+            for adapter in adapters:
+                up, down = (side[adapter].weight.to(self.dtype) for side in (layer.lora_B, layer.lora_A))
+                result += layer.scaling[adapter] * functional.linear(functional.linear(moved, down), up)
+            return result
+        for adapter in adapters:
             up, down = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
             matrix = torch.addmm(matrix.to(up.dtype), up, down, alpha=layer.scaling[adapter])
-        return matrix.to(self.dtype)
+        return functional.linear(moved, matrix.to(self.dtype))
 
 
 def _add(result: Tensor, layer: Any, weight: Weight, x: Tensor, own: Tensor) -> None:

@@ -56,7 +56,8 @@ class Tangents:
             raise UnsupportedError(f"{type(model).__name__} is in training mode, or of no kind that is written out")
         self._parameters = parameters
         self._device = parameters.tensors(model)[0].device
-        self._linears = Linears(model, parameters, dtype or _own_type(model, parameters))
+        self.dtype = dtype or _own_type(model, parameters)
+        self._linears = Linears(model, parameters, self.dtype)
         self._each = self._room(model, layers, batch)
         known = {path for layer in layers for path in layer.linears}
         strange = sorted(self._linears.responding - known)
@@ -65,18 +66,13 @@ class Tangents:
         watched = {path for layer in layers for path in layer.watched}
         attentions = {layer.blocks[0].path for layer in layers}
         seen, norms, hidden = Seen(), list[tuple[nn.Module, Tensor, Tensor]](), list[Tensor]()
-        with fused(model), _watching(model, head, watched, attentions, seen, norms, hidden):
+        with fused(model), watching(model, head, watched, attentions, seen, norms, hidden):
             logits, labels = Likelihood(model, objective)(batch)
         self.labels = labels
         bracket = covectors(head, hidden[-1], logits, labels)
         if bracket is None:
             raise UnsupportedError("between the last hidden state and the logits is more than one Linear layer")
-        last = seen.outputs[layers[-1].path]
-        for before, after in pairwise(layers):
-            if seen.outputs[before.path] is not seen.inputs[after.path]:
-                raise UnsupportedError(f"{after.path} does not begin where {before.path} ends")
-        if not norms or norms[-1][1] is not last or not torch.equal(norms[-1][2], hidden[-1]):
-            raise UnsupportedError("between the last layer and the output layer is something else than a norm")
+        check_chain(layers, seen, norms, hidden[-1])
         error = before_norm(*norms[-1], bracket)
         if error is None:
             raise UnsupportedError("the last norm is not written out")
@@ -130,6 +126,22 @@ class Tangents:
         return torch.einsum("krtd,rtd->krt", moved[:, :, : self.labels.shape[1]], self._error.to(moved.dtype))
 
 
+def check_chain(
+    layers: list[Layer], seen: Seen, norms: list[tuple[nn.Module, Tensor, Tensor]], hidden: Tensor
+) -> None:
+    """Refuse a model that does something between its layers, or between them and its output layer.
+
+    Raises:
+        UnsupportedError: says where.
+    """
+    for before, after in pairwise(layers):
+        if seen.outputs[before.path] is not seen.inputs[after.path]:
+            raise UnsupportedError(f"{after.path} does not begin where {before.path} ends")
+    last = seen.outputs[layers[-1].path]
+    if not norms or norms[-1][1] is not last or not torch.equal(norms[-1][2][:, -hidden.shape[1] :], hidden):
+        raise UnsupportedError("between the last layer and the output layer is something else than a norm")
+
+
 def _own_type(model: nn.Module, parameters: Parameters) -> torch.dtype:
     """What the model's products are computed in."""
     weight = parameters.tensors(model)[0]
@@ -139,11 +151,13 @@ def _own_type(model: nn.Module, parameters: Parameters) -> torch.dtype:
 
 
 @contextmanager
-def _watching(
+def watching(
     model: nn.Module, head: nn.Module, watched: set[str], attentions: set[str], seen: Seen,
     norms: list[tuple[nn.Module, Tensor, Tensor]], hidden: list[Tensor],
 ) -> Iterator[None]:  # fmt: skip
-    """While this is open, what goes through these layers is kept."""
+    """While this is open, what goes through these layers is kept: in `seen`, what each norm does, the last one last,
+    and what reaches the output layer.
+    """
 
     def keep(path: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
