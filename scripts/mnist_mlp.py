@@ -94,8 +94,7 @@ class Network:
         run = mnist_scores.stretches(self.world, self.seed, count, self.moments)
         spectra = [self.spectrum(s.theta, **how) for s in run]
         asked = self.queries(torch.stack([stretch.theta for stretch in run]).mean(0))
-        parts = [mnist_scores.scores(self.world, asked, run[:end], spectra[:end]) for end in range(1, count + 1)]
-        return torch.stack(parts).mean(0)
+        return mnist_scores.scores(self.world, asked, run, spectra, every_end=True)
 
     def explicit(self, horizon, **how) -> Tensor:
         """One stretch at the end of training, every row with an equal share: the paper's form."""
@@ -158,13 +157,13 @@ def networks(world: mnist_world.World, count: int, samples: int) -> list[Network
 # Those that are tried with several networks come first.
 SEVERAL: dict[str, Callable[[Network], Tensor]] = {
     "five ends of the run, each read where it is": lambda n: n.ends(),
+    "ten segments, mean of ends": lambda n: n.mean_end(10),
     "five segments, mean of ends": lambda n: n.mean_end(5),
     "five segments": lambda n: n.segments(5),
     "TracIn, five snapshots": lambda n: n.tracin(),
     "gradient dot product at the end": lambda n: n.dot(),
 }
 ONE: dict[str, Callable[[Network], Tensor]] = {
-    "ten segments, mean of ends": lambda n: n.mean_end(10),
     "three segments": lambda n: n.segments(3),
     "one segment": lambda n: n.segments(1),
     "five segments, labels drawn as the library does": lambda n: n.segments(5, proportional=False),
@@ -185,26 +184,33 @@ def line(method: str, truth: Truth, scores: list[Tensor], seconds: float | None)
 
 
 def peers(folder: Path | None, truth: Truth) -> list[dict]:
-    """Lines for scores (queries, rows) that another library made of the same networks."""
+    """Lines for scores (queries, rows) that another library made of the same networks; what failed, with its error."""
     lines = []
-    for path in sorted(folder.glob("dattri *.pt")) if folder is not None else []:
+    for path in folder.glob("dattri *.pt") if folder is not None else []:
         kept = torch.load(path, weights_only=True)
-        scores = kept["scores"].double()
-        left = truth.left_out(scores)
-        lines.append(
-            {"method": path.stem, "networks": int(kept["networks"]), "queries": len(scores),
-             "LDS": truth.judge(scores), "LOO Spearman": left.spearman.mean, "LOO Pearson": left.pearson,
-             "s": round(float(kept["seconds"]), 1)}
-        )  # fmt: skip
-    return lines
+        error = kept.get("error", "").splitlines()
+        row = {"method": path.stem, "networks": int(kept["networks"])}
+        row |= dict.fromkeys(("queries", "LDS", "LOO Spearman", "LOO Pearson"), "-")
+        row |= {"s": round(float(kept["seconds"]), 1), "error": error[0] if error else "-"}
+        if "scores" in kept:
+            scores = kept["scores"].double()
+            left = truth.left_out(scores)
+            row |= {"queries": len(scores), "LDS": truth.judge(scores)}
+            row |= {"LOO Spearman": left.spearman.mean, "LOO Pearson": left.pearson}
+        lines.append(row)
+    return sorted(lines, key=lambda row: (row["method"].split(",")[0], row["networks"]))
 
 
-def hand_out(folder: Path, world: mnist_world.World, attributed: list[Network]) -> None:
-    """What scripts/peers/mnist_dattri.py needs, as plain tensors."""
+def hand_out(folder: Path, world: mnist_world.World, attributed: list[Network], count: int) -> None:
+    """What scripts/peers/mnist_dattri.py needs, as plain tensors: with more networks for what averages over many."""
     folder.mkdir(parents=True, exist_ok=True)
     given = {name: getattr(world, name) for name in ("images", "labels", "query_images", "query_labels")}
-    given |= {"ends": torch.stack([network.theta for network in attributed]), "widths": torch.tensor(world.widths)}
-    torch.save(given, folder / "given.pt")
+    ends = [network.theta for network in attributed]
+    while len(ends) < count:
+        seeds = [FIRST_SEED + number for number in range(len(ends), min(len(ends) + 10, count))]
+        parameters, _ = mnist_world.train_many(world, [torch.arange(len(world.images))] * len(seeds), seeds)
+        ends += [mnist_world.flat(parameters, number) for number in range(len(seeds))]
+    torch.save(given | {"ends": torch.stack(ends), "widths": torch.tensor(world.widths)}, folder / "given.pt")
 
 
 def query_costs(network: Network, probes: int = 128) -> list[dict]:
@@ -257,13 +263,14 @@ def main() -> None:
     parser.add_argument("--sensitivity", type=int, default=0, help="epochs after which single rows are nudged")
     parser.add_argument("--peers", type=Path, help="folder of scripts/peers/mnist_dattri.py")
     parser.add_argument("--hand-out", type=Path, help="write what the peers need into this folder, and stop")
+    parser.add_argument("--peer-networks", type=int, default=50, help="how many they are given")
     parser.add_argument("--tiny", action="store_true", help="a world of random blobs, in seconds")
     options = parser.parse_args()
     started = time.time()
     world = mnist_world.tiny() if options.tiny else mnist_world.load()
     attributed = networks(world, options.networks, options.samples)
     if options.hand_out:
-        hand_out(options.hand_out, world, attributed)
+        hand_out(options.hand_out, world, attributed, options.peer_networks)
         return
     found: dict[str, tuple[list[Tensor], float]] = {}
     for method, scores in (SEVERAL | ONE).items():

@@ -185,20 +185,29 @@ class Spectrum:
 
 
 def scores(
-    world: World, queries: Gradients, run: list[Stretch], spectra: list[Spectrum], rows: Tensor | None = None
+    world: World,
+    queries: Gradients,
+    run: list[Stretch],
+    spectra: list[Spectrum],
+    rows: Tensor | None = None,
+    every_end: bool = False,
 ) -> Tensor:
     """(queries, rows) in nats: what `Segment.retreat` and row gradients give, through inner products alone.
 
     Args:
         queries (`Gradients`): of the queries' losses, at the end of training.
         run, spectra: the segments, first to last, and the curvature of each.
+        every_end (`bool`): the mean of what the run's first 1, 2, ... segments alone would give. The walk is linear,
+            so that one suffices: an equal part of the queries joins it at the end of each segment.
     """
     rows = torch.arange(len(world.images)) if rows is None else rows
     result = torch.zeros(len(queries), len(rows), dtype=torch.float64)
-    scale = torch.ones(1, dtype=torch.float64)  # of the queries' own gradients in the covector
+    joining = 1.0 / len(run) if every_end else 0.0
+    scale = torch.full((1,), 0.0 if every_end else 1.0, dtype=torch.float64)  # of the queries' own gradients in it
     later: list[tuple[Gradients, Tensor]] = []  # samples and how much of each the covector holds, (M, queries)
     for number in range(len(run) - 1, -1, -1):
         stretch, spectrum = run[number], spectra[number]
+        scale = scale + joining
         seen = scale * (spectrum.factor @ queries).double()
         for factor, held in later:
             seen += (spectrum.factor @ factor).double() @ held

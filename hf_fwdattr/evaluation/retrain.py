@@ -1,6 +1,5 @@
 """Ground truth by retraining: resumable, because every run's outcome is a file of its own."""
 
-import functools
 import hashlib
 import inspect
 import json
@@ -9,6 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ def identity(train: Callable[..., Any]) -> str:
         ValueError: it is no plain function, or one that remembers values of where it was made.
     """
     function = inspect.unwrap(train)
-    if isinstance(function, functools.partial) or not inspect.isfunction(function) or function.__closure__:
+    if not inspect.isfunction(function) or function.__closure__:
         raise ValueError(
             f"train={train!r} holds values that its code does not show, so its runs could be mistaken for another's "
             "in the same folder; say name=, with whatever its outcome depends on"
@@ -90,12 +90,17 @@ def identity(train: Callable[..., Any]) -> str:
     try:
         code = inspect.getsource(function)
     except OSError:
-        code = repr((function.__code__.co_code, function.__code__.co_consts))
+        code = repr(_compiled(function.__code__))
     return f"{function.__qualname__} {hashlib.sha256(code.encode()).hexdigest()}"
 
 
+def _compiled(code: CodeType) -> tuple[Any, ...]:
+    """What tells one compiled function from another, functions within it too: no place in memory, so that it lasts."""
+    within = [_compiled(value) if isinstance(value, CodeType) else value for value in code.co_consts]
+    return code.co_code, code.co_names, within
+
+
 def _key(name: str, subset: Tensor, seed: int) -> str:
-    subset = subset.contiguous()
     return hashlib.sha256(f"{name} {subset.dtype} {seed} ".encode() + subset.numpy().tobytes()).hexdigest()[:32]
 
 

@@ -21,9 +21,10 @@ def loader(tokens, size=16):
     return DataLoader(TensorDataset(tokens), batch_size=size, shuffle=False)
 
 
-def named(tokens, size=16):
+def named(tokens, labels, size=16):
     """The same as dictionaries, which is what the library's hooks take for language models: queries with labels."""
-    return DataLoader([{"input_ids": row, "labels": row} for row in tokens], batch_size=size, shuffle=False)
+    both = [{"input_ids": row, "labels": own} for row, own in zip(tokens, labels, strict=True)]
+    return DataLoader(both, batch_size=size, shuffle=False)
 
 
 def functional(model, parameters, tokens):
@@ -90,7 +91,7 @@ def logra(exchange, dimension, damping):
     modules = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".lora_" in n]
 
     def loss(model, batch, device):
-        return token_losses(model, batch["input_ids"].to(device)).sum()
+        return token_losses(model, batch["input_ids"].to(device), batch["labels"].to(device)).sum()
 
     task = AttributionTask(loss_func=loss, model=model, checkpoints=model.state_dict())
     before = os.getcwd()
@@ -99,9 +100,11 @@ def logra(exchange, dimension, damping):
         try:
             attributor = LoGraAttributor(task, layer_names=modules, proj_dim=dimension, damping=damping, offload="cpu")
             began = seconds()
-            attributor.cache(named(exchange.rows))
+            rows = named(exchange.rows, exchange.row_labels)
+            queries = named(exchange.queries, exchange.query_labels, 8)
+            attributor.cache(rows)
             built = seconds()
-            scores = attributor.attribute(named(exchange.rows), named(exchange.queries, 8)).T
+            scores = attributor.attribute(rows, queries).T
         finally:
             os.chdir(before)
     return Result(scores, built - began, seconds() - built, 4.0 * attributor.total_proj_dim)

@@ -2,7 +2,8 @@
 
     base/                 the base model, as transformers saves it
     adapters/0 ... 4/     fine-tuned adapters, as peft saves them; 0 is the one that is attributed
-    tokens.safetensors    rows (rows, length) and queries (queries, length): token ids, all of them supervised
+    tokens.safetensors    rows (rows, length) and queries (queries, length): token ids, all of them supervised unless
+                          there are row_labels and query_labels of the same shapes, -100 where a token is not
     run.safetensors       adapter 0's training: theta (steps, P), rows (steps, batch), rates (steps,)
     scores/NAME.safetensors, NAME.json    what a method made of it: see `hand_in`
 
@@ -43,6 +44,8 @@ class Exchange:
         self.folder = Path(self.folder)
         tokens = load_file(self.folder / "tokens.safetensors")
         self.rows, self.queries = tokens["rows"], tokens["queries"]
+        self.row_labels = tokens.get("row_labels", self.rows)
+        self.query_labels = tokens.get("query_labels", self.queries)
 
     def model(self, adapter: int = 0, only_adapter: bool = False) -> torch.nn.Module:
         """The fine-tuned PeftModel in evaluation mode.
@@ -74,10 +77,11 @@ class Exchange:
         return load_file(self.folder / "run.safetensors")
 
 
-def token_losses(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """(rows, length - 1) negative log-likelihoods in nats."""
+def token_losses(model: torch.nn.Module, tokens: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    """(rows, length - 1) negative log-likelihoods in nats, 0 where a label is -100; padding stands on the right."""
     logits = model(input_ids=tokens).logits[:, :-1]
-    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    wanted = (tokens if labels is None else labels)[:, 1:]
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), wanted, reduction="none")
 
 
 @dataclass
@@ -128,7 +132,7 @@ def hand_in(
         return
     began = seconds()
     try:
-        with _in_time():
+        with in_time():
             result = run()
         scores = result.scores.detach().float().contiguous()
         wanted = (len(exchange.queries), len(exchange.rows))
@@ -145,7 +149,13 @@ def hand_in(
 
 
 @contextmanager
-def _in_time() -> Iterator[None]:
+def in_time() -> Iterator[None]:
+    """What runs inside may take so many minutes.
+
+    Raises:
+        TimeoutError: it was not done by then.
+    """
+
     def late(*_) -> None:
         raise TimeoutError(f"not done after {MINUTES} minutes on one core")
 

@@ -13,14 +13,14 @@ from torch.utils.data import Dataset
 
 
 class Tokens(Dataset):
-    def __init__(self, tokens):
-        self.tokens = tokens
+    def __init__(self, tokens, labels):
+        self.tokens, self.labels = tokens, labels
 
     def __len__(self):
         return len(self.tokens)
 
     def __getitem__(self, index):
-        return {"input_ids": self.tokens[index]}
+        return {"input_ids": self.tokens[index], "labels": self.labels[index]}
 
 
 class LanguageModelling(Task):
@@ -31,10 +31,11 @@ class LanguageModelling(Task):
 
     def compute_train_loss(self, batch, model, sample=False):
         if not sample:
-            return token_losses(model, batch["input_ids"]).sum()
+            return token_losses(model, batch["input_ids"], batch["labels"]).sum()
         logits = model(input_ids=batch["input_ids"]).logits[:, :-1].reshape(-1, model.config.vocab_size)
         with torch.no_grad():
             labels = torch.multinomial(logits.softmax(-1), 1).flatten()
+            labels[batch["labels"][:, 1:].flatten() == -100] = -100
         return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
 
     def compute_measurement(self, batch, model):
@@ -56,7 +57,7 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         analyzer = Analyzer("lora", model, task, cpu=True, output_dir=scratch, disable_tqdm=True)
         analyzer.set_dataloader_kwargs(loading)
-        rows, queries = Tokens(exchange.rows), Tokens(exchange.queries)
+        rows, queries = Tokens(exchange.rows, exchange.row_labels), Tokens(exchange.queries, exchange.query_labels)
         spent = []
 
         def fit():

@@ -6,9 +6,11 @@
 
 Settings are those of dattri's own MNIST benchmark (TRAK: 512 dimensions; CG: 10 iterations, regularisation 1e-2);
 its TRAK attributes to networks trained on halves, here they are the networks that everybody attributes to. A method
-that was done is not done again. CG solves one linear system per query, so it answers the first 25 queries only.
+that was done is not done again, and TRAK, which goes from network to network, goes on where it was stopped. CG solves
+one linear system per query, so it answers the first 25 queries only. What fails is kept with its error.
 """
 
+import os
 import sys
 import time
 from itertools import pairwise
@@ -19,11 +21,14 @@ from dattri.algorithm.influence_function import IFAttributorCG, IFAttributorEKFA
 from dattri.algorithm.tracin import TracInAttributor
 from dattri.algorithm.trak import TRAKAttributor
 from dattri.task import AttributionTask
+from exchange import in_time
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 
 CG_QUERIES = 25
+TRAK_COUNTS = (1, 5, 10, 50)  # networks after which TRAK's scores are kept
+DIMENSIONS = 512
 
 
 def network(widths):
@@ -65,7 +70,12 @@ class Peer:
 
         return function
 
-    def trak(self, count):
+    def trak(self, number):
+        """Of one network: (queries, rows) products of projected gradients, and the rows' (rows,) weights.
+
+        The library's scores of n networks are the mean of the one times the mean of the other. It seeds the projection
+        of network n with 100,000 n; one network at a time is given that seed.
+        """
         plain = self.loss(single=True)
 
         def odds(parameters, data):
@@ -75,10 +85,36 @@ class Peer:
         def chance(parameters, data):
             return torch.exp(-plain(parameters, data))
 
-        task = AttributionTask(loss_func=odds, model=self.model, checkpoints=self.states[:count])
-        attributor = TRAKAttributor(task, chance, projector_kwargs={"proj_dim": 512, "device": "cpu"}, device="cpu")
-        attributor.cache(self.rows)
-        return attributor.attribute(self.queries).T
+        task = AttributionTask(loss_func=odds, model=self.model, checkpoints=[self.states[number]])
+        how = {"proj_dim": DIMENSIONS, "proj_seed": 100_000 * number, "device": "cpu"}
+        attributor = TRAKAttributor(task, chance, projector_kwargs=how, device="cpu")
+        # The projection is drawn anew for every batch: larger batches change nothing but the time.
+        attributor.cache(loader(self.given["images"], self.given["labels"], 1000))
+        weights = attributor.Q
+        attributor.Q = torch.ones_like(weights)
+        return attributor.attribute(loader(self.given["query_images"], self.given["query_labels"], 500)).T, weights
+
+    def traks(self, folder):
+        """The scores of 1, 5, 10, ... networks; sums are kept after each."""
+        path = folder / "trak-sums.pt"
+        done = torch.load(path, weights_only=True) if path.exists() else None
+        for number in range(0 if done is None else done["networks"], len(self.states)):
+            began = time.process_time()
+            products, weights = self.trak(number)
+            spent = time.process_time() - began
+            if done is None:
+                done = {"networks": 0, "products": 0.0, "weights": 0.0, "seconds": 0.0}
+            done = {
+                "networks": number + 1, "products": done["products"] + products.double(),
+                "weights": done["weights"] + weights.double(), "seconds": done["seconds"] + spent,
+            }  # fmt: skip
+            torch.save(done, path.with_suffix(".new"))
+            os.replace(path.with_suffix(".new"), path)
+            if number + 1 in TRAK_COUNTS:
+                count = number + 1
+                scores = done["products"] / count * (done["weights"] / count)
+                keep(folder, f"dattri TRAK, {networks_in_words(count)}", count, scores, done["seconds"])
+            print(f"TRAK, network {number}: {spent:.1f} s of processor", flush=True)
 
     def tracin(self, count):
         task = AttributionTask(loss_func=self.loss(single=True), model=self.model, checkpoints=self.states[:count])
@@ -96,7 +132,22 @@ class Peer:
         attributor = IFAttributorCG(task, max_iter=10, regularization=1e-2, device="cpu")
         attributor.cache(loader(self.given["images"], self.given["labels"], len(self.given["labels"])))
         few = loader(self.given["query_images"][:CG_QUERIES], self.given["query_labels"][:CG_QUERIES], 1)
-        return attributor.attribute(self.rows, few).T
+        # It solves for a query anew with every batch of rows, hence few of them; and without no_grad it keeps a graph
+        # of all its iterations, which took more than 16 GB here.
+        with torch.no_grad():
+            return attributor.attribute(loader(self.given["images"], self.given["labels"], 2500), few).T
+
+
+def networks_in_words(count):
+    return f"{count} network{'s' if count > 1 else ''}"
+
+
+def keep(folder, name, count, scores, seconds, error=""):
+    """What a method made of how many networks, or its error, for mnist_mlp.py."""
+    kept = {"networks": torch.tensor(count), "seconds": torch.tensor(seconds), "error": error}
+    kept |= {} if scores is None else {"scores": scores.detach().float()}
+    torch.save(kept, folder / f"{name}.pt")
+    print(f"{name}: {error or tuple(scores.shape)}, {seconds:.1f} s of processor", flush=True)
 
 
 def main():
@@ -104,30 +155,28 @@ def main():
     torch.manual_seed(0)
     torch.set_num_threads(1)
     peer = Peer(folder)
-    most = len(peer.states)
+    ten = min(10, len(peer.states))
     methods = {
-        "dattri TRAK, 1 network": (1, lambda: peer.trak(1)),
         "dattri gradient dot, 1 network": (1, lambda: peer.tracin(1)),
         "dattri EK-FAC, 1 network": (1, peer.ekfac),
         "dattri CG, 1 network, 25 queries": (1, peer.cg),
-        f"dattri TRAK, {most} networks": (most, lambda: peer.trak(most)),
-        f"dattri TracIn, {most} networks": (most, lambda: peer.tracin(most)),
+        f"dattri gradient dot, {networks_in_words(ten)}": (ten, lambda: peer.tracin(ten)),
     }
-    chosen = sys.argv[2:] or list(methods)
+    chosen = sys.argv[2:] or ["dattri TRAK", *methods]
     for name in chosen:
-        path = folder / f"{name}.pt"
-        if path.exists():
+        if name == "dattri TRAK":
+            peer.traks(folder)
+            continue
+        if (folder / f"{name}.pt").exists():
             continue
         count, run = methods[name]
-        began = time.process_time()
+        began, scores, failed = time.process_time(), None, ""
         try:
-            scores = run().detach().float()
+            with in_time():
+                scores = run()
         except Exception as error:  # what cannot be run is said, with the error
-            print(f"{name}: {type(error).__name__}: {error}", flush=True)
-            continue
-        seconds = torch.tensor(time.process_time() - began)
-        torch.save({"scores": scores, "networks": torch.tensor(count), "seconds": seconds}, path)
-        print(f"{name}: {tuple(scores.shape)}, {float(seconds):.1f} s of processor", flush=True)
+            failed = f"{type(error).__name__}: {error}"
+        keep(folder, name, count, scores, time.process_time() - began, failed)
 
 
 if __name__ == "__main__":

@@ -14,24 +14,28 @@ from trak.modelout_functions import AbstractModelOutput
 
 
 class LanguageModelOutput(AbstractModelOutput):
-    """f = sum over tokens of log(p / (1 - p)); dloss/df = mean of 1 - p."""
+    """f = sum over supervised tokens of log(p / (1 - p)); dloss/df = mean of 1 - p."""
 
     def __init__(self):
         super().__init__()
 
     @staticmethod
-    def _token_log_probabilities(model, weights, buffers, tokens):
+    def _token_log_probabilities(model, weights, buffers, tokens, labels):
+        """Of each token (rows, length - 1), and whether it is supervised."""
         logits = torch.func.functional_call(model, (weights, buffers), args=(), kwargs={"input_ids": tokens}).logits
-        return logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)
+        log_p = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)
+        return log_p, labels[:, 1:] != -100
 
     @staticmethod
-    def get_output(model, weights, buffers, tokens):
-        log_p = LanguageModelOutput._token_log_probabilities(model, weights, buffers, tokens.unsqueeze(0))
-        return (log_p - torch.log1p(-log_p.exp().clamp(max=1 - 1e-6))).sum()
+    def get_output(model, weights, buffers, tokens, labels):
+        log_p, asked = LanguageModelOutput._token_log_probabilities(
+            model, weights, buffers, tokens.unsqueeze(0), labels.unsqueeze(0)
+        )
+        return ((log_p - torch.log1p(-log_p.exp().clamp(max=1 - 1e-6))) * asked).sum()
 
     def get_out_to_loss_grad(self, model, weights, buffers, batch):
-        log_p = self._token_log_probabilities(model, weights, buffers, batch[0])
-        return (1 - log_p.exp()).mean(1, keepdim=True).detach()
+        log_p, asked = self._token_log_probabilities(model, weights, buffers, *batch)
+        return (((1 - log_p.exp()) * asked).sum(1, keepdim=True) / asked.sum(1, keepdim=True)).detach()
 
 
 def trak(exchange, models, dimension, ridge, half=False):
@@ -46,14 +50,14 @@ def trak(exchange, models, dimension, ridge, half=False):
         began = seconds()
         for number, state in enumerate(states):
             traker.load_checkpoint(state, model_id=number)
-            for batch in exchange.rows.split(16):
-                traker.featurize(batch=[batch], num_samples=len(batch))
+            for batch in zip(exchange.rows.split(16), exchange.row_labels.split(16), strict=True):
+                traker.featurize(batch=list(batch), num_samples=len(batch[0]))
         traker.finalize_features()
         built = seconds()
         for number, state in enumerate(states):
             traker.start_scoring_checkpoint("queries", state, model_id=number, num_targets=len(exchange.queries))
-            for batch in exchange.queries.split(8):
-                traker.score(batch=[batch], num_samples=len(batch))
+            for batch in zip(exchange.queries.split(8), exchange.query_labels.split(8), strict=True):
+                traker.score(batch=list(batch), num_samples=len(batch[0]))
         scores = torch.tensor(traker.finalize_scores("queries").astype("float32")).T
         asked = seconds() - built
     return Result(scores, built - began, asked, models * dimension * (2 if half else 4))

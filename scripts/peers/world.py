@@ -141,13 +141,14 @@ def gradient_dot(exchange: Exchange) -> Result:
     with at_rest(model):
         gradients = RowGradients(model, parameters, CAUSAL_LM)
 
-        def of(tokens: torch.Tensor) -> torch.Tensor:
-            return torch.cat([gradients({"input_ids": part, "labels": part})[0] for part in tokens.split(16)])
+        def of(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            parts = zip(tokens.split(16), labels.split(16), strict=True)
+            return torch.cat([gradients({"input_ids": part, "labels": own})[0] for part, own in parts])
 
         began = seconds()
-        stored = of(exchange.rows)
+        stored = of(exchange.rows, exchange.row_labels)
         built = seconds()
-        scores = of(exchange.queries) @ stored.T
+        scores = of(exchange.queries, exchange.query_labels) @ stored.T
     return Result(scores, built - began, seconds() - built, 4.0 * parameters.size)
 
 

@@ -1,10 +1,13 @@
 import functools
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from hf_fwdattr.evaluation import retrain as module
 from hf_fwdattr.evaluation.retrain import identity, retrain
 from hf_fwdattr.evaluation.subsets import random_halves
 
@@ -19,7 +22,9 @@ class Training:
         if self.runs == self.fail_at:
             raise KeyboardInterrupt
         self.runs += 1
-        return torch.stack([subset.double() @ torch.arange(8).double(), torch.tensor(seed + 1 / 3).double()])
+        return torch.stack(
+            [subset.double() @ torch.arange(8).double(), torch.tensor(seed + 1 / 3, dtype=torch.float64)]
+        )
 
 
 HALVES = random_halves(8, 5)
@@ -52,6 +57,63 @@ def test_what_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     assert (killed.runs, resumed.runs) == (3, 2)
     assert torch.equal(outcomes, retrain(Training(), HALVES, [0], tmp_path / "afresh", quiet=True, name="t"))
     assert {path.suffix for path in tmp_path.iterdir() if path.is_file()} == {".json"}
+
+
+def test_what_was_killed_in_the_middle_of_a_file_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Path.write_text
+
+    def half(path: Path, text: str) -> None:
+        whole(path, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(KeyboardInterrupt):
+        retrain(Training(), HALVES, [0], tmp_path, quiet=True, name="t")
+    monkeypatch.undo()
+    resumed = Training()
+    assert retrain(resumed, HALVES, [0], tmp_path, quiet=True, name="t").shape == (1, 5, 2)
+    assert resumed.runs == 5
+
+
+def test_weights_arrive_as_they_are(tmp_path: Path) -> None:
+    weights = torch.tensor([[0.5, 2.0, 1.0], [1.5, 0.25, 0.0]])
+    expected = weights.double().sum(1)[None, :, None]
+    assert torch.equal(retrain(_one, weights, [0], tmp_path / "made" / "anew", quiet=True), expected)
+    together = retrain(
+        lambda s, _: s.double().sum(1, keepdim=True), weights, [0], tmp_path, quiet=True, name="t", together=2
+    )
+    assert torch.equal(together, expected)
+
+
+def test_the_bar_counts_runs_and_those_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = []
+
+    class Bar:
+        def __init__(self, **settings: object):
+            self.settings, self.done = settings, []
+            bars.append(self)
+
+        def __enter__(self) -> "Bar":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def update(self, count: int) -> None:
+            self.done.append(count)
+
+    monkeypatch.setattr(module, "tqdm", Bar)
+    retrain(Training(), HALVES[:2], [0], tmp_path, "halves", name="t")
+    train = Training()
+    retrain(lambda s, seeds: torch.stack([*map(train, s, seeds)]), HALVES, [0, 1], tmp_path, name="t", together=3)
+    retrain(Training(), HALVES, [0, 1], tmp_path, quiet=True, name="t")
+    assert [bar.settings["total"] for bar in bars] == [2, 10, 10]
+    assert [bar.settings["initial"] for bar in bars] == [0, 2, 10]
+    assert [bar.done for bar in bars] == [[1, 1], [3, 3, 2], []]
+    assert [bar.settings["disable"] for bar in bars] == [False, False, True]
+    assert bars[0].settings["desc"] == "halves"
 
 
 def test_more_subsets_and_seeds_only_add_runs(tmp_path: Path) -> None:
@@ -89,6 +151,34 @@ def test_what_its_code_does_not_show_must_be_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="say name="):
             retrain(train, HALVES, [0], tmp_path, quiet=True)
     assert identity(_one) != identity(_other)
+    assert identity(torch.no_grad()(_one)) == identity(_one)
+
+
+def test_the_same_name_with_other_code_is_another_train() -> None:
+    def train(subset: Tensor, seed: int) -> Tensor:
+        return subset.double()
+
+    first = train
+
+    def train(subset: Tensor, seed: int) -> Tensor:  # type: ignore[no-redef]
+        return -subset.double()
+
+    assert first.__qualname__ == train.__qualname__
+    assert identity(first) != identity(train)
+
+
+def test_code_without_source_is_told_apart_and_known_again() -> None:
+    """As typed into an interpreter: other numbers, other operations, other names, other functions within."""
+    bodies = ("s * 2", "s * 3", "s + 2", "s.sum()", "s.mean()", "(lambda x: x * 2)(s)", "(lambda x: x * 3)(s)")
+
+    def made(body: str) -> str:
+        names: dict[str, SimpleNamespace] = {}
+        exec(f"def train(s, seed): return {body}", names)
+        return identity(names["train"])  # type: ignore[arg-type]
+
+    found = [made(body) for body in bodies]
+    assert len(set(found)) == len(bodies)
+    assert found == [made(body) for body in bodies]
 
 
 def test_handfuls_give_what_single_runs_give(tmp_path: Path) -> None:
@@ -102,12 +192,36 @@ def test_handfuls_give_what_single_runs_give(tmp_path: Path) -> None:
     assert calls == [4, 4, 2]
     assert torch.equal(together, retrain(_one, HALVES, [0, 1], tmp_path / "alone", quiet=True))
 
+    one = retrain(train, HALVES, [0, 1], tmp_path / "one", quiet=True, name="t", together=1)
+    assert calls == [4, 4, 2] + [1] * 10
+    assert torch.equal(one, together)
 
-def test_a_handful_that_lost_some_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="1 retrainings where 3"):
-        retrain(lambda s, _: s[:1].double(), HALVES, [0], tmp_path, quiet=True, name="t", together=3)
+
+@pytest.mark.parametrize("given", [1, 4])
+def test_a_handful_that_lost_or_won_some_is_refused(tmp_path: Path, given: int) -> None:
+    with pytest.raises(ValueError, match=f"{given} retrainings where 3"):
+        retrain(lambda s, _: torch.ones(given, 2), HALVES[:3], [0], tmp_path, quiet=True, name="t", together=3)
+    assert not list(tmp_path.iterdir())
 
 
-def test_processes_side_by_side_give_the_same(tmp_path: Path) -> None:
-    alone = retrain(_one, HALVES[:2], [0], tmp_path / "alone", quiet=True)
-    assert torch.equal(retrain(_one, HALVES[:2], [0], tmp_path / "two", quiet=True, workers=2), alone)
+PARENT: list[bool] = []  # what a process that is spawned, and not forked, finds empty
+
+
+def _where(subset: Tensor, seed: int) -> Tensor:
+    if seed == 1:
+        raise ArithmeticError("no outcome")
+    return torch.cat([_one(subset, seed), torch.tensor([os.getpid(), torch.get_num_threads(), len(PARENT)])])
+
+
+def test_processes_side_by_side_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh processes of one thread each; what fails in one is heard of, and what was done is kept."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr("tests.evaluation.test_retrain.PARENT", [True])
+    with pytest.raises(ArithmeticError, match="no outcome"):
+        retrain(_where, HALVES[:2], [0, 1], tmp_path, quiet=True, workers=2)
+    assert len(list(tmp_path.glob("*.json"))) == 2
+    values, process, threads, parents = retrain(_where, HALVES[:2], [0], tmp_path, quiet=True, workers=2)[0].T
+    assert torch.equal(values, retrain(_one, HALVES[:2], [0], tmp_path / "alone", quiet=True)[0, :, 0])
+    assert os.getpid() not in process.tolist()
+    assert threads.tolist() == [1, 1]
+    assert parents.tolist() == [0, 0]
