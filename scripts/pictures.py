@@ -2,6 +2,8 @@
 
 lds_lora.png    k against LDS, with what retrainings agree among themselves
 peers.png       LDS and the seconds of a query, for every library of the comparison
+mnist.png       LDS on MNIST against networks that were trained and against seconds
+vision.png, vision_scratch.png, text_classification.png    LDS of each method
 smollm2_curve.png  share of the top ten found on SmolLM2-135M, against forward passes
 """
 
@@ -86,6 +88,54 @@ def passes_against_top(result: dict[str, Any], target: Path) -> None:
     _save(figure, target)
 
 
+def networks_against_lds(ours: dict[str, Any], theirs: dict[str, Any], target: Path) -> None:
+    """LDS on MNIST of one, five, ten ... networks: against their number, and against the seconds of all scores."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(8.8, 3.4), sharey=True)
+    lines: dict[str, list[tuple[int, float, float]]] = {}
+    for row in ours["rows"][:6]:
+        lines[row["method"]] = [
+            (count, row[f"LDS {count}"], count * row["s"]) for count in (1, 5, 10) if row[f"LDS {count}"] != "-"
+        ]
+    for row in theirs["rows"]:
+        if row["LDS"] != "-":  # seconds for the queries that it answered, as if it had answered all
+            seconds = row["s"] * max(other["queries"] for other in theirs["rows"] if other["LDS"] != "-")
+            point = (row["networks"], row["LDS"], seconds / row["queries"])
+            lines.setdefault(row["method"].split(",")[0], []).append(point)
+    for number, (name, line) in enumerate(lines.items()):
+        style = "s--" if name.startswith("dattri") else "o-"
+        values = [point[1] for point in sorted(line)]
+        for axis, place in ((left, 0), (right, 2)):
+            axis.plot([point[place] for point in sorted(line)], values, style, color=f"C{number % 10}", ms=4, lw=1,
+                      label=name)  # fmt: skip
+    for axis, name in ((left, "networks"), (right, "seconds of one thread for all scores, training apart")):
+        axis.axhline(ours["noise_ceiling"], color="0.5", ls=":", lw=1, label="one retraining against the others")
+        axis.set_xscale("log")
+        axis.set_xlabel(name, fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(lw=0.3)
+    left.set_xticks([1, 5, 10, 50], ["1", "5", "10", "50"])
+    left.minorticks_off()
+    left.set_ylabel("LDS", fontsize=8)
+    right.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    _save(figure, target)
+
+
+def methods_and_lds(result: dict[str, Any], target: Path) -> None:
+    """LDS of each method with its interval, and what one retraining says of another."""
+    rows = [row for row in result["rows"] if row["LDS"] != "-"][::-1]
+    figure, axis = pyplot.subplots(figsize=(5.6, 0.26 * len(rows) + 0.8))
+    for place, row in enumerate(rows):
+        axis.errorbar(row["LDS"], place, xerr=[[row["LDS"] - row["low"]], [row["high"] - row["LDS"]]], fmt="o", ms=4,
+                      color="C2" if row["method"].startswith("bank") else "C0")  # fmt: skip
+    axis.axvline(result["noise_ceiling"], color="0.5", ls=":", lw=1, label="one retraining")
+    axis.set_yticks(range(len(rows)), [row["method"] for row in rows], fontsize=7)
+    axis.set_xlabel("LDS", fontsize=8)
+    axis.tick_params(axis="x", labelsize=7)
+    axis.grid(axis="y", lw=0.3)
+    axis.legend(fontsize=6.5)
+    _save(figure, target)
+
+
 def _save(figure: Any, target: Path) -> None:
     figure.tight_layout()
     figure.savefig(target, dpi=80)
@@ -97,6 +147,9 @@ def main() -> None:
     probes_against_lds(kept("lds_lora"), RESULTS / "lds_lora.png")
     cost_and_lds(kept("peers"), RESULTS / "peers.png")
     passes_against_top(kept("smollm2_curve"), RESULTS / "smollm2_curve.png")
+    networks_against_lds(kept("mnist_mlp"), kept("mnist_peers"), RESULTS / "mnist.png")
+    for name in ("vision", "vision_scratch", "text_classification"):
+        methods_and_lds(kept(name), RESULTS / f"{name}.png")
 
 
 if __name__ == "__main__":

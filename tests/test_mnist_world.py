@@ -10,6 +10,7 @@ import results
 import torch
 from torch import Tensor
 
+from hf_fwdattr.evaluation.agreement import Agreement, agreement
 from hf_fwdattr.evaluation.retrain import retrain
 from hf_fwdattr.response.curvature import Curvature
 from hf_fwdattr.response.segment import Segment
@@ -113,6 +114,38 @@ def test_samples_in_proportion_keep_the_exact_trace(network: mnist_mlp.Network) 
     lengths = spectrum.factor.dense().square().sum(1)
     assert float(lengths.sum()) == pytest.approx(total, rel=1e-4)
     assert float(lengths.std() / lengths.mean()) < 1e-3
+
+
+def test_peers_are_judged_and_what_failed_is_shown(tmp_path: Path) -> None:
+    class Truth:
+        def judge(self, scores: Tensor) -> float:
+            return float(scores.mean())
+
+        def left_out(self, scores: Tensor) -> Agreement:
+            return agreement(torch.tensor([[1.0, 2, 3]]), torch.tensor([[1.0, 2, 3]]))
+
+    for name, count, more in (
+        ("TRAK, 10 networks", 10, {"scores": torch.ones(8, 60)}),
+        ("TRAK, 5 networks", 5, {"scores": torch.zeros(8, 60), "error": ""}),
+        ("CG, 1 network", 1, {"error": "TimeoutError: late\nand more"}),
+    ):
+        kept = {"networks": torch.tensor(count), "seconds": torch.tensor(2.0)} | more
+        torch.save(kept, tmp_path / f"dattri {name}.pt")
+    lines = mnist_mlp.peers(tmp_path, Truth())
+    assert [line["method"] for line in lines] == [
+        "dattri CG, 1 network", "dattri TRAK, 5 networks", "dattri TRAK, 10 networks"
+    ]  # fmt: skip
+    assert [line["LDS"] for line in lines] == ["-", 0.0, 1.0]
+    assert [line["error"] for line in lines] == ["TimeoutError: late", "-", "-"]
+    assert mnist_mlp.peers(None, Truth()) == []
+
+
+def test_what_is_handed_out_has_networks_for_many(tmp_path: Path, network: mnist_mlp.Network) -> None:
+    """Those that are attributed first, and the further ones are trained as they would be alone."""
+    mnist_mlp.hand_out(tmp_path, WORLD, [network], 3)
+    ends = torch.load(tmp_path / "given.pt", weights_only=True)["ends"]
+    assert torch.equal(ends[0], network.theta)
+    agree(ends[2], flat(mnist_world.train_alone(WORLD, EVERYONE, mnist_mlp.FIRST_SEED + 2)), 1e-5)
 
 
 def test_the_benchmark_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

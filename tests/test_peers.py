@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import exchange as exchanges
+import facts
 import pytest
 import table
 import torch
@@ -65,6 +66,35 @@ def test_the_gradient_dot_product_through_the_exchange(exchange: Exchange) -> No
     assert record["row_bytes"] == 4 * parameters.size
     printed = table.line(record, QUERIES)
     assert (printed["LDS"], printed["backward"]) == (record["lds"], "query")
+
+
+def test_rows_of_many_lengths_through_the_exchange(exchange: Exchange) -> None:
+    """Padded on the right and partly supervised, as each by itself; teachers are found by where they stand."""
+    lists = [([1, 5, 3], [-100, 5, 3]), ([4, 2, 6, 3, 5], [-100, -100, -100, 3, 5]), ([7, 1], [7, 1])]
+    tokens, labels = facts.padded(lists)
+    assert tokens.shape == labels.shape == (3, 5)
+    assert [facts.used(line) for line in labels.tolist()] == [3, 5, 2]
+    given = {"rows": tokens, "row_labels": labels, "queries": tokens[:2].clone(), "query_labels": labels[:2].clone()}
+    save_file(given, exchange.folder / "tokens.safetensors")
+    exchange = Exchange(exchange.folder)
+    model = exchange.model()
+    alone = [token_losses(model, torch.tensor([ids]), torch.tensor([own])).sum() for ids, own in lists]
+    agree(token_losses(model, exchange.rows, exchange.row_labels).sum(1), torch.stack(alone), 1e-5)
+    parameters = Parameters.of(model, "lora")
+    singles = [{"input_ids": torch.tensor([ids]), "labels": torch.tensor([own])} for ids, own in lists]
+    gradients = torch.stack([row_gradient(model, parameters, CAUSAL_LM, single) for single in singles])
+    agree(gradient_dot(exchange).scores, gradients[:2] @ gradients.T, 1e-4)
+
+    known = {"texts": [], "questions": 4, "facts": [{"rows": [0]}, {"rows": [1, 2]}]}
+    (exchange.folder / "facts.json").write_text(json.dumps(known))
+    add(exchange, "good", torch.tensor([[3.0, 2, 1], [1, 3, 2]]))
+    add(exchange, "half", torch.tensor([[3.0, 2, 1], [3, 2, 1]]))
+    add(exchange, "nan", torch.full((2, 3), torch.nan))
+    lines = facts.judged(exchange)
+    assert [line["setting"] for line in lines] == ["good", "half", "nan"]
+    assert [line["first"] for line in lines] == [1.0, 0.5, "-"]
+    assert [line["MRR"] for line in lines] == [1.0, 0.75, "-"]
+    assert "not finite" in lines[2]["error"]
 
 
 def test_a_model_of_the_adapter_alone_computes_the_same(exchange: Exchange) -> None:

@@ -15,7 +15,10 @@ from hf_fwdattr.evaluation.agreement import agreement
 def test_pictures_are_drawn_from_the_result_files(tmp_path: Path) -> None:
     pictures.probes_against_lds(pictures.kept("lds_lora"), tmp_path / "k.png")
     pictures.cost_and_lds(pictures.kept("peers"), tmp_path / "peers.png")
-    for name in ("k.png", "peers.png"):
+    pictures.passes_against_top(pictures.kept("smollm2_curve"), tmp_path / "passes.png")
+    pictures.networks_against_lds(pictures.kept("mnist_mlp"), pictures.kept("mnist_peers"), tmp_path / "mnist.png")
+    pictures.methods_and_lds(pictures.kept("text_classification"), tmp_path / "methods.png")
+    for name in ("k.png", "peers.png", "passes.png", "mnist.png", "methods.png"):
         data = (tmp_path / name).read_bytes()
         assert data[:4] == b"\x89PNG"
         assert len(data) < 100_000

@@ -161,10 +161,10 @@ def main():
         hand_in(exchange, f"dattri-logra-{dimension}-{damping}", lambda n=dimension, d=damping: logra(exchange, n, d),
                 peer=PEER, method="LoGra", setting=f"{dimension} dimensions a module, damping {mean} of the mean",
                 shipped=(dimension, damping) == (4096, None), backward="query")  # fmt: skip
-    for dimension, factor in ((1024, 1.0), (1024, 1e2), (1024, 1e3), (1024, 1e4)):
+    for dimension, factor in ((1024, 1.0), (1024, 1e2), (1024, 1e3), (1024, 1e4), (256, 1.0), (4096, 1.0)):
         hand_in(exchange, f"dattri-dvemb-{dimension}-{factor:g}", lambda n=dimension, f=factor: dvemb(exchange, n, f),
                 peer=PEER, method="DVEmb", setting=f"{dimension} dimensions, learning rate x {factor:g}",
-                shipped=factor == 1, backward="query")  # fmt: skip
+                shipped=(dimension, factor) == (1024, 1), backward="query")  # fmt: skip
     ekfac = EKFAC(exchange)
     for damping in (0.0, 1.0, 1e-2, 1e2):
         hand_in(exchange, f"dattri-ekfac-{damping:g}", lambda d=damping: ekfac.scores(d), peer=PEER, method="EK-FAC",

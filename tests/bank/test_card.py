@@ -1,10 +1,12 @@
 """The card's section: said once, in its place, and nothing in it can be more than text."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import cards
 import pytest
+import world_cards
 from huggingface_hub import ModelCard
 
 from hf_fwdattr.bank.card import section, with_section
@@ -20,9 +22,22 @@ def manifest(**changes: Any) -> Manifest:
     return Manifest.model_validate(described(**changes) | {"files": []})
 
 
-@pytest.mark.parametrize("folder", sorted(path.parent for path in (ROOT / "model_cards").glob("*/bank.json")))
-def test_the_cards_of_this_repository_are_fresh(folder: Path) -> None:
-    assert cards.rendered(folder) == (folder / "README.md").read_text(encoding="utf-8")
+def test_the_cards_of_this_repository_are_fresh() -> None:
+    found = dict(cards.everything())
+    assert sorted(found) == sorted((ROOT / "model_cards").glob("*/README.md"))
+    for path, text in found.items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.parent.name} is stale: run scripts/cards"
+
+
+@pytest.mark.parametrize("world", world_cards.WORLDS, ids=lambda world: world.name)
+def test_a_worlds_card_has_its_tables_and_its_pictures(world: world_cards.World) -> None:
+    text = world_cards.rendered(world)
+    pictures = re.findall(r"!\[.+\]\((.+)\)", text)
+    assert pictures
+    for picture in pictures:
+        assert (ROOT / "model_cards" / world.name / picture).read_bytes()[:4] == b"\x89PNG"
+    assert text.count("\n|---") == len(world.measured)
+    assert ModelCard(text).data.get("tags") == ["fwdattr"]
 
 
 def test_the_template_is_the_packages(tmp_path: Path) -> None:

@@ -92,7 +92,8 @@ def test_the_bar_counts_runs_and_those_found(tmp_path: Path, monkeypatch: pytest
 
     class Bar:
         def __init__(self, **settings: object):
-            self.settings, self.done = settings, []
+            self.settings = settings
+            self.done: list[int] = []
             bars.append(self)
 
         def __enter__(self) -> "Bar":
