@@ -289,7 +289,13 @@ def main() -> None:
     )  # fmt: skip
     report(f"{name}_cost", "One query, in forward passes of it", query_costs(attributed[0]), started)
     if theirs := peers(options.peers, truth):
-        report(f"{name}_peers", "The same networks, by dattri 0.3.0", theirs, started)
+        ours = found["five segments, mean of ends"][0]  # on as many queries as those of them that answered fewer
+        beside = {
+            f"five segments, mean of ends, one network, {few} queries": sum(truth.judge(own[:few]) for own in ours)
+            / len(ours)
+            for few in sorted({row["queries"] for row in theirs} - {"-"})
+        }
+        report(f"{name}_peers", "The same networks, by dattri 0.3.0", theirs, started, **beside)
     if options.ablate:
         mnist_pictures.ablate(name, truth, attributed[0], started)
     if options.literal:

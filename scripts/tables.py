@@ -1,6 +1,6 @@
 """Writes the tables of a Markdown file from scripts/results/*.json; --check only compares, and fails if one is stale.
 
-    python scripts/tables.py [--check] [FILE ...]        # README.md by default
+    python scripts/tables.py [--check] [FILE ...]        # by default README.md and the cards in model_cards
 
 A table stands between two lines, which stay:
 
@@ -21,6 +21,7 @@ from typing import Any
 
 
 ROOT = Path(__file__).parents[1]
+FILES = [ROOT / "README.md", *sorted((ROOT / "model_cards").glob("*/README.md"))]
 RESULTS = Path(__file__).parent / "results"
 _BLOCK = re.compile(r"(<!-- table: (?P<spec>.*?) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
 _COLUMN = re.compile(r"^(?P<key>.+?)(?::(?P<digits>\d))?(?: as (?P<heading>.+?))?(?P<best> \*\*)?$")
@@ -113,7 +114,7 @@ def main() -> int:
     parser.add_argument("files", nargs="*", type=Path)
     options = parser.parse_args()
     stale = 0
-    for path in options.files or [ROOT / "README.md"]:
+    for path in options.files or FILES:
         old = path.read_text(encoding="utf-8")
         new = rendered(old)
         if new == old:

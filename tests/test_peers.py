@@ -90,11 +90,12 @@ def test_rows_of_many_lengths_through_the_exchange(exchange: Exchange) -> None:
     add(exchange, "good", torch.tensor([[3.0, 2, 1], [1, 3, 2]]))
     add(exchange, "half", torch.tensor([[3.0, 2, 1], [3, 2, 1]]))
     add(exchange, "nan", torch.full((2, 3), torch.nan))
-    lines = facts.judged(exchange)
+    lines = [facts.line(record) for record in facts.judged(exchange)]
     assert [line["setting"] for line in lines] == ["good", "half", "nan"]
     assert [line["first"] for line in lines] == [1.0, 0.5, "-"]
     assert [line["MRR"] for line in lines] == [1.0, 0.75, "-"]
-    assert "not finite" in lines[2]["error"]
+    assert "not finite" in lines[2]["backward"]
+    assert [record["setting"] for record in table.chosen(facts.judged(exchange), "MRR")] == ["good"]
 
 
 def test_a_model_of_the_adapter_alone_computes_the_same(exchange: Exchange) -> None:

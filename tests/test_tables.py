@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tables import ROOT, rendered
+from tables import FILES, ROOT, rendered
 
 
 RESULT = {
@@ -66,6 +66,7 @@ def test_check_fails_where_a_table_is_stale(tmp_path: Path) -> None:
     assert "| method | LDS |" in path.read_text()
 
 
-def test_the_readmes_tables_are_fresh() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name)
+def test_the_tables_of_this_repository_are_fresh(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
     assert rendered(text) == text

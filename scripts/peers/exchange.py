@@ -57,6 +57,7 @@ class Exchange:
         from transformers import AutoModelForCausalLM
 
         base = AutoModelForCausalLM.from_pretrained(self.folder / "base", attn_implementation="eager")
+        base.config.pad_token_id = None  # transformers would look for it among the tokens, which vmap does not allow
         model = PeftModel.from_pretrained(base, str(self.folder / "adapters" / str(adapter)))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".lora_" in name)

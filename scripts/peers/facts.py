@@ -24,6 +24,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from results import report
+from table import chosen
 from transformers import AutoTokenizer, pipeline
 from world import gradient_dot
 
@@ -128,25 +129,30 @@ def word_match(exchange: Exchange, prompts: bool) -> Result:
 
 
 def judged(exchange: Exchange) -> list[dict[str, Any]]:
-    """A line for every method that handed in: how often a teacher is first or among five, mean reciprocal rank."""
-    known, lines = teachers(exchange), []
+    """Every record in the folder: how often a teacher is first or among five, and the mean reciprocal rank."""
+    known, records = teachers(exchange), []
     for path in sorted((exchange.folder / "scores").glob("*.json")):
         record = json.loads(path.read_text())
-        line = {"peer": record["peer"], "method": record["method"]}
-        line["setting"] = record["setting"] + (" (as shipped)" if record["shipped"] else "")
-        line |= dict.fromkeys(("first", "among five", "recall@5", "MRR", "low", "high", "s / query"), "-")
-        line |= {"backward": record["backward"], "error": record["error"] or "-"}
         if record["error"] is None:
             try:
                 found = recall(load_file(path.with_suffix(".safetensors"))["scores"], known, (1, 5))
+                record |= {"first": found.hits[1].mean, "among five": found.hits[5].mean}
+                record |= {"recall@5": found.at[5].mean}
+                record |= {"MRR": found.mrr.mean, "low": found.mrr.low, "high": found.mrr.high}
+                record |= {"s / query": record["query_s"] / len(known)}
             except ValueError as error:  # scores that are not finite, for one
-                lines.append(line | {"error": str(error)})
-                continue
-            line |= {"first": found.hits[1].mean, "among five": found.hits[5].mean, "recall@5": found.at[5].mean}
-            line |= {"MRR": found.mrr.mean, "low": found.mrr.low, "high": found.mrr.high}
-            line["s / query"] = record["query_s"] / len(known)
-        lines.append(line)
-    return sorted(lines, key=lambda line: -line["MRR"] if line["MRR"] != "-" else 1.0)
+                record["error"] = str(error)
+        records.append(record)
+    return records
+
+
+def line(record: dict[str, Any]) -> dict[str, Any]:
+    """One line of the printed table."""
+    shipped = " (as shipped)" if record["shipped"] else ""
+    head = {"peer": record["peer"], "method": record["method"], "setting": record["setting"] + shipped}
+    figures = ("first", "among five", "recall@5", "MRR", "low", "high", "s / query")
+    said = record["backward"] if record["error"] is None else record["error"]
+    return head | {key: record.get(key, "-") for key in figures} | {"backward": said}
 
 
 def main() -> None:
@@ -167,9 +173,12 @@ def main() -> None:
         hand_in(exchange, f"bm25-{setting.split()[0]}", lambda prompts=prompts: word_match(exchange, prompts),
                 method="BM25", setting=setting, backward="none", **baseline)  # fmt: skip
     asked = json.loads((exchange.folder / "facts.json").read_text())["questions"]
+    records = judged(exchange)
+    kept = ("peer", "method", "setting", "shipped", "first", "among five", "MRR", "error")
     report(
         "facts", f"Rows that taught the answer: {len(exchange.queries)} right answers to {asked} questions",
-        judged(exchange), started, right=len(exchange.queries), questions=asked, rows=len(exchange.rows),
+        [line(record) for record in chosen(records, "MRR")], started, right=len(exchange.queries), questions=asked,
+        training_rows=len(exchange.rows), tried=[{key: record.get(key) for key in kept} for record in records],
     )  # fmt: skip
 
 

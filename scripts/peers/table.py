@@ -50,7 +50,7 @@ def evaluated(exchange: Exchange, halves: torch.Tensor, outcomes: torch.Tensor) 
     return records
 
 
-def chosen(records: list[dict]) -> list[dict]:
+def chosen(records: list[dict], by: str = "lds") -> list[dict]:
     """Of each peer, method and number of models: as shipped, and the best setting where that is another one."""
     groups: dict[tuple, list[dict]] = {}
     for record in records:
@@ -59,11 +59,11 @@ def chosen(records: list[dict]) -> list[dict]:
     for group in groups.values():
         shipped = [record for record in group if record["shipped"]]
         ran = [record for record in group if record["error"] is None]
-        best = max(ran, key=lambda record: record["lds"], default=None)
+        best = max(ran, key=lambda record: record[by], default=None)
         kept += shipped or ([] if ran else group[:1])
         if best is not None and not any(best is record for record in kept):
             kept.append(best)
-    return sorted(kept, key=lambda record: -record.get("lds", -2))
+    return sorted(kept, key=lambda record: -record.get(by, -2))
 
 
 def line(record: dict, queries: int) -> dict:
