@@ -5,7 +5,7 @@
     python scripts/mnist_mlp.py --peers FOLDER           # judges what this wrote
 
 Settings are those of dattri's own MNIST benchmark (TRAK: 512 dimensions; CG: 10 iterations, regularisation 1e-2), for
-EK-FAC the library's default damping of 0 and four others. Its benchmark's TRAK attributes to networks trained on
+EK-FAC the library's default damping of 0 and five others. Its benchmark's TRAK attributes to networks trained on
 halves, here they are the networks that everybody attributes to. A method that was done is not done again, and TRAK,
 which goes from network to network, goes on where it was stopped. CG solves one linear system per query, so it answers
 the first 25 queries only. What fails is kept with its error.
@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 CG_QUERIES = 25
 TRAK_COUNTS = (1, 5, 10, 50)  # networks after which TRAK's scores are kept
 DIMENSIONS = 512
-DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1)
+DAMPINGS = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
 
 
 def network(widths):
