@@ -46,8 +46,8 @@ def seconds(work: Callable[[], object], times: int = 1) -> float:
 class Curve:
     """Lines of the table, against exact scores (queries, rows)."""
 
-    def __init__(self, exact: Tensor):
-        self.exact, self.rows = exact, list[dict]()
+    def __init__(self, exact: Tensor, judge: Callable[[Tensor], float] | None = None):
+        self.exact, self.rows, self._judge = exact, list[dict](), judge
         self.top = exact.topk(TOP, 1).indices
 
     def add(
@@ -69,6 +69,8 @@ class Curve:
                 "in bfloat16": "-" if half is None else round(half, 2),
             }
         )  # fmt: skip
+        if self._judge is not None:
+            self.rows[-1] = {"LDS": self._judge(scores.float())} | self.rows[-1]
         print(self.rows[-1], flush=True)
 
 

@@ -94,3 +94,28 @@ def test_no_row_is_read_twice_and_none_is_invented() -> None:
     assert result.places.tolist() == list(range(7))
     for rows in (None, 40):
         assert len(search(torch.zeros(0), None, 2, rows, read).places) == 0
+
+
+def test_rows_of_which_little_is_known_are_read_before_those_that_are_surely_close() -> None:
+    world = World(0)
+    world.first = torch.cat([torch.full((100,), 0.5), torch.zeros(100), torch.full((100,), -0.5)]).double()
+    known, unknown = torch.full((100,), 1e-3), torch.full((100,), 4.0)
+    spread = torch.cat([known, unknown, known]).double()
+    world.exact = world.first + spread.sqrt() * torch.randn(300, generator=torch.Generator().manual_seed(1)).double()
+    asked: list[Tensor] = []
+
+    def read(places: Tensor) -> Tensor:
+        asked.append(places)
+        return world.read(places)
+
+    search(world.first, Kriging(world.first, spread.diag()), 4, 48, read)
+    assert bool(((asked[0] < 100) | (asked[0] >= 200)).all())  # nothing is known of anything yet
+    later = torch.cat(asked[1:])
+    assert bool(((later >= 100) & (later < 200)).all())
+
+
+def test_two_of_three_rows_that_are_read_are_proponents() -> None:
+    world = World(0)
+    result = search(world.first, None, 5, 36, world.read)
+    expected = torch.cat([world.first.topk(24).indices, (-world.first).topk(12).indices])
+    assert torch.equal(result.places, expected.sort().values)
