@@ -198,7 +198,7 @@ def peers(folder: Path | None, truth: Truth) -> list[dict]:
             row |= {"queries": len(scores), "LDS": truth.judge(scores)}
             row |= {"LOO Spearman": left.spearman.mean, "LOO Pearson": left.pearson}
         lines.append(row)
-    return sorted(lines, key=lambda row: (row["method"].split(",")[0], row["networks"]))
+    return sorted(lines, key=lambda row: (row["method"].split(",")[0], row["networks"], row["method"]))
 
 
 def hand_out(folder: Path, world: mnist_world.World, attributed: list[Network], count: int) -> None:

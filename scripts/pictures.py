@@ -93,7 +93,7 @@ def networks_against_lds(ours: dict[str, Any], theirs: dict[str, Any], target: P
     """LDS on MNIST of one, five, ten ... networks: against their number, and against the seconds of all scores."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(8.8, 3.4), sharey=True)
     lines: dict[str, list[tuple[int, float, float]]] = {}
-    for row in ours["rows"][:6]:
+    for row in (row for row in ours["rows"] if row["LDS 10"] != "-"):
         lines[row["method"]] = [
             (count, row[f"LDS {count}"], count * row["s"]) for count in (1, 5, 10) if row[f"LDS {count}"] != "-"
         ]
