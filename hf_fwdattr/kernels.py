@@ -1,9 +1,16 @@
 """Layers whose kernels know no derivative and do not say so: what goes through them comes out as zero."""
 
+import re
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import nn
 
 from .errors import UnsupportedError
+
+
+_ADAPTER = re.compile(r"^(.*)\.lora_[A-Za-z_]+\.([^.]+)(?:\.weight|\.bias)?$")
 
 
 def _quantised(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -40,3 +47,26 @@ def refuse_silent_tangents(model: nn.Module) -> None:
             "would give wrong scores in silence; use readout='difference', or load the base without quantisation "
             "(`model.dequantize()`)"
         )
+
+
+def refuse_resting_adapters(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse to read weights of which none takes part: every score would be zero.
+
+    Args:
+        names: of the responding weights, as they are called in this model.
+
+    Raises:
+        UnsupportedError: all are of LoRA adapters that are merged or switched off.
+    """
+    name = ""
+    for name in names:
+        found = _ADAPTER.match(name)
+        layer: Any = model.get_submodule(found.group(1)) if found else None
+        if found is None or not hasattr(layer, "active_adapters"):
+            return
+        if not (layer.merged or layer.disable_adapters) and found.group(2) in layer.active_adapters:
+            return
+    raise UnsupportedError(
+        f"{name} responds, like others, and all their adapters are merged or switched off, so that every score would "
+        "be zero; call model.unmerge_adapter(), or enable the adapter that was trained"
+    )

@@ -18,9 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..activation import fused
 from ..errors import NumericalError, UnsupportedError
+from ..kernels import refuse_resting_adapters
 from ..objective import Objective
 from ..parameters import Parameters
 from .head import covectors, output_layer
+from .scale import unit
 
 
 class _Body(nn.Module):
@@ -55,6 +57,7 @@ class Decoding:
     def __init__(self, model: nn.Module, parameters: Parameters, objective: Objective, probes: Tensor):
         if any(module.training for module in model.modules()):
             raise UnsupportedError("the model is in training mode, where dropout is random; call model.eval()")
+        refuse_resting_adapters(model, parameters.live)
         head = output_layer(model, parameters, objective)
         if head is None:
             raise UnsupportedError(
@@ -68,7 +71,8 @@ class Decoding:
         names = [name.removeprefix(f"{prefix}.") if prefix else name for name in parameters.live]
         self._names = [f"model.{name}" for name in names]
         self._weights = tuple(tensor.detach() for tensor in parameters.tensors(model))
-        pieces = parameters.split(probes)
+        directions, self._factors = unit(probes)
+        pieces = parameters.split(directions)
         self._directions = tuple(p.to(w.dtype) for p, w in zip(pieces, self._weights, strict=True))
         self._past: list[Tensor] = []  # keys and values, layer by layer
         self._moved: list[Tensor] = []  # (k, ...) their tangents
@@ -97,7 +101,7 @@ class Decoding:
         label = torch.tensor([[token]], device=hidden.device)
         bracket = covectors(self.head, hidden, self.head(hidden), label)
         assert bracket is not None
-        result = moved.to(bracket.dtype) @ bracket[0, 0]
+        result = moved.to(bracket.dtype) @ bracket[0, 0] * self._factors.to(bracket.dtype)
         if not bool(torch.isfinite(result).all()):
             raise NumericalError("a derivative of the token's log-likelihood is not finite: is the model's own NaN?")
         return result

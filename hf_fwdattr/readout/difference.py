@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NumericalError, UnsupportedError
+from ..kernels import refuse_resting_adapters
 from ..objective import Batch, Likelihood, Objective, log_probabilities
 from ..parameters import Parameters
 
@@ -49,6 +50,7 @@ def read(
     """
     if any(module.training for module in model.modules()):
         raise UnsupportedError("the model is in training mode, where dropout is random; call model.eval()")
+    refuse_resting_adapters(model, parameters.live)
     likelihood = Likelihood(model, objective)
     weights = dict(zip(parameters.live, (p.detach() for p in parameters.tensors(model)), strict=True))
     centre = _log_likelihood(likelihood, weights, batch) if sides == 1 else None

@@ -78,14 +78,14 @@ def hidden_states(likelihood: Likelihood, head: nn.Module, batch: Batch) -> tupl
 def covectors(head: nn.Module, hidden: Tensor, logits: Tensor, labels: Tensor) -> Tensor | None:
     """(queries, positions, features): derivative of each label's log-likelihood by its hidden state; 0 where -100.
 
-    None if the model does something else than the layer between hidden states and logits (soft capping, scaling), in
-    which case the probes have to visit the vocabulary after all.
+    None if the model does something else than the layer between hidden states and logits (soft capping, scaling,
+    hooks), in which case the probes have to visit the vocabulary after all.
     """
     if hidden.ndim != 3 or hidden.shape[1] < labels.shape[1]:
         return None
     weight = head.weight
     assert isinstance(weight, Tensor)
-    plain = head(hidden)[:, : labels.shape[1]].to(logits.dtype)
+    plain = head.forward(hidden)[:, : labels.shape[1]].to(logits.dtype)
     rounding = _ROUNDING * torch.finfo(hidden.dtype).eps * float(logits.abs().amax())
     if not float((plain - logits).abs().amax()) <= rounding:
         return None

@@ -13,11 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..activation import fused
 from ..errors import NumericalError, UnsupportedError
-from ..kernels import refuse_silent_tangents
+from ..kernels import refuse_resting_adapters, refuse_silent_tangents
 from ..objective import Batch, Likelihood, Objective, log_probabilities
 from ..parameters import Parameters
 from .head import Hidden, covectors, hidden_states, output_layer
 from .memory import probes_at_once
+from .scale import unit
 
 
 @torch.no_grad()
@@ -50,6 +51,7 @@ def read(
     if any(module.training for module in model.modules()):
         raise UnsupportedError("the model is in training mode, where dropout is random; call model.eval()")
     refuse_silent_tangents(model)
+    refuse_resting_adapters(model, parameters.live)
     weights = dict(zip(parameters.live, (p.detach() for p in parameters.tensors(model)), strict=True))
     likelihood = Likelihood(model, objective)
     with sdpa_kernel(SDPBackend.MATH), fused(model):
@@ -61,8 +63,13 @@ def read(
             tangents = {n: t.to(weights[n].dtype) for n, t in zip(parameters.live, pieces, strict=True)}
             return jvp(value, (weights,), (tangents,))[1]
 
+        def derivatives(block: Tensor) -> Tensor:
+            directions, factors = unit(block)
+            found = vmap(derivative)(directions)
+            return found * factors.to(found.dtype).view(-1, 1, 1)
+
         try:
-            parts = [vmap(derivative)(probes[at : at + chunk]) for at in range(0, len(probes), chunk)]
+            parts = [derivatives(probes[at : at + chunk]) for at in range(0, len(probes), chunk)]
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # its plain forward pass has run, so it is the derivative or the batching

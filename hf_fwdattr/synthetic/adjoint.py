@@ -38,14 +38,16 @@ def attention_weights(query: Tensor, key: Tensor, scaling: float, mask: Tensor |
     Args:
         mask (`Tensor`, *optional*): to be added, or booleans that are true where a position may look.
     """
-    logits = query @ key.transpose(-1, -2) * scaling
+    wide = query if query.dtype == torch.float64 else query.float()  # half precision would show in every weight
+    logits = wide @ key.to(wide.dtype).transpose(-1, -2) * scaling
     if mask is None:
         positions, looked_at = logits.shape[-2:]  # keys of earlier passes come first
         mask = torch.ones(positions, looked_at, dtype=torch.bool, device=logits.device).tril(looked_at - positions)
     if mask.dtype == torch.bool:
         weights = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(-1)
-        return weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)  # padding behind a window sees nothing at all
-    return (logits + mask).softmax(-1)
+        weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)  # padding behind a window sees nothing at all
+        return weights.to(query.dtype)
+    return (logits + mask).softmax(-1).to(query.dtype)
 
 
 def attention(

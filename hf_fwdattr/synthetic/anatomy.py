@@ -1,6 +1,7 @@
 """Which layer a responding weight moves, and the way back through a linear layer."""
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +37,15 @@ def weights_of(model: nn.Module, parameters: Parameters) -> list[Weight]:
     """The responding weights, in order.
 
     Raises:
-        UnsupportedError: one is neither of a Linear nor of a plain LoRA layer.
+        UnsupportedError: one is neither of a Linear nor of a plain LoRA layer, or is used in several places.
     """
     found = []
-    for name in parameters.live:
-        owner = name.rpartition(".")[0]
-        if not is_linear(model.get_submodule(owner)):
+    uses = Counter(id(tensor) for _, tensor in model.named_parameters(remove_duplicate=False))
+    for name, tensor in zip(parameters.live, parameters.tensors(model), strict=True):
+        owner, _, kind = name.rpartition(".")
+        if uses[id(tensor)] > 1:
+            raise UnsupportedError(f"{name} is used in {uses[id(tensor)]} places, and each adds to its gradient")
+        if kind not in ("weight", "bias") or not is_linear(model.get_submodule(owner)):
             raise UnsupportedError(f"{name} is not of a Linear layer, so one forward does not show its gradient")
         adapter = _ADAPTER.match(owner)
         if adapter is None:
@@ -73,7 +77,11 @@ def adapters_of(layer: Any) -> list[str] | None:
     base = getattr(layer, "base_layer", layer)
     if not is_linear(base):
         return None
-    if base is layer or layer.merged:
+    if base is layer:
+        return []
+    if not hasattr(layer, "lora_A"):
+        return None  # another method's layer
+    if layer.merged or layer.disable_adapters:
         return []
     acting = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
     return acting if all(_plain(layer, adapter) for adapter in acting) else None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .adjoint import attention, attention_weights, rotated, slope
 from .anatomy import back_through
-from .trace import Seen, before_norm, form_of
+from .trace import Seen, before_norm, form_of, gain_of
 
 
 _SAME = 1e-3  # how far a block, written out, may be from the model's own, relative; in half precision 30 times that
@@ -38,7 +38,7 @@ class Block:
         raise NotImplementedError
 
     def holds(self, model: nn.Module, trace: Seen) -> bool:
-        """Whether the block, written out, is what the model computed."""
+        """Whether the block, written out, is what the model computed, at every position."""
         seen = trace.inputs[self.output]
         layer: Any = model.get_submodule(self.output)
         base = getattr(layer, "base_layer", layer)
@@ -49,7 +49,7 @@ class Block:
         if inner is None or inner.shape != seen.shape:
             return False
         tolerance = _SAME if seen.dtype in (torch.float32, torch.float64) else 30 * _SAME
-        return float((inner - seen).norm()) <= tolerance * float(seen.norm())
+        return bool(((inner - seen).norm(dim=-1) <= tolerance * seen.norm(dim=-1)).all())
 
     def errors(self, model: nn.Module, trace: Seen, error: Tensor) -> dict[str, Tensor]:
         """Path of each input -> error (rows, positions, out) at its output, from the error at the block's end."""
@@ -122,8 +122,9 @@ class Attention(Block):
             cos, sin = (part.to(error.dtype) for part in state.turn)
             errors[:2] = [rotated(part, cos, -sin) for part in errors[:2]]
         for index, name in enumerate(("q_norm", "k_norm")):
-            if hasattr(module, name):
-                before = before_norm(getattr(module, name), state.raw[index], state.normed[index], errors[index])
+            norm = getattr(module, name, None)
+            if norm is not None:
+                before = before_norm(norm, state.raw[index], state.normed[index], errors[index])
                 assert before is not None  # or `holds` had been false
                 errors[index] = before
         flat = [part.transpose(1, 2).flatten(2) for part in errors]
@@ -137,16 +138,23 @@ class Attention(Block):
         parts = outputs if len(outputs) == 3 else list(outputs[0].chunk(3, dim=-1))
         if any(part.shape[-1] % module.head_dim for part in parts):
             return None
+        if getattr(module, "attn_logit_softcapping", None) is not None:  # too weak to show where logits are small
+            return None
         *raw, value = (_heads(part, module.head_dim) for part in parts)
         normed = list(raw)
         for index, name in enumerate(("q_norm", "k_norm")):
-            if hasattr(module, name):
-                norm = getattr(module, name)
+            norm = getattr(module, name, None)
+            if norm is not None:
+                gain = gain_of(norm)
+                if gain is None or len(gain) != module.head_dim:  # others take all heads together, as OLMo 2's do
+                    return None
                 normed[index] = norm(raw[index])
                 if form_of(norm, raw[index], normed[index]) is None:
                     return None
         query, key, turn = *normed, given.get("position_embeddings")
         if turn is not None:
+            if any(part.ndim != 3 for part in turn):
+                return None
             cos, sin = (part[:, :positions].unsqueeze(1) for part in turn)
             if cos.shape[-1] != query.shape[-1]:
                 return None

@@ -123,21 +123,24 @@ class Form:
 
 
 def form_of(module: nn.Module, x: Tensor, y: Tensor) -> Form | None:
-    """The form that makes `y` of `x`; None if the norm is another one, or none at all."""
+    """The form that makes `y` of `x`; None if the norm is another one, or none at all.
+
+    Whether it centres is told by its class: where the mean of `x` is small, values do not tell.
+    """
     gain, eps = gain_of(module), _eps(module)
     if gain is None:
         return None
+    form = layer_norm if isinstance(module, nn.LayerNorm) else rms_norm
     wide = y.dtype if y.dtype == torch.float64 else torch.float32
     x, gain, bias = x.to(wide), gain.to(wide), getattr(module, "bias", None)
     expected = y.to(wide) - (0.0 if bias is None else bias.to(wide))
     tolerance = 1e-3 if y.dtype in (torch.float32, torch.float64) else 3e-2
-    for form in (layer_norm, rms_norm):
-        centred = x - x.mean(-1, keepdim=True) if form is layer_norm else x
-        unit = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-        for scale in (gain, 1.0 + gain):  # Gemma's gains are offsets from one
-            if float((unit * scale - expected).norm()) <= tolerance * float(expected.norm()):
-                return Form(form, scale, eps)
-    return None
+    centred = x - x.mean(-1, keepdim=True) if form is layer_norm else x
+    unit = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    scales = gain, 1.0 + gain  # Gemma's gains are offsets from one
+    errors = [float((unit * scale - expected).norm()) for scale in scales]
+    best = errors.index(min(errors))
+    return Form(form, scales[best], eps) if errors[best] <= tolerance * float(expected.norm()) else None
 
 
 def before_norm(module: nn.Module, x: Tensor, y: Tensor, error: Tensor) -> Tensor | None:

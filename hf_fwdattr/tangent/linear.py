@@ -10,6 +10,7 @@ from torch.nn import functional
 from ..errors import UnsupportedError
 from ..parameters import Parameters
 from ..synthetic.anatomy import Weight, adapters_of, matrix_of, weights_of
+from .block import same
 
 
 class Linears:
@@ -34,14 +35,34 @@ class Linears:
         return set(self._responding)
 
     def check(self, path: str) -> None:
-        """Refuse a layer that computes something else than a matrix product.
+        """Refuse a layer that computes something else than a matrix product, or whose adapters respond and rest.
 
         Raises:
             UnsupportedError: names it.
         """
         layer = self.model.get_submodule(path)
-        if adapters_of(layer) is None:
+        acting = adapters_of(layer)
+        if acting is None:
             raise UnsupportedError(f"{path} is a {type(layer).__name__}, which is not written out")
+        for weight, _ in self._responding.get(path, ()):
+            if weight.adapter and weight.adapter not in acting:
+                raise UnsupportedError(f"{weight.name} responds, but its adapter is merged or switched off")
+
+    def compare(self, path: str, x: Tensor, y: Tensor) -> None:
+        """Refuse a layer that did not make `y` of `x`: a hook may have changed it, or who was handed `y` in place.
+
+        Raises:
+            UnsupportedError: names it.
+        """
+        layer: Any = self.model.get_submodule(path)
+        expected = self._through(layer, x.unsqueeze(0), x.dtype)[0]
+        biases = [(getattr(layer, "base_layer", layer).bias, 1.0)]
+        biases += [(layer.lora_B[adapter].bias, layer.scaling[adapter]) for adapter in adapters_of(layer) or ()]
+        for bias, scale in biases:
+            if bias is not None:
+                expected = expected + scale * bias
+        if not same(expected, y):
+            raise UnsupportedError(f"{path} computes something else than a product with its weights")
 
     def push(self, path: str, x: Tensor | None, moved: Tensor | None, directions: list[Tensor]) -> Tensor | None:
         """Tangents (k, rows, positions, out) behind a layer; None where nothing moves.
@@ -54,7 +75,7 @@ class Linears:
         layer: Any = self.model.get_submodule(path)
         result = None
         if moved is not None:
-            result = self._through(layer, moved.to(self.dtype))
+            result = self._through(layer, moved, self.dtype)
         for weight, place in self._responding.get(path, ()):
             assert x is not None
             flat = x.flatten(0, 1).to(self.dtype)
@@ -65,19 +86,20 @@ class Linears:
             _add(result.flatten(1, 2), layer, weight, flat, own)
         return result
 
-    def _through(self, layer: Any, moved: Tensor) -> Tensor:
+    def _through(self, layer: Any, moved: Tensor, dtype: torch.dtype) -> Tensor:
         """Tangents (k, rows, positions, in) times all that acts in the layer."""
+        moved = moved.to(dtype)
         matrix, adapters = matrix_of(layer), adapters_of(layer) or []
         if moved[..., 0].numel() < matrix.shape[1]:  # few tangents: adding up matrices would be most of the work
-            result = functional.linear(moved, matrix.to(self.dtype))
+            result = functional.linear(moved, matrix.to(dtype))
             for adapter in adapters:
-                up, down = (side[adapter].weight.to(self.dtype) for side in (layer.lora_B, layer.lora_A))
+                up, down = (side[adapter].weight.to(dtype) for side in (layer.lora_B, layer.lora_A))
                 result += layer.scaling[adapter] * functional.linear(functional.linear(moved, down), up)
             return result
         for adapter in adapters:
             up, down = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
             matrix = torch.addmm(matrix.to(up.dtype), up, down, alpha=layer.scaling[adapter])
-        return functional.linear(moved, matrix.to(self.dtype))
+        return functional.linear(moved, matrix.to(dtype))
 
 
 def _add(result: Tensor, layer: Any, weight: Weight, x: Tensor, own: Tensor) -> None:

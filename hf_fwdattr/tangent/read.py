@@ -13,6 +13,7 @@ from ..errors import NumericalError, UnsupportedError
 from ..objective import Batch, Likelihood, Objective
 from ..parameters import Parameters
 from ..readout.head import covectors, output_layer
+from ..readout.scale import unit
 from ..synthetic.anatomy import matrix_of
 from ..synthetic.trace import Seen, before_norm, gain_of
 from .layer import Layer, LayerPoint, layers_of
@@ -81,17 +82,22 @@ class Tangents:
             self._points = [LayerPoint(model, layer, seen, self._linears) for layer in layers]
 
     def _room(self, model: nn.Module, layers: list[Layer], batch: Batch) -> int:
-        """Bytes of the widest tangent of one probe.
+        """Bytes of the widest tangent of one probe: a projection's, or an attention's, between all positions.
 
         Raises:
-            TooLarge: what is kept of the forward pass would not fit.
+            TooLarge: what is kept of the forward pass would not fit, with one attention's weights.
         """
         widths = [int(matrix_of(model.get_submodule(path)).shape[0]) for layer in layers for path in layer.linears]
         tokens = 4 * batch["labels"].numel()
+        heads = []
+        for attention, _ in (layer.blocks for layer in layers):
+            module: Any = model.get_submodule(attention.path)
+            heads.append(int(matrix_of(model.get_submodule(attention.output)).shape[1]) // module.head_dim)
+        weights = tokens * max(heads) * batch["labels"].shape[1]
         limit = torch.cuda.mem_get_info(self._device)[0] // 2 if self._device.type == "cuda" else _CPU_KEPT
-        if _KEPT * tokens * sum(widths) > limit:
+        if _KEPT * (tokens * sum(widths) + weights) > limit:
             raise TooLarge(f"keeping a pass over {batch['labels'].numel()} tokens would take over {limit >> 20} MiB")
-        return tokens * max(widths)
+        return max(tokens * max(widths), weights)
 
     @torch.no_grad()
     def along(self, probes: Tensor, chunk: int | None = None) -> Tensor:
@@ -117,23 +123,28 @@ class Tangents:
 
     def _block(self, probes: Tensor) -> Tensor:
         """(k, queries, positions)."""
+        probes, factors = unit(probes)
         directions = self._parameters.split(probes)
         moved = None
         for point in self._points:
             moved = point.push(moved, directions)
         if moved is None:
             return torch.zeros(len(probes), *self.labels.shape, device=probes.device)
-        return torch.einsum("krtd,rtd->krt", moved[:, :, : self.labels.shape[1]], self._error.to(moved.dtype))
+        found = torch.einsum("krtd,rtd->krt", moved[:, :, : self.labels.shape[1]], self._error.to(moved.dtype))
+        return found * factors.to(found.dtype).view(-1, 1, 1)
 
 
 def check_chain(
     layers: list[Layer], seen: Seen, norms: list[tuple[nn.Module, Tensor, Tensor]], hidden: Tensor
 ) -> None:
-    """Refuse a model that does something between its layers, or between them and its output layer.
+    """Refuse a model that does something between its layers, or between them and its output layer, or leaves some out.
 
     Raises:
         UnsupportedError: says where.
     """
+    unused = [path for layer in layers for path in layer.watched if path not in seen.outputs]
+    if unused:
+        raise UnsupportedError(f"{unused[0]} takes no part in this pass")
     for before, after in pairwise(layers):
         if seen.outputs[before.path] is not seen.inputs[after.path]:
             raise UnsupportedError(f"{after.path} does not begin where {before.path} ends")

@@ -1,0 +1,262 @@
+"""Models that look like what is written out and compute something else: left to torch, or refused; never guessed."""
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    PreTrainedModel,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+import hf_fwdattr.tangent.read as reading
+from hf_fwdattr.engine import Engine
+from hf_fwdattr.errors import UnsupportedError
+from hf_fwdattr.objective import CAUSAL_LM
+from hf_fwdattr.parameters import Parameters
+from hf_fwdattr.readout import READOUTS, jvp
+from hf_fwdattr.readout.decoding import Decoding
+from hf_fwdattr.synthetic.adjoint import attention_weights
+from hf_fwdattr.synthetic.gradients import SyntheticGradients
+from hf_fwdattr.tangent.norm import Norm
+from hf_fwdattr.tangent.read import Tangents, TooLarge
+from tests.cases import _finished, adapted, gpt2, llama, padded, token_rows
+from tests.readout.test_readouts import by_reverse_mode, probes
+from tests.reference import agree
+from tests.tangent.test_tangents import SIZES
+
+
+def hooked(path: str, hook: Callable[..., Any], before: bool = False) -> nn.Module:
+    """A Llama on which somebody has put a hook."""
+    model = adapted(llama())
+    module = model.base_model.model.get_submodule(path)
+    (module.register_forward_pre_hook if before else module.register_forward_hook)(hook)
+    return model
+
+
+def overwritten(model: nn.Module) -> nn.Module:
+    """What an attention returns is changed where it lies, so that nobody sees it as it was."""
+    attention = model.base_model.model.model.layers[0].self_attn  # type: ignore[union-attr,index]
+    own = attention.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output, weights = own(*args, **kwargs)
+        return output.mul_(3.0), weights
+
+    attention.forward = forward
+    return model
+
+
+def shared(model: PreTrainedModel, one: str, other: str) -> PreTrainedModel:
+    """One weight in two places."""
+    layers = model.model.layers
+    layers.get_submodule(other).weight = layers.get_submodule(one).weight
+    return model
+
+
+def pruned(model: PreTrainedModel) -> PreTrainedModel:
+    prune.l1_unstructured(model.model.layers[0].self_attn.q_proj, "weight", amount=0.5)
+    return model
+
+
+def resting_elsewhere() -> nn.Module:
+    """A second adapter on other layers, which is not active."""
+    model = adapted(llama(), target_modules=["q_proj"])
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"]))
+    return _finished(model, torch.float64)
+
+
+def other_method() -> nn.Module:
+    return _finished(
+        get_peft_model(llama(), IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[])), torch.float64
+    )
+
+
+def with_another_tower() -> nn.Module:
+    model = adapted(llama())
+    model.base_model.model.tower = copy.deepcopy(model.base_model.model.model.layers)
+    return model
+
+
+def olmo2() -> nn.Module:
+    """Its norms of queries and keys take all heads together, and its layers have no norms before their blocks."""
+    torch.manual_seed(0)
+    return adapted(_finished(Olmo2ForCausalLM(Olmo2Config(**SIZES)), torch.float64))
+
+
+def smollm3() -> nn.Module:
+    """Every other layer knows no positions."""
+    torch.manual_seed(0)
+    return adapted(_finished(SmolLM3ForCausalLM(SmolLM3Config(**SIZES, no_rope_layers=[1, 0])), torch.float64))
+
+
+def weakly_capped() -> nn.Module:
+    """Gemma 2 with logits of attention so small that its cap hardly shows in values."""
+    torch.manual_seed(0)
+    settings = SIZES | dict(query_pre_attn_scalar=6, final_logit_softcapping=None, attn_logit_softcapping=50.0)
+    return adapted(Gemma2ForCausalLM(Gemma2Config(**settings, attn_implementation="eager")).double().eval())
+
+
+@pytest.mark.parametrize(
+    ("make", "spec", "why"),
+    [
+        (lambda: hooked("model.layers.0.self_attn.q_proj", lambda _, __, y: 3 * y), "lora_B", "q_proj computes"),
+        (lambda: hooked("model.layers.0.mlp.up_proj", lambda _, __, y: y.mul_(1.02)), "lora_B", "up_proj computes"),
+        (lambda: hooked("model.layers.1.mlp.gate_proj", lambda _, __, y: y.sin()), "lora_B", "gate_proj computes"),
+        (
+            lambda: hooked("model.layers.1.self_attn.v_proj.lora_B.default", lambda _, __, y: 5 * y),
+            "lora_B",
+            "v_proj computes",
+        ),
+        (lambda: hooked("model.layers.0.mlp", lambda _, __, y: 1.00002 * y), "lora_B", "adds up its blocks"),
+        (lambda: hooked("lm_head", lambda _, x: (2 * x[0],), True), "lora_B", "something else than a norm"),
+        (lambda: overwritten(adapted(llama())), "lora_B", "o_proj computes"),
+        (lambda: shared(llama(), "0.self_attn.q_proj", "1.self_attn.q_proj"), r"q_proj\.weight", "used in 2 places"),
+        (lambda: shared(llama(), "1.mlp.gate_proj", "1.mlp.up_proj"), r"gate_proj\.weight", "used in 2 places"),
+        (lambda: pruned(llama()), r"q_proj\.weight_orig", "not of a Linear layer"),
+        (resting_elsewhere, "lora_B", "responds, but its adapter is merged or switched off"),
+        (other_method, r"o_proj\.weight", "not written out"),
+        (with_another_tower, r"model\.layers.*lora_B", "tower.* takes no part in this pass"),
+        (olmo2, "lora_B", "there is no norm before"),
+        (smollm3, "lora_B", "layers.1.self_attn computes something else"),
+        (weakly_capped, "lora_B", "self_attn is an attention that is not written out"),
+    ],
+    ids=[
+        "projection tripled", "a fiftieth more, in place", "sine of the gate", "B times five", "a hair more",
+        "last state doubled", "overwritten", "one weight in two layers", "one weight twice in a layer", "pruned",
+        "resting elsewhere", "IA3", "another tower", "OLMo 2", "SmolLM3", "weak cap",
+    ],
+)  # fmt: skip
+def test_it_is_left_to_torch(make: Callable[[], nn.Module], spec: str, why: str) -> None:
+    model = make()
+    parameters, batch = Parameters.of(model, spec), padded(token_rows())
+    directions = probes(parameters, 2, torch.float64)
+    with pytest.raises(UnsupportedError, match=why):
+        Tangents(model, parameters, CAUSAL_LM, batch)
+    found = Engine(model, parameters).opened(batch)(directions)
+    assert torch.equal(found, jvp.read(model, parameters, CAUSAL_LM, batch, directions))
+
+
+def test_a_first_look_does_without_what_it_cannot_write_out() -> None:
+    model, batch = olmo2(), padded(token_rows())
+    look = SyntheticGradients(model, Parameters.of(model), CAUSAL_LM)
+    maps = look.fit([batch])
+    assert any(path.endswith("k_proj") for path in maps)  # of an attention that is written out only ends have maps
+    assert bool(look(batch).isfinite().all())
+
+
+def test_logits_that_a_hook_changes_are_read_as_they_are() -> None:
+    model, batch = hooked("lm_head", lambda _, __, y: 2 * y), padded(token_rows())
+    parameters = Parameters.of(model)
+    directions = probes(parameters, dtype=torch.float64)
+    found = Engine(model, parameters).opened(batch)(directions)
+    agree(found, by_reverse_mode(model, parameters, batch, directions), 2e-5)
+
+
+def test_a_weight_of_the_base_responds_as_it_does_without_its_adapter() -> None:
+    model, batch = adapted(llama()), padded(token_rows())
+    parameters = Parameters.of(model, r"down_proj\.weight$")
+    directions = probes(parameters, dtype=torch.float64)
+    found = []
+    for state in (nullcontext, model.disable_adapter):
+        with state():
+            found.append(Tangents(model, parameters, CAUSAL_LM, batch).along(directions))
+            agree(found[-1], jvp.read(model, parameters, CAUSAL_LM, batch, directions), 1e-6)
+    assert float((found[0] - found[1]).norm() / found[0].norm()) > 0.01
+
+
+@pytest.mark.parametrize("state", ["merged", "switched off", "another is active"])
+def test_adapters_that_all_rest_are_refused_whatever_the_way(state: str) -> None:
+    model, batch = adapted(llama()), padded(token_rows())
+    parameters = Parameters.of(model)
+    if state == "merged":
+        model.merge_adapter()
+    elif state == "switched off":
+        model.base_model.disable_adapter_layers()
+    else:
+        model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"]))
+        model.set_adapter("other")
+        model.eval()
+    directions = probes(parameters, dtype=torch.float64)
+    for way in ("auto", *READOUTS):
+        with pytest.raises(UnsupportedError, match=r"every score would be zero; call model\.unmerge"):
+            Engine(model, parameters, way).opened(batch)(directions)
+    with pytest.raises(UnsupportedError, match="every score would be zero"):
+        Decoding(model, parameters, CAUSAL_LM, directions)
+
+
+@pytest.mark.parametrize("way", ["auto", "jvp"])
+@pytest.mark.parametrize("size", [1e-8, 1e6])
+def test_float16_reads_along_directions_of_any_size(way: str, size: float) -> None:
+    model, batch = adapted(gpt2(torch.float16)), padded(token_rows())
+    parameters = Parameters.of(model)
+    directions = probes(parameters)
+    read = Engine(model, parameters, way).opened(batch)
+    agree(read(size * directions), size * read(directions), 3e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_norm_that_does_not_centre_is_not_taken_for_one_that_does(dtype: torch.dtype) -> None:
+    """The mean of what comes in is nothing here, and what it moves by has one."""
+    torch.manual_seed(0)
+    norm = LlamaRMSNorm(256).to(dtype).requires_grad_(False)
+    x, moved = torch.randn(1, 5, 256, dtype=torch.float64), 1.0 + torch.randn(3, 1, 5, 256, dtype=torch.float64)
+    x = (x - x.mean(-1, keepdim=True)).to(dtype)
+    found = Norm("norm", norm, x, norm(x)).push(moved)
+
+    def written_out(wide: Tensor) -> Tensor:
+        return wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+    exact = torch.stack([torch.func.jvp(written_out, (x.double(),), (tangent,))[1] for tangent in moved])
+    agree(found, exact, 1e-5)
+
+
+def test_gains_that_are_offsets_from_one_are_told_apart_however_large() -> None:
+    torch.manual_seed(0)
+    norm = Gemma2RMSNorm(64).bfloat16().requires_grad_(False)
+    norm.weight += 60.0
+    x, moved = torch.randn(1, 4, 64).bfloat16(), torch.randn(2, 1, 4, 64)
+    found = Norm("norm", norm, x, norm(x)).push(moved)
+    exact = torch.stack([torch.func.jvp(norm.float(), (x.float(),), (t,))[1] for t in moved])
+    agree(found, exact, 1e-4)
+
+
+def test_sharp_attention_keeps_its_digits_in_half_precision() -> None:
+    """Logits of some tens, as trained models have them: rounded to eight bits they would be off by a tenth."""
+    torch.manual_seed(0)
+    query, key = (5.0 * torch.randn(1, 2, 12, 16).bfloat16() for _ in range(2))
+    exact = attention_weights(query.double(), key.double(), 0.25, None)
+    found = attention_weights(query, key, 0.25, None)
+    assert found.dtype == torch.bfloat16
+    agree(found, exact, 4e-3)
+
+
+def test_what_lies_between_all_positions_counts_as_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(llama())
+    parameters = Parameters.of(model)
+
+    def row(length: int) -> dict[str, Tensor]:
+        return padded([{"input_ids": [1] * length, "labels": [1] * length}])
+
+    short, long = (Tangents(model, parameters, CAUSAL_LM, row(length)) for length in (8, 64))
+    assert short._each == 4 * 8 * 20  # of an MLP
+    assert long._each == 4 * 2 * 64 * 64  # of two heads
+    monkeypatch.setattr(reading, "_CPU_TANGENTS", 3 * reading._ALIVE * long._each)
+    assert long._at_once() == 3
+    widths = 2 * (12 + 6 + 6 + 12 + 20 + 20 + 12)
+    monkeypatch.setattr(reading, "_CPU_KEPT", 3 * 4 * 64 * (widths + 64))
+    with pytest.raises(TooLarge):
+        Tangents(model, parameters, CAUSAL_LM, row(64))
