@@ -87,6 +87,7 @@ def test_rows_of_many_lengths_through_the_exchange(exchange: Exchange) -> None:
 
     known = {"texts": [], "questions": 4, "facts": [{"rows": [0]}, {"rows": [1, 2]}]}
     (exchange.folder / "facts.json").write_text(json.dumps(known))
+    assert facts.teachers(exchange).tolist() == [[True, False, False], [False, True, True]]
     add(exchange, "good", torch.tensor([[3.0, 2, 1], [1, 3, 2]]))
     add(exchange, "half", torch.tensor([[3.0, 2, 1], [3, 2, 1]]))
     add(exchange, "nan", torch.full((2, 3), torch.nan))
