@@ -106,7 +106,9 @@ class Attention(Block):
 
     def inner(self, model: nn.Module, trace: Seen) -> Tensor | None:
         state = self.state(model, trace, None)
-        return None if state is None else (state.weights @ state.value).transpose(1, 2).flatten(2)
+        return (
+            None if state is None else (state.weights.to(state.value.dtype) @ state.value).transpose(1, 2).flatten(2)
+        )
 
     def pull(self, model: nn.Module, trace: Seen, error: Tensor) -> list[Tensor]:
         state = self.state(model, trace, error.shape[1])

@@ -20,12 +20,13 @@ class Seen:
 
     Attributes:
         inputs, outputs (`dict`): path -> tensor (rows, positions, features).
-        arguments (`dict`): path of an attention -> its keyword arguments.
+        arguments, positional (`dict`): path of an attention -> its keyword arguments, and the others.
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
     arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
+    positional: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
 class Trace(Seen):

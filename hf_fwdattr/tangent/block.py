@@ -117,7 +117,7 @@ class AttentionPoint:
     def holds(self, inner: Tensor) -> bool:
         """Whether what is written out is what the model handed to its output projection."""
         sharing = self._query.shape[1] // self._groups
-        own = self._weights() @ self._value.repeat_interleave(sharing, 1)
+        own = self._weights().to(self._value.dtype) @ self._value.repeat_interleave(sharing, 1)
         return same(own.transpose(1, 2).flatten(2), inner)
 
     def push(self, moved: list[Tensor | None]) -> Tensor | None:

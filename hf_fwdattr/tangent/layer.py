@@ -11,6 +11,7 @@ from ..synthetic.trace import Seen, gain_of
 from .block import AttentionPoint, MLPPoint, Past
 from .linear import Linears
 from .norm import Norm
+from .sharp import sharpened
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class _Half:
         self.block, self._linears = block, linears
         for path in (*block.inputs, block.output):
             linears.check(path)
-            if past is None:  # while a text is generated, its prompt has been checked so
+            if past is None:  # while a text is generated, its prompt has been checked so, and sharpened
                 linears.compare(path, seen.inputs[path], seen.outputs[path])
         before, *others = (seen.inputs[path] for path in block.inputs)
         if not all(_identical(other, before) for other in others):
@@ -87,7 +88,11 @@ class _Half:
         else:
             assert isinstance(block, Attention)
             self._point = AttentionPoint(block, model, seen, linears.dtype, past)
-        if not self._point.holds(seen.inputs[block.output]):
+        holds = self._point.holds(seen.inputs[block.output])
+        if holds and past is None and isinstance(block, Attention):
+            loud = sharpened(block, model, seen)
+            holds = AttentionPoint(block, model, loud, linears.dtype).holds(loud.inputs[block.output])
+        if not holds:
             raise UnsupportedError(f"{block.path} computes something else than is written out")
 
     def push(self, moved: Tensor | None, directions: list[Tensor]) -> Tensor | None:

@@ -180,8 +180,8 @@ def watching(
         return hook
 
     def argue(path: str) -> Any:
-        def hook(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.arguments[path] = kwargs
+        def hook(_: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.positional[path], seen.arguments[path] = inputs, kwargs
 
         return hook
 

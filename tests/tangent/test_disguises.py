@@ -11,6 +11,8 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from transformers import (
+    Ernie4_5Config,
+    Ernie4_5ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Olmo2Config,
@@ -148,6 +150,22 @@ def test_it_is_left_to_torch(make: Callable[[], nn.Module], spec: str, why: str)
         Tangents(model, parameters, CAUSAL_LM, batch)
     found = Engine(model, parameters).opened(batch)(directions)
     assert torch.equal(found, jvp.read(model, parameters, CAUSAL_LM, batch, directions))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "config", "changes"),
+    [(Ernie4_5ForCausalLM, Ernie4_5Config, {}), (SmolLM3ForCausalLM, SmolLM3Config, {"no_rope_layers": [1, 0]})],
+    ids=["turned pair by pair", "turned in every other layer"],
+)
+def test_what_queries_go_through_shows_where_attention_is_nearly_uniform(
+    kind: type[PreTrainedModel], config: type, changes: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """As after initialisation: derivatives along queries' weights would be off by half, and values by nothing."""
+    torch.manual_seed(0)
+    model, batch = kind(config(**SIZES, initializer_range=0.002, **changes)).to(dtype).eval(), padded(token_rows())
+    with pytest.raises(UnsupportedError, match="self_attn computes something else"):
+        Tangents(model, Parameters.of(model, r"q_proj\.weight"), CAUSAL_LM, batch)
 
 
 def test_a_first_look_does_without_what_it_cannot_write_out() -> None:

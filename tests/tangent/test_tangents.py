@@ -1,6 +1,7 @@
 """Forward mode written out, against derivatives by reverse mode, and against torch's where it does not apply."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,11 +12,17 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
 )
 
 import hf_fwdattr.tangent.read as reading
@@ -61,7 +68,32 @@ def gemma3(dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     return _finished(Gemma3ForCausalLM(Gemma3TextConfig(**settings)), dtype)
 
 
-KINDS: dict[str, Callable[..., PreTrainedModel]] = ARCHITECTURES | {"qwen3": qwen3, "gemma2": gemma2, "gemma3": gemma3}
+def mistral(dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """A window on every layer."""
+    torch.manual_seed(0)
+    return _finished(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=3)), dtype)
+
+
+def starcoder2(dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """Layer norms, an MLP without gate whose layers are called as GPT-2's, biases everywhere, rotary positions."""
+    torch.manual_seed(0)
+    return _finished(Starcoder2ForCausalLM(Starcoder2Config(**SIZES)), dtype)
+
+
+def gemma(dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """Embeddings that are scaled, gains that are offsets from one."""
+    torch.manual_seed(0)
+    return _finished(GemmaForCausalLM(GemmaConfig(**SIZES)), dtype)
+
+
+KINDS: dict[str, Callable[..., PreTrainedModel]] = ARCHITECTURES | {
+    "qwen3": qwen3, "gemma": gemma, "gemma2": gemma2, "gemma3": gemma3, "mistral": mistral, "starcoder2": starcoder2,
+    "gpt2, scaled by layer": partial(gpt2, scale_attn_by_inverse_layer_idx=True, reorder_and_upcast_attn=True),
+    "llama, biases, yarn": partial(
+        llama, attention_bias=True, mlp_bias=True,
+        rope_parameters=dict(rope_type="yarn", factor=4.0, rope_theta=100.0, original_max_position_embeddings=8),
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("spec", ["lora_B", "lora"])
