@@ -84,6 +84,7 @@ def test_responses_that_are_too_many_to_hold_are_streamed(
     _, model, bank = tuned
     held = ask(model, bank).scores(queries(), budget=3)
     monkeypatch.setattr("hf_fwdattr.own._UNPACKED", 0)
+    monkeypatch.setattr("hf_fwdattr.bank.bank._BLOCK", 3 * bank.manifest.size)  # three rows at a time
     agree(ask(model, bank).scores(queries(), budget=3), held, 1e-5)
 
 
@@ -172,3 +173,23 @@ def test_sums_are_the_kernels_leading_eigenvectors_times_the_responses(tmp_path:
     assert torch.equal(more[:, :4], weights)
     assert torch.equal(further[:4], directions)
     assert own.sums(1000)[0].shape == (ROWS, ROWS)
+
+
+def test_a_quarter_of_the_passes_goes_along_sums_the_rest_to_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(base())
+    bank: Any = fine_tune(tmp_path, model, config(probes=3)).bank
+    own = reader(model, bank)
+    opened, read = own.engine.opened, list[int]()
+
+    def counted(batch: Any, staged: bool = False) -> Any:
+        along = opened(batch, staged)
+        return lambda directions: (read.append(len(directions)), along(directions))[1]
+
+    monkeypatch.setattr(own.engine, "opened", counted)
+    for budget, sums, rows in ((13, 3, 9), (17, 4, ROWS), ("certain", ROWS, None)):
+        read.clear()
+        own.rank(queries()[0], 2, budget)
+        assert read[0] == sums
+        assert sum(read[1:]) == rows or (rows is None and sum(read[1:]) <= ROWS)
