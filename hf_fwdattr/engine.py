@@ -28,7 +28,7 @@ class Engine:
         way (`str`): `jvp`, `difference`, or `auto`: written out where the model is of a kind that `tangent` knows,
             else `jvp`.
         precision (`str`): of the products that probes pass through where they are written out. `full` is the model's
-            own; `half` is bfloat16 (relative error of a score about 2e-3, sums over layers in float32). `auto` is half
+            own; `half` is bfloat16 (relative error of a score about 4e-3, sums over layers in float32). `auto` is half
             for rows that are picked in stages, whose responses have eight bits anyhow, of a float32 model of more than
             thirty million weights where the processor multiplies bfloat16, and full for all else.
     """

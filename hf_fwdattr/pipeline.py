@@ -37,7 +37,7 @@ class TrainingDataAttributionPipeline(Pipeline):
         bank (`str`, `Path` or `ResponseBank`, *optional*): where the bank is, if not beside the model.
         readout (`str`, defaults to `auto`): `jvp` (torch's forward mode), `difference` (where that cannot be), or
             `auto`: forward mode written out for GPT-2, Llama and its descendants, and `jvp` for other models.
-        precision (`str`, defaults to `auto`): `full`, `half` (a score is off by some 2e-3 of itself), or `auto`: half
+        precision (`str`, defaults to `auto`): `full`, `half` (a score is off by some 4e-3 of itself), or `auto`: half
             for rows that are picked in two stages, where the processor has instructions for bfloat16.
         dataset (*optional*): the training set, to show the rows themselves where the bank does not keep their text; it
             must be the one that was trained on, with its `input_ids`; a stream will do. `verify_dataset=1000` looks at

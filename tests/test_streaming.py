@@ -91,10 +91,22 @@ def test_a_stream_says_what_the_pipeline_says_afterwards(tuned: tuple[Any, Any],
 
 def test_whoever_stops_listening_stops_the_generation(tuned: tuple[Any, Any]) -> None:
     attribute = ask(*tuned)
-    before = threading.active_count()
+    before, calls, closing = threading.active_count(), list[int](), threading.Event()
+
+    def hold(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) > 3:  # the check of the prompt, the prompt, a token
+            closing.wait(60)
+
+    handle = attribute.model.get_base_model().transformer.register_forward_pre_hook(hold)
     stream = attribute.stream("w1", max_new_tokens=10, min_new_tokens=10)
     next(stream)
+    timer = threading.Timer(0.2, closing.set)
+    timer.start()
     stream.close()
+    timer.join()
+    handle.remove()
+    assert len(calls) <= 5
     assert threading.active_count() == before
     assert "forward" not in vars(attribute.model.get_base_model())
     assert attribute("w1", max_new_tokens=2)["tokens"]  # and the model is as it was
@@ -136,6 +148,16 @@ def test_models_whose_logits_or_cache_are_more_than_that_are_refused() -> None:
     parameters, probes = parts(training)
     with pytest.raises(UnsupportedError, match="training mode"):
         Decoding(training, parameters, CAUSAL_LM, probes)
+
+
+def test_a_model_that_does_more_between_its_layers_is_refused_with_each_token() -> None:
+    model = adapted(ARCHITECTURES["llama"]())
+    parameters, probes = parts(model)
+    decoding = written(model, parameters, probes)
+    layer = model.get_base_model().model.layers[1]
+    layer.register_forward_pre_hook(lambda _, inputs: (-inputs[0], *inputs[1:]))
+    with pytest.raises(UnsupportedError, match="does not begin where"):
+        list(streamed(model, decoding, PROMPT, SETTINGS))
 
 
 def test_infinite_derivatives_are_refused() -> None:
