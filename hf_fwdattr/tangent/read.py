@@ -23,7 +23,7 @@ from .linear import Linears
 _CPU_KEPT = 1 << 31  # bytes of what is kept of the forward pass, at most; on a GPU half of what is free
 _KEPT = 3  # copies of a layer's outputs: as they are seen, and what is made of them
 _CPU_TANGENTS = 1 << 30  # bytes of tangents in flight, at most
-_HANDFUL, _CPU_CACHE = 16, 3 << 24  # but so many probes where possible, or as many as caches hold
+_HANDFUL, _CPU_CACHE = 16, 1 << 26  # but so many probes where possible, or as many as caches hold
 _ALIVE = 6  # tangents of the widest layer that live at the same time
 
 
@@ -106,7 +106,8 @@ class Tangents:
         Raises:
             NumericalError: a derivative that is not finite.
         """
-        chunk = chunk or self._at_once()
+        if chunk is None:  # in even handfuls
+            chunk = -(-len(probes) // -(-len(probes) // self._at_once()))
         with torch.autocast(self._device.type, enabled=False):
             parts = [self._block(probes[at : at + chunk]) for at in range(0, len(probes), chunk)]
         result = torch.cat(parts).permute(1, 2, 0)
