@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import exchange as exchanges
@@ -96,7 +97,7 @@ def test_rows_of_many_lengths_through_the_exchange(exchange: Exchange) -> None:
     assert [line["first"] for line in lines] == [1.0, 0.5, "-"]
     assert [line["MRR"] for line in lines] == [1.0, 0.75, "-"]
     assert "not finite" in lines[2]["backward"]
-    assert [record["setting"] for record in table.chosen(facts.judged(exchange), "MRR")] == ["good"]
+    assert [record["setting"] for record in table.chosen(facts.judged(exchange), "MRR")] == ["good", "nan"]
 
 
 def test_a_model_of_the_adapter_alone_computes_the_same(exchange: Exchange) -> None:
@@ -141,6 +142,22 @@ def test_the_table_shows_the_shipped_setting_and_the_best_one(exchange: Exchange
         add(exchange, setting, best * (2 * number - 1), method="never shipped")
     assert [row["setting"] for row in table.chosen(table.evaluated(exchange, halves, outcomes))].count("worse") == 0
     assert rows[0]["lds"] == pytest.approx(-rows[1]["lds"])
+
+
+def test_what_fails_with_several_settings_stands_there_once(exchange: Exchange) -> None:
+    def failing(message: str) -> Callable[[], Result]:
+        def run() -> Result:
+            raise RuntimeError(message)
+
+        return run
+
+    for name, message in (("a", "one"), ("b", "one"), ("c", "another")):
+        hand_in(exchange, name, failing(message), peer="none", method="made up", setting=name, backward="query")
+    add(exchange, "d", torch.zeros(QUERIES, ROWS), shipped=True)
+    rows = table.chosen(table.evaluated(exchange, *truth(exchange)))
+    assert [(row["setting"], row["error"]) for row in rows] == [
+        ("d", None), ("a", "RuntimeError: one"), ("c", "RuntimeError: another")
+    ]  # fmt: skip
 
 
 def test_what_was_handed_in_is_not_run_again(exchange: Exchange) -> None:

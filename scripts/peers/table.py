@@ -51,7 +51,10 @@ def evaluated(exchange: Exchange, halves: torch.Tensor, outcomes: torch.Tensor) 
 
 
 def chosen(records: list[dict], by: str = "lds") -> list[dict]:
-    """Of each peer, method and number of models: as shipped, and the best setting where that is another one."""
+    """Of each peer, method and number of models: as shipped, the best setting where that is another one, and failures.
+
+    What failed in the same way with several settings stands there once.
+    """
     groups: dict[tuple, list[dict]] = {}
     for record in records:
         groups.setdefault((record["peer"], record["method"], record["models"]), []).append(record)
@@ -60,7 +63,12 @@ def chosen(records: list[dict], by: str = "lds") -> list[dict]:
         shipped = [record for record in group if record["shipped"]]
         ran = [record for record in group if record["error"] is None]
         best = max(ran, key=lambda record: record[by], default=None)
-        kept += shipped or ([] if ran else group[:1])
+        kept += shipped
+        said = {record["error"] for record in shipped}
+        for record in group:
+            if record["error"] is not None and record["error"] not in said:
+                said.add(record["error"])
+                kept.append(record)
         if best is not None and not any(best is record for record in kept):
             kept.append(best)
     return sorted(kept, key=lambda record: -record.get(by, -2))
