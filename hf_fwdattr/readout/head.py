@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..errors import UnsupportedError
 from ..objective import IGNORED, Batch, Likelihood, Objective
 from ..parameters import Parameters
 
@@ -65,13 +66,22 @@ def output_layer(model: nn.Module, parameters: Parameters, objective: Objective)
 
 
 def hidden_states(likelihood: Likelihood, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """One plain forward: what went into the output layer, and the logits and labels that came out."""
+    """One plain forward: what went into the output layer, and the logits and labels that came out.
+
+    Raises:
+        UnsupportedError: the output layer was not seen to be called.
+    """
     seen: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
         logits, labels = likelihood(batch)
     finally:
         handle.remove()
+    if not seen:
+        raise UnsupportedError(
+            "the output layer was not called, or its hooks were not; of a compiled model that has run before, pass "
+            "what was compiled"
+        )
     return seen[-1], logits, labels
 
 

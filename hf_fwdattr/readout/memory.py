@@ -22,7 +22,7 @@ def probes_at_once(likelihood: nn.Module, batch: Batch, device: torch.device) ->
         if isinstance(output, Tensor):
             widest = max(widest, output.numel() * output.element_size())
 
-    leaves = [module for module in likelihood.modules() if not any(module.children())]
+    leaves = [module for module in likelihood.modules() if next(module.children(), None) is None]
     handles = [leaf.register_forward_hook(measure) for leaf in leaves[:-1]]  # the last is the output layer
     try:
         likelihood(batch)
@@ -34,5 +34,11 @@ def probes_at_once(likelihood: nn.Module, batch: Batch, device: torch.device) ->
     attention = rows * heads * positions * positions * 4
     each = _ALIVE * max(widest, attention)
     if device.type == "cuda":
-        return max(1, int(torch.cuda.mem_get_info(device)[0] * 0.5) // each)
+        return max(1, free_bytes(device) // 2 // each)
     return max(1, min(_CPU_BUDGET // each, max(_CPU_HANDFUL, _CPU_CACHE // each)))
+
+
+def free_bytes(device: torch.device) -> int:
+    """What is free on a GPU, with what torch holds there and nobody uses."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused

@@ -13,6 +13,7 @@ from ..errors import NumericalError, UnsupportedError
 from ..objective import Batch, Likelihood, Objective
 from ..parameters import Parameters
 from ..readout.head import covectors, output_layer
+from ..readout.memory import free_bytes
 from ..readout.scale import unit
 from ..synthetic.anatomy import matrix_of
 from ..synthetic.trace import Seen, before_norm, gain_of
@@ -70,6 +71,8 @@ class Tangents:
         with fused(model), watching(model, head, watched, attentions, seen, norms, hidden):
             logits, labels = Likelihood(model, objective)(batch)
         self.labels = labels
+        if not hidden:
+            raise UnsupportedError("the output layer was not called, or its hooks were not")
         bracket = covectors(head, hidden[-1], logits, labels)
         if bracket is None:
             raise UnsupportedError("between the last hidden state and the logits is more than one Linear layer")
@@ -94,7 +97,7 @@ class Tangents:
             module: Any = model.get_submodule(attention.path)
             heads.append(int(matrix_of(model.get_submodule(attention.output)).shape[1]) // module.head_dim)
         weights = tokens * max(heads) * batch["labels"].shape[1]
-        limit = torch.cuda.mem_get_info(self._device)[0] // 2 if self._device.type == "cuda" else _CPU_KEPT
+        limit = free_bytes(self._device) // 2 if self._device.type == "cuda" else _CPU_KEPT
         if _KEPT * (tokens * sum(widths) + weights) > limit:
             raise TooLarge(f"keeping a pass over {batch['labels'].numel()} tokens would take over {limit >> 20} MiB")
         return max(tokens * max(widths), weights)
@@ -119,7 +122,7 @@ class Tangents:
         """Probes in flight."""
         each = _ALIVE * self._each
         if self._device.type == "cuda":
-            return max(1, torch.cuda.mem_get_info(self._device)[0] // 2 // each)
+            return max(1, free_bytes(self._device) // 2 // each)
         return max(1, min(_CPU_TANGENTS // each, max(_HANDFUL, _CPU_CACHE // each)))
 
     def _block(self, probes: Tensor) -> Tensor:

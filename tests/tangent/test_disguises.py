@@ -21,6 +21,7 @@ from transformers import (
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -59,6 +60,14 @@ def overwritten(model: nn.Module) -> nn.Module:
         return output.mul_(3.0), weights
 
     attention.forward = forward
+    return model
+
+
+def doubled_inside(model: nn.Module) -> nn.Module:
+    """A layer begins with something else than what it is handed."""
+    layer: Any = model.get_submodule("base_model.model.model.layers.1")
+    own = layer.forward
+    layer.forward = lambda hidden_states, *args, **kwargs: own(2.0 * hidden_states, *args, **kwargs)
     return model
 
 
@@ -124,6 +133,9 @@ def weakly_capped() -> nn.Module:
             "v_proj computes",
         ),
         (lambda: hooked("model.layers.0.mlp", lambda _, __, y: 1.00002 * y), "lora_B", "adds up its blocks"),
+        (lambda: hooked("model.layers.0.self_attn", lambda _, __, y: (2 * y[0], *y[1:])), "lora_B", "adds up its"),
+        (lambda: hooked("model.layers.1.mlp.gate_proj", lambda _, x: (2 * x[0],), True), "lora_B", "different places"),
+        (lambda: doubled_inside(adapted(llama())), "lora_B", "adds up its blocks"),
         (lambda: hooked("lm_head", lambda _, x: (2 * x[0],), True), "lora_B", "something else than a norm"),
         (lambda: overwritten(adapted(llama())), "lora_B", "o_proj computes"),
         (lambda: shared(llama(), "0.self_attn.q_proj", "1.self_attn.q_proj"), r"q_proj\.weight", "used in 2 places"),
@@ -138,6 +150,7 @@ def weakly_capped() -> nn.Module:
     ],
     ids=[
         "projection tripled", "a fiftieth more, in place", "sine of the gate", "B times five", "a hair more",
+        "attention doubled", "gate's input doubled", "doubled inside",
         "last state doubled", "overwritten", "one weight in two layers", "one weight twice in a layer", "pruned",
         "resting elsewhere", "IA3", "another tower", "OLMo 2", "SmolLM3", "weak cap",
     ],
@@ -166,6 +179,42 @@ def test_what_queries_go_through_shows_where_attention_is_nearly_uniform(
     model, batch = kind(config(**SIZES, initializer_range=0.002, **changes)).to(dtype).eval(), padded(token_rows())
     with pytest.raises(UnsupportedError, match="self_attn computes something else"):
         Tangents(model, Parameters.of(model, r"q_proj\.weight"), CAUSAL_LM, batch)
+
+
+def test_a_model_that_does_not_call_its_output_layer_is_refused() -> None:
+    model, batch = llama(), padded(token_rows())
+
+    def forward(input_ids: Tensor, attention_mask: Tensor, **_: Any) -> CausalLMOutput:
+        hidden = model.model(input_ids, attention_mask=attention_mask).last_hidden_state
+        return CausalLMOutput(logits=hidden @ model.lm_head.weight.T)
+
+    model.forward = forward
+    parameters = Parameters.of(model, r"q_proj\.weight")
+    with pytest.raises(UnsupportedError, match="output layer was not called, or its hooks were not"):
+        Engine(model, parameters).opened(batch)(probes(parameters, 2, torch.float64))
+
+
+class Lengthless(nn.Module):
+    """As what `torch.compile` returns: what it wraps has no length, and asking for it is an error."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __len__(self) -> int:
+        raise TypeError("a model has no length")
+
+
+def test_nobody_asks_a_model_for_its_length() -> None:
+    model, batch = adapted(llama()), padded(token_rows())
+    wrapped = Lengthless(model).eval()
+    one, other = Parameters.of(model), Parameters.of(wrapped)
+    directions = probes(one, 2, torch.float64)
+    found = Engine(wrapped, other).opened(batch)(directions)
+    agree(found, jvp.read(model, one, CAUSAL_LM, batch, directions), 1e-6)
 
 
 def test_a_first_look_does_without_what_it_cannot_write_out() -> None:
