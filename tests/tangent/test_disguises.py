@@ -63,6 +63,14 @@ def overwritten(model: nn.Module) -> nn.Module:
     return model
 
 
+def projected(model: PreTrainedModel) -> PreTrainedModel:
+    """A Linear between the embeddings and the first layer."""
+    torch.manual_seed(0)
+    model.projection = nn.Linear(12, 12, bias=False).double()
+    model.model.layers[0].register_forward_pre_hook(lambda _, inputs: (model.projection(inputs[0]), *inputs[1:]))
+    return model.eval()
+
+
 def doubled_inside(model: nn.Module) -> nn.Module:
     """A layer begins with something else than what it is handed."""
     layer: Any = model.get_submodule("base_model.model.model.layers.1")
@@ -136,6 +144,7 @@ def weakly_capped() -> nn.Module:
         (lambda: hooked("model.layers.0.self_attn", lambda _, __, y: (2 * y[0], *y[1:])), "lora_B", "adds up its"),
         (lambda: hooked("model.layers.1.mlp.gate_proj", lambda _, x: (2 * x[0],), True), "lora_B", "different places"),
         (lambda: doubled_inside(adapted(llama())), "lora_B", "adds up its blocks"),
+        (lambda: projected(llama()), r"projection\.weight", "responds and is in no layer"),
         (lambda: hooked("lm_head", lambda _, x: (2 * x[0],), True), "lora_B", "something else than a norm"),
         (lambda: overwritten(adapted(llama())), "lora_B", "o_proj computes"),
         (lambda: shared(llama(), "0.self_attn.q_proj", "1.self_attn.q_proj"), r"q_proj\.weight", "used in 2 places"),
@@ -151,6 +160,7 @@ def weakly_capped() -> nn.Module:
     ids=[
         "projection tripled", "a fiftieth more, in place", "sine of the gate", "B times five", "a hair more",
         "attention doubled", "gate's input doubled", "doubled inside",
+        "projected embeddings",
         "last state doubled", "overwritten", "one weight in two layers", "one weight twice in a layer", "pruned",
         "resting elsewhere", "IA3", "another tower", "OLMo 2", "SmolLM3", "weak cap",
     ],
@@ -179,6 +189,24 @@ def test_what_queries_go_through_shows_where_attention_is_nearly_uniform(
     model, batch = kind(config(**SIZES, initializer_range=0.002, **changes)).to(dtype).eval(), padded(token_rows())
     with pytest.raises(UnsupportedError, match="self_attn computes something else"):
         Tangents(model, Parameters.of(model, r"q_proj\.weight"), CAUSAL_LM, batch)
+
+
+def test_a_layer_that_runs_twice_is_refused() -> None:
+    model, batch = llama(), padded(token_rows())
+    model.model.layers.insert(0, model.model.layers[0])
+    model.config.num_hidden_layers = 3
+    with pytest.raises(UnsupportedError, match="used twice in one pass"):
+        Tangents(model, Parameters.of(model, r"layers\.2.*v_proj"), CAUSAL_LM, batch)
+
+
+def test_autocast_that_begins_later_rounds_nothing() -> None:
+    model, batch = adapted(llama(torch.float32)), padded(token_rows())
+    parameters = Parameters.of(model)
+    directions = probes(parameters, 2)
+    tangents = Tangents(model, parameters, CAUSAL_LM, batch)
+    expected = tangents.along(directions)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tangents.along(directions), expected)
 
 
 def test_a_model_that_does_not_call_its_output_layer_is_refused() -> None:
