@@ -209,6 +209,14 @@ def test_autocast_that_begins_later_rounds_nothing() -> None:
         assert torch.equal(tangents.along(directions), expected)
 
 
+def test_a_model_in_float64_is_never_read_in_half_precision() -> None:
+    model, batch = adapted(llama()), padded(token_rows())
+    parameters = Parameters.of(model)
+    directions = probes(parameters, 2, torch.float64)
+    found = Engine(model, parameters, precision="half").opened(batch)(directions)
+    assert torch.equal(found, Tangents(model, parameters, CAUSAL_LM, batch).along(directions))
+
+
 def test_a_model_that_does_not_call_its_output_layer_is_refused() -> None:
     model, batch = llama(), padded(token_rows())
 
