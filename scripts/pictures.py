@@ -4,7 +4,7 @@ lds_lora.png    k against LDS, with what retrainings agree among themselves
 peers.png       LDS and the seconds of a query, for every library of the comparison
 mnist.png       LDS on MNIST against networks that were trained and against seconds
 vision.png, vision_scratch.png, text_classification.png    LDS of each method
-smollm2_curve.png  share of the top ten found on SmolLM2-135M, against forward passes
+smollm2_curve.png, mnist_curve.png  share of the top ten found on SmolLM2-135M and on MNIST, against forward passes
 """
 
 import json
@@ -84,7 +84,7 @@ def passes_against_top(result: dict[str, Any], target: Path) -> None:
     for number, (name, line) in enumerate(lines.items()):
         passes, found = [[row[key] for row in line] for key in ("forward passes", "of the top ten")]
         axis.plot(passes, found, "o-" if len(line) > 1 else "*", ms=4, color=f"C{number % 10}", lw=1, label=name)
-    axis.set(xscale="log", xlabel="forward passes per query", ylabel="of the top ten of 2,000 rows", ylim=(0, 1.03))
+    axis.set(xscale="log", xlabel="forward passes per query", ylabel="share of the top ten", ylim=(0, 1.03))
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     _save(figure, target)
 
@@ -150,6 +150,7 @@ def main() -> None:
     probes_against_lds(kept("lds_lora"), RESULTS / "lds_lora.png")
     cost_and_lds(kept("peers"), RESULTS / "peers.png")
     passes_against_top(kept("smollm2_curve"), RESULTS / "smollm2_curve.png")
+    passes_against_top(kept("mnist_curve"), RESULTS / "mnist_curve.png")
     networks_against_lds(kept("mnist_mlp"), kept("mnist_peers"), RESULTS / "mnist.png")
     for name in ("vision", "vision_scratch", "text_classification"):
         methods_and_lds(kept(name), RESULTS / f"{name}.png")
