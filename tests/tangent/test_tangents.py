@@ -123,6 +123,14 @@ def test_weights_of_any_projection_may_respond(spec: str) -> None:
     agree(found, by_reverse_mode(model, parameters, batch, directions), 2e-5)
 
 
+def test_biases_of_adapters_respond() -> None:
+    model, batch = adapted(llama(), lora_bias=True), padded(token_rows())
+    parameters = Parameters.of(model, "trainable")
+    directions = probes(parameters, dtype=torch.float64)
+    found = Tangents(model, parameters, CAUSAL_LM, batch).along(directions)
+    agree(found, by_reverse_mode(model, parameters, batch, directions), 2e-5)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
 def test_chunks_of_probes_change_nothing(chunk: int) -> None:
     model = adapted(llama(torch.float32))
