@@ -124,7 +124,7 @@ def test_weights_of_any_projection_may_respond(spec: str) -> None:
 
 
 def test_biases_of_adapters_respond() -> None:
-    model, batch = adapted(llama(), lora_bias=True), padded(token_rows())
+    model, batch = adapted(llama(attention_bias=True, mlp_bias=True), lora_bias=True), padded(token_rows())
     parameters = Parameters.of(model, "trainable")
     directions = probes(parameters, dtype=torch.float64)
     found = Tangents(model, parameters, CAUSAL_LM, batch).along(directions)
