@@ -69,8 +69,8 @@ def cost_and_lds(result: dict[str, Any], target: Path) -> None:
         axis.grid(axis="y", lw=0.3)
         axis.tick_params(axis="x", labelsize=7)
     for need, colour in colours.items():
-        right.plot([], [], "o", ms=4, color=colour, label=f"backward passes: {need}")
-    right.legend(fontsize=6.5, loc="upper left")
+        left.plot([], [], "o", ms=4, color=colour, label=f"backward: {need}")
+    left.legend(fontsize=6.5, loc="upper left")  # the best stand at the top, on the right
     _save(figure, target)
 
 

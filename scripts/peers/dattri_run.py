@@ -156,7 +156,15 @@ def main():
             setting=f"{dimension} dimensions, ridge {ridge:g}", shipped=(dimension, ridge) == (512, 0.0),
             backward="query", models=models,
         )  # fmt: skip
-    for dimension, damping in ((4096, None), (1024, None), (1024, 1.0), (1024, 1e1), (4096, 1.0), (4096, 1e1)):
+    for dimension, damping in (
+        (4096, None),
+        (1024, None),
+        (1024, 1.0),
+        (1024, 1e1),
+        (4096, 1.0),
+        (4096, 1e1),
+        (4096, 1e2),
+    ):
         mean = "1e-5" if damping is None else f"{damping:g}"
         hand_in(exchange, f"dattri-logra-{dimension}-{damping}", lambda n=dimension, d=damping: logra(exchange, n, d),
                 peer=PEER, method="LoGra", setting=f"{dimension} dimensions a module, damping {mean} of the mean",
