@@ -130,17 +130,22 @@ def in_use(curve: Curve, attribute, queries: list[dict]) -> None:
 
 def until_certain(curve: Curve, reader, queries: list[dict]) -> None:
     """Rows read until no other is likely to be among the ten, with the passes that this took."""
-    read, along = [], reader.along
+    read, opened = [], reader.engine.opened
 
-    def counted(asked, directions):
-        read.append(len(directions))
-        return along(asked, directions)
+    def counted(batch, staged=False):
+        along = opened(batch, staged)
 
-    reader.along = counted
+        def counting(directions):
+            read.append(len(directions))
+            return along(directions)
+
+        return counting
+
+    reader.engine.opened = counted
     scores, seconds = timed(
         lambda: torch.stack([reader.rank(query, TOP, "certain")[1] for query in queries]), len(queries)
     )
-    reader.along = along
+    del reader.engine.opened
     curve.add("two stages, until certain", 1 + sum(read) / len(queries), scores, seconds)
 
 
