@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import mnist_curve
 import mnist_mlp
 import mnist_scores
 import mnist_world
@@ -165,3 +166,21 @@ def test_the_benchmark_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert json.loads((tmp_path / "mnist_tiny_literal.json").read_text())["rows"]
     assert len(json.loads((tmp_path / "mnist_tiny_sensitivity.json").read_text())["rows"]) == 5
     assert json.loads((tmp_path / "mnist_tiny_cost.json").read_text())["rows"]
+
+
+def test_the_curve_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: mnist_mlp.Network) -> None:
+    score = mnist_curve.Exact(network)
+    agree(score(network.queries(score.mean)), network.mean_end(mnist_curve.SEGMENTS), 1e-6)
+    monkeypatch.setenv("HF_FWDATTR_CACHE", str(tmp_path))
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    words = "mnist_curve.py --tiny --queries 8 --halves 4 --seeds 1 --removed 2 --networks 1 --samples 30"
+    monkeypatch.setattr("sys.argv", words.split())
+    mnist_curve.main()
+    import json
+
+    rows = json.loads((tmp_path / "mnist_tiny_curve.json").read_text())["rows"]
+    assert [row["method"] for row in rows][:2] == ["exact", "probes alone"]
+    staged = [row["of the top ten"] for row in rows if row["method"] == "two stages"]
+    assert len(staged) == len(mnist_curve.BUDGETS)
+    assert staged[-1] == pytest.approx(1.0)  # more passes than the tiny world has rows
+    assert rows[1]["of the top ten"] <= staged[0]
