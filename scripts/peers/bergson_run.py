@@ -100,6 +100,8 @@ def main():
         for fixed, word, end in ((False, "", ""), (True, ", with a fix of ours", "-fixed")):
             ekfac(f"astra{end}", "EK-FAC + ASTRA", "20 steps, defaults otherwise" + word, 0.1, "--num_steps", "20",
                   shipped=not fixed, fixed=fixed)  # fmt: skip
+            ekfac(f"astra-10{end}", "EK-FAC + ASTRA", "20 steps, damping 10" + word, 10.0, "--num_steps", "20",
+                  fixed=fixed)  # fmt: skip
             for damping in (10.0, 1.0):
                 ekfac(f"cg-{damping:g}{end}", "EK-FAC + CG", f"10 steps, 64 rows, damping {damping:g}{word}", damping,
                       *cg, shipped=damping == 10 and not fixed, fixed=fixed)  # fmt: skip
