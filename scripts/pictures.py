@@ -85,6 +85,10 @@ def passes_against_top(result: dict[str, Any], target: Path) -> None:
         passes, found = [[row[key] for row in line] for key in ("forward passes", "of the top ten")]
         axis.plot(passes, found, "o-" if len(line) > 1 else "*", ms=4, color=f"C{number % 10}", lw=1, label=name)
     axis.set(xscale="log", xlabel="forward passes per query", ylabel="share of the top ten", ylim=(0, 1.03))
+    most = max(row["forward passes"] for line in lines.values() for row in line)
+    axis.set_xticks([2**power for power in range(12) if 2**power <= 1.1 * most])
+    axis.xaxis.set_major_formatter("{x:.0f}")
+    axis.minorticks_off()
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     _save(figure, target)
 
