@@ -8,7 +8,6 @@ stages is the covariance of exact scores themselves, each digit having been a qu
 looked up in exact scores, with the pipeline's own search.
 """
 
-import argparse
 import time
 
 import mnist_mlp
@@ -57,14 +56,8 @@ def probed(scores: Tensor, kernel: Tensor, count: int) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = mnist_mlp.world_arguments(__doc__.splitlines()[0])
     parser.add_argument("--queries", type=int, default=100)
-    parser.add_argument("--halves", type=int, default=50)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--removed", type=int, default=107)
-    parser.add_argument("--networks", type=int, default=10)
-    parser.add_argument("--samples", type=int, default=600)
-    parser.add_argument("--tiny", action="store_true", help="a world of random blobs, in seconds")
     options = parser.parse_args()
     started = time.time()
     world = mnist_world.tiny() if options.tiny else mnist_world.load()

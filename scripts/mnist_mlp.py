@@ -251,20 +251,26 @@ def query_costs(network: Network, probes: int = 128) -> list[dict]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def world_arguments(description: str) -> argparse.ArgumentParser:
+    """What the world, its truth and its networks are made by."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--halves", type=int, default=50)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--removed", type=int, default=107)
     parser.add_argument("--networks", type=int, default=10)
     parser.add_argument("--samples", type=int, default=600, help="for the curvature of a snapshot")
+    parser.add_argument("--tiny", action="store_true", help="a world of random blobs, in seconds")
+    return parser
+
+
+def main() -> None:
+    parser = world_arguments(__doc__.splitlines()[0])
     parser.add_argument("--ablate", action="store_true")
     parser.add_argument("--literal", type=int, default=0, help="rows that are simulated literally")
     parser.add_argument("--sensitivity", type=int, default=0, help="epochs after which single rows are nudged")
     parser.add_argument("--peers", type=Path, help="folder of scripts/peers/mnist_dattri.py")
     parser.add_argument("--hand-out", type=Path, help="write what the peers need into this folder, and stop")
     parser.add_argument("--peer-networks", type=int, default=50, help="how many they are given")
-    parser.add_argument("--tiny", action="store_true", help="a world of random blobs, in seconds")
     options = parser.parse_args()
     started = time.time()
     world = mnist_world.tiny() if options.tiny else mnist_world.load()

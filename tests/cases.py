@@ -30,19 +30,19 @@ def gpt2(dtype: torch.dtype = torch.float64, **changes: Any) -> PreTrainedModel:
         vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=12, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
     )
     torch.manual_seed(0)
-    return _finished(GPT2LMHeadModel(GPT2Config(**(settings | changes))), dtype)
+    return finished(GPT2LMHeadModel(GPT2Config(**(settings | changes))), dtype)
 
 
 def llama(dtype: torch.dtype = torch.float64, **changes: Any) -> PreTrainedModel:
     """Linear without bias, rotary positions, grouped heads, a head of its own."""
     torch.manual_seed(0)
-    return _finished(LlamaForCausalLM(LlamaConfig(**(_LLAMA_SIZES | changes))), dtype)
+    return finished(LlamaForCausalLM(LlamaConfig(**(_LLAMA_SIZES | changes))), dtype)
 
 
 def qwen2(dtype: torch.dtype = torch.float64, **changes: Any) -> PreTrainedModel:
     """As Llama, with biases on queries, keys and values, and the head tied to the embedding."""
     torch.manual_seed(0)
-    return _finished(Qwen2ForCausalLM(Qwen2Config(**(_LLAMA_SIZES | {"tie_word_embeddings": True} | changes))), dtype)
+    return finished(Qwen2ForCausalLM(Qwen2Config(**(_LLAMA_SIZES | {"tie_word_embeddings": True} | changes))), dtype)
 
 
 _LLAMA_SIZES: dict[str, Any] = dict(
@@ -61,7 +61,7 @@ ARCHITECTURES: dict[str, Callable[..., PreTrainedModel]] = {"gpt2": gpt2, "llama
 DIGITS = {"gpt2": 1e-10, "llama": 2e-5, "qwen2": 2e-5}
 
 
-def _finished(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def finished(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Evaluation mode, with norms and biases moved off their initial ones and zeros, where mistakes would hide."""
     generator = torch.Generator().manual_seed(1)
     model = model.to(dtype).eval()

@@ -32,10 +32,20 @@ def probes_at_once(likelihood: nn.Module, batch: Batch, device: torch.device) ->
     rows, positions = batch["labels"].shape[0], batch["labels"][0].numel()
     heads = getattr(getattr(getattr(likelihood, "model", None), "config", None), "num_attention_heads", 1) or 1
     attention = rows * heads * positions * positions * 4
-    each = _ALIVE * max(widest, attention)
+    return handful(max(widest, attention), device, _CPU_CACHE)
+
+
+def handful(widest: int, device: torch.device, cache: int) -> int:
+    """Probes in flight, at least 1.
+
+    Args:
+        widest (`int`): bytes of the widest tangent of one probe.
+        cache (`int`): bytes of tangents that a CPU's caches hold.
+    """
+    each = _ALIVE * widest
     if device.type == "cuda":
         return max(1, free_bytes(device) // 2 // each)
-    return max(1, min(_CPU_BUDGET // each, max(_CPU_HANDFUL, _CPU_CACHE // each)))
+    return max(1, min(_CPU_BUDGET // each, max(_CPU_HANDFUL, cache // each)))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -8,21 +8,9 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError
 from ..synthetic.adjoint import attention_weights, slope
 from ..synthetic.block import MLP, Attention
+from ..synthetic.rounding import same
 from ..synthetic.trace import Seen
 from .norm import Norm
-
-
-_SAME, _SAME_HALF = 1e-3, 3e-2  # how far a tensor may be from the model's own, relative, and in half precision
-
-
-def same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors (..., d) are equal up to rounding wherever one looks."""
-    if one.shape != other.shape:
-        return False
-    full = torch.promote_types(one.dtype, other.dtype) in (torch.float32, torch.float64)
-    both = full and min(torch.finfo(part.dtype).bits for part in (one, other)) >= 32
-    tolerance = _SAME if both else _SAME_HALF
-    return bool(((one - other).norm(dim=-1) <= tolerance * other.norm(dim=-1)).all())
 
 
 class MLPPoint:
@@ -34,12 +22,6 @@ class MLPPoint:
         if up:
             slopes = [slopes[0] * up[0], block.activation(gate)]
         self._slopes = [factor.to(dtype) for factor in slopes]
-        self._inner = block.activation(gate) if not up else slopes[1] * up[0]
-
-    def holds(self, inner: Tensor) -> bool:
-        """Whether what is written out is what the model handed to its output projection; asked once."""
-        own, self._inner = self._inner, self._inner.new_zeros(0)
-        return same(own, inner)
 
     def push(self, moved: list[Tensor | None]) -> Tensor | None:
         """Tangents (k, rows, positions, size) before the output projection, from those behind the input projections.

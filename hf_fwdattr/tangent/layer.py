@@ -83,15 +83,16 @@ class _Half:
             self._after = Norm(behind[0], model.get_submodule(behind[0]), end, seen.outputs[behind[0]])
             end = seen.outputs[behind[0]]
         self.end = self.start + end
+        self._point: MLPPoint | AttentionPoint
         if isinstance(block, MLP):
-            self._point: MLPPoint | AttentionPoint = MLPPoint(block, seen, linears.dtype)
+            self._point, holds = MLPPoint(block, seen, linears.dtype), block.holds(model, seen)
         else:
             assert isinstance(block, Attention)
             self._point = AttentionPoint(block, model, seen, linears.dtype, past)
-        holds = self._point.holds(seen.inputs[block.output])
-        if holds and past is None and isinstance(block, Attention):
-            loud = sharpened(block, model, seen)
-            holds = AttentionPoint(block, model, loud, linears.dtype).holds(loud.inputs[block.output])
+            holds = self._point.holds(seen.inputs[block.output])
+            if holds and past is None:
+                loud = sharpened(block, model, seen)
+                holds = AttentionPoint(block, model, loud, linears.dtype).holds(loud.inputs[block.output])
         if not holds:
             raise UnsupportedError(f"{block.path} computes something else than is written out")
 

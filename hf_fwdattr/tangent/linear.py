@@ -10,7 +10,7 @@ from torch.nn import functional
 from ..errors import UnsupportedError
 from ..parameters import Parameters
 from ..synthetic.anatomy import Weight, adapters_of, matrix_of, weights_of
-from .block import same
+from ..synthetic.rounding import same
 
 
 class Linears:

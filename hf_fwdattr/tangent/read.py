@@ -1,5 +1,6 @@
 """Readout of many probes from one forward pass that is kept: derivatives of token log-likelihoods, written out."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -13,7 +14,7 @@ from ..errors import NumericalError, UnsupportedError
 from ..objective import Batch, Likelihood, Objective
 from ..parameters import Parameters
 from ..readout.head import covectors, output_layer
-from ..readout.memory import free_bytes
+from ..readout.memory import free_bytes, handful
 from ..readout.scale import unit
 from ..synthetic.anatomy import matrix_of
 from ..synthetic.trace import Seen, before_norm, gain_of
@@ -23,9 +24,7 @@ from .linear import Linears
 
 _CPU_KEPT = 1 << 31  # bytes of what is kept of the forward pass, at most; on a GPU half of what is free
 _KEPT = 3  # copies of a layer's outputs: as they are seen, and what is made of them
-_CPU_TANGENTS = 1 << 30  # bytes of tangents in flight, at most
-_HANDFUL, _CPU_CACHE = 16, 1 << 26  # but so many probes where possible, or as many as caches hold
-_ALIVE = 6  # tangents of the widest layer that live at the same time
+_CPU_CACHE = 1 << 26  # bytes of tangents in a handful of probes: more than torch's way has, as fewer are alive at once
 
 
 class TooLarge(UnsupportedError):
@@ -110,20 +109,13 @@ class Tangents:
             NumericalError: a derivative that is not finite.
         """
         if chunk is None:  # in even handfuls
-            chunk = -(-len(probes) // -(-len(probes) // self._at_once()))
+            chunk = math.ceil(len(probes) / math.ceil(len(probes) / handful(self._each, self._device, _CPU_CACHE)))
         with torch.autocast(self._device.type, enabled=False):
             parts = [self._block(probes[at : at + chunk]) for at in range(0, len(probes), chunk)]
         result = torch.cat(parts).permute(1, 2, 0)
         if not bool(torch.isfinite(result).all()):
             raise NumericalError("a derivative of the query's log-likelihood is not finite: is the model's own NaN?")
         return result
-
-    def _at_once(self) -> int:
-        """Probes in flight."""
-        each = _ALIVE * self._each
-        if self._device.type == "cuda":
-            return max(1, free_bytes(self._device) // 2 // each)
-        return max(1, min(_CPU_TANGENTS // each, max(_HANDFUL, _CPU_CACHE // each)))
 
     def _block(self, probes: Tensor) -> Tensor:
         """(k, queries, positions)."""

@@ -23,6 +23,7 @@ from hf_fwdattr.objective import (
 from hf_fwdattr.parameters import Parameters
 from hf_fwdattr.readout import READOUTS, difference, jvp
 from hf_fwdattr.readout.head import covectors, hidden_states, output_layer
+from hf_fwdattr.tangent.read import Tangents
 from tests.cases import ARCHITECTURES, CONTEXT, VOCABULARY, adapted, gpt2, llama, padded, token_rows
 from tests.reference import agree
 
@@ -93,13 +94,19 @@ def test_one_or_two_sides_of_a_difference_and_the_derivative_agree(read: Read) -
     agree(found, by_reverse_mode(model, parameters, batch, directions), 1e-6)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
-def test_chunks_of_probes_change_nothing(chunk: int) -> None:
+def written(*things: Any, chunk: int | None = None) -> Tensor:
+    *rest, directions = things
+    return Tangents(*rest).along(directions, chunk)
+
+
+@pytest.mark.parametrize("read", [jvp.read, written])
+@pytest.mark.parametrize("chunk", [1, 3, 100, None])
+def test_chunks_of_probes_change_nothing(chunk: int | None, read: Read) -> None:
     model = adapted(llama(torch.float32))
     parameters, batch = Parameters.of(model), padded(token_rows())
     directions = probes(parameters)
-    whole = jvp.read(model, parameters, CAUSAL_LM, batch, directions, chunk=K)
-    agree(jvp.read(model, parameters, CAUSAL_LM, batch, directions, chunk=chunk), whole, 1e-6)
+    whole = read(model, parameters, CAUSAL_LM, batch, directions, chunk=K)
+    agree(read(model, parameters, CAUSAL_LM, batch, directions, chunk=chunk), whole, 1e-6)
 
 
 @pytest.mark.parametrize("readout", ["jvp", "difference"])

@@ -25,6 +25,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+import hf_fwdattr.readout.memory as memory
 import hf_fwdattr.tangent.read as reading
 from hf_fwdattr.engine import Engine
 from hf_fwdattr.errors import UnsupportedError
@@ -36,7 +37,7 @@ from hf_fwdattr.synthetic.adjoint import attention_weights
 from hf_fwdattr.synthetic.gradients import SyntheticGradients
 from hf_fwdattr.tangent.norm import Norm
 from hf_fwdattr.tangent.read import Tangents, TooLarge
-from tests.cases import _finished, adapted, gpt2, llama, padded, token_rows
+from tests.cases import adapted, finished, gpt2, llama, padded, token_rows
 from tests.readout.test_readouts import by_reverse_mode, probes
 from tests.reference import agree
 from tests.tangent.test_tangents import SIZES
@@ -95,11 +96,11 @@ def resting_elsewhere() -> nn.Module:
     """A second adapter on other layers, which is not active."""
     model = adapted(llama(), target_modules=["q_proj"])
     model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"]))
-    return _finished(model, torch.float64)
+    return finished(model, torch.float64)
 
 
 def other_method() -> nn.Module:
-    return _finished(
+    return finished(
         get_peft_model(llama(), IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[])), torch.float64
     )
 
@@ -113,13 +114,13 @@ def with_another_tower() -> nn.Module:
 def olmo2() -> nn.Module:
     """Its norms of queries and keys take all heads together, and its layers have no norms before their blocks."""
     torch.manual_seed(0)
-    return adapted(_finished(Olmo2ForCausalLM(Olmo2Config(**SIZES)), torch.float64))
+    return adapted(finished(Olmo2ForCausalLM(Olmo2Config(**SIZES)), torch.float64))
 
 
 def smollm3() -> nn.Module:
     """Every other layer knows no positions."""
     torch.manual_seed(0)
-    return adapted(_finished(SmolLM3ForCausalLM(SmolLM3Config(**SIZES, no_rope_layers=[1, 0])), torch.float64))
+    return adapted(finished(SmolLM3ForCausalLM(SmolLM3Config(**SIZES, no_rope_layers=[1, 0])), torch.float64))
 
 
 def weakly_capped() -> nn.Module:
@@ -357,8 +358,16 @@ def test_what_lies_between_all_positions_counts_as_memory(monkeypatch: pytest.Mo
     short, long = (Tangents(model, parameters, CAUSAL_LM, row(length)) for length in (8, 64))
     assert short._each == 4 * 8 * 20  # of an MLP
     assert long._each == 4 * 2 * 64 * 64  # of two heads
-    monkeypatch.setattr(reading, "_CPU_TANGENTS", 3 * reading._ALIVE * long._each)
-    assert long._at_once() == 3
+    monkeypatch.setattr(memory, "_CPU_BUDGET", 3 * memory._ALIVE * long._each)
+    block, sizes = long._block, list[int]()
+
+    def counted(probes: Tensor) -> Tensor:
+        sizes.append(len(probes))
+        return block(probes)
+
+    monkeypatch.setattr(long, "_block", counted)
+    long.along(torch.ones(8, parameters.size, dtype=torch.float64))
+    assert sizes == [3, 3, 2]
     widths = 2 * (12 + 6 + 6 + 12 + 20 + 20 + 12)
     monkeypatch.setattr(reading, "_CPU_KEPT", 3 * 4 * 64 * (widths + 64))
     with pytest.raises(TooLarge):
