@@ -160,6 +160,15 @@ def test_a_model_that_does_more_between_its_layers_is_refused_with_each_token() 
         list(streamed(model, decoding, PROMPT, SETTINGS))
 
 
+def test_an_attention_that_changes_after_the_prompt_is_refused() -> None:
+    model = adapted(ARCHITECTURES["llama"]())
+    parameters, probes = parts(model)
+    output = model.get_base_model().model.layers[1].self_attn.o_proj
+    output.register_forward_pre_hook(lambda _, inputs: (inputs[0] * (2.0 if inputs[0].shape[1] == 1 else 1.0),))
+    with pytest.raises(UnsupportedError, match="self_attn computes something else"):
+        list(streamed(model, written(model, parameters, probes), PROMPT, SETTINGS))
+
+
 def test_infinite_derivatives_are_refused() -> None:
     model = adapted(ARCHITECTURES["gpt2"]())
     parameters, probes = parts(model)
