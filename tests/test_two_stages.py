@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_fwdattr.errors import QueryError
+from hf_fwdattr.errors import QueryError, UnsupportedError
 from hf_fwdattr.objective import CAUSAL_LM
 from hf_fwdattr.own import OwnResponses
 from hf_fwdattr.reading import Reader
@@ -198,3 +198,19 @@ def test_a_quarter_of_the_passes_goes_along_sums_the_rest_to_rows(
         own.rank(queries()[0], 2, budget)
         assert read[0] == sums
         assert sum(read[1:]) == rows or (rows is None and sum(read[1:]) <= ROWS)
+
+
+def test_adapters_that_are_switched_off_are_refused_by_the_first_look_too(tmp_path: Path) -> None:
+    model = adapted(base())
+    bank: Any = fine_tune(tmp_path, model, config(probes=3)).bank
+    attribute = ask(model, bank)
+    with model.disable_adapter(), pytest.raises(UnsupportedError, match="merged or switched off"):
+        attribute({"prompt": "w1 w2", "completion": "w3"}, budget=9, top_k=2)
+    layer = model.get_base_model().transformer.h[1].attn.c_attn
+    layer.enable_adapters(False)  # one that rests moves nothing, and no more is said of it
+    look = attribute._reader._gradients(queries()[:1])
+    named = dict(zip(bank.check_model(model).live, bank.check_model(model).split(look), strict=True))
+    resting = [value for name, value in named.items() if "h.1.attn.c_attn" in name]
+    assert resting
+    assert all(bool((value == 0).all()) for value in resting)
+    assert bool((look != 0).any())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..activation import fused
 from ..errors import NumericalError, UnsupportedError
+from ..kernels import refuse_resting_adapters
 from ..objective import Batch, Objective, row_losses
 from ..parameters import Parameters, canonical_name
 from ..readout.head import output_layer
@@ -97,8 +98,9 @@ class SyntheticGradients:
 
         Raises:
             NumericalError: one that is not finite.
-            UnsupportedError: the maps are of another model.
+            UnsupportedError: the maps are of another model, or all adapters that respond are merged or switched off.
         """
+        refuse_resting_adapters(self.model, self.parameters.live)
         trace = self._trace(batch)
         if not self._checked:
             self._check(trace)
@@ -138,5 +140,7 @@ class SyntheticGradients:
         return self._blocks[host].errors(self.model, trace, error) if host in self._blocks else {host: error}
 
     def _gradient(self, weight: Weight, errors: Mapping[str, Tensor], trace: Trace) -> Tensor:
+        if weight.owner not in trace.inputs:  # it took no part: its adapter is switched off
+            return trace.error.new_zeros(len(trace.error), *self.model.get_parameter(weight.name).shape)
         x = trace.inputs[weight.owner][:, : trace.error.shape[1]]
         return own_gradient(self.model, weight, x, errors[weight.host])
