@@ -10,8 +10,6 @@ from .errors import UnsupportedError
 from .objective import CAUSAL_LM, Batch
 from .parameters import Parameters
 from .readout import READOUTS
-from .readout.decoding import Decoding
-from .tangent.decoding import WrittenDecoding
 from .tangent.read import Tangents, TooLarge
 
 
@@ -55,22 +53,6 @@ class Engine:
                 self._known = False
         read = READOUTS["jvp" if self._way == "auto" else self._way]
         return partial(read, self.model, self.parameters, CAUSAL_LM, batch)
-
-    def decoding(self, probes: Tensor, prompt: Tensor) -> Decoding:
-        """What reads along probes (k, P) while the model continues a prompt (n,).
-
-        Raises:
-            UnsupportedError: training mode, or no plain output layer that does not respond.
-        """
-        if self._way == "auto" and self._known:
-            ids = torch.cat([prompt, prompt[-1:]])[None]  # one token to be said, so that there is something to check
-            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-            try:
-                dtype = Tangents(self.model, self.parameters, CAUSAL_LM, batch, self._dtype(False)).dtype
-                return WrittenDecoding(self.model, self.parameters, CAUSAL_LM, probes, dtype)
-            except UnsupportedError:
-                pass  # what cannot be read at all is refused below
-        return Decoding(self.model, self.parameters, CAUSAL_LM, probes)
 
     def _dtype(self, staged: bool) -> torch.dtype | None:
         """None: the model's own."""

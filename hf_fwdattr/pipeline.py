@@ -1,6 +1,6 @@
 """The attribution pipeline, a facade: `reading` is what is read of a query, and `bank` what was stored."""
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,11 @@ from transformers.utils.logging import is_progress_bar_enabled
 
 from .bank.bank import ResponseBank
 from .engine import Engine
-from .errors import BankError, QueryError, UnsupportedError
+from .errors import BankError, QueryError
 from .loading import AutoModelForAttribution
 from .objective import IGNORED
 from .reading import CERTAIN, Attributed, Budget, Reader
 from .readout.ranking import Ranked
-from .streaming import streamed
 from .training_set import TrainingSet
 
 
@@ -213,56 +212,6 @@ class TrainingDataAttributionPipeline(Pipeline):
             QueryError: no supervised token, labels that do not fit, or too long for the model.
         """
         return self._reader.probes(queries, lines)
-
-    def stream(self, prompt: Any, top_k: int = 0, **generate: Any) -> Generator[dict[str, Any]]:
-        """Generate, and say with each token what is behind it: nothing is read a second time.
-
-        ```python
-        for said in attribute.stream("The capital of Chad is", max_new_tokens=8):
-            print(said["token"], said["sources"][0])
-        ```
-
-        The tangents of the sources' probes ride along with the token that is being generated, each with its own
-        key-value cache; with `top_k` those of all of the bank's probes do.
-
-        Args:
-            prompt (`str` or chat messages): what to continue.
-            top_k (`int`, defaults to 0): rows to name on either side, for all of the text so far.
-            generate: settings of `generate`; one text, no beams.
-
-        Yields:
-            token (`str`); sources (`list` of source, score): of this token, highest first; examples: rows behind the
-            text so far, as the pipeline returns them, without the rows themselves.
-
-        Raises:
-            UnsupportedError: the model's output layer or cache is no plain one, or the bank is one of means.
-            QueryError: nothing to continue, or a bank of whole sources that is asked for rows.
-        """
-        if top_k and self.bank.manifest.privacy.rows == "sources":
-            raise QueryError("the bank keeps sources only and has no rows to name; leave top_k out")
-        if self.bank.manifest.ends == "mean":
-            raise UnsupportedError(
-                "a bank of means (ends='mean') is not read while text is generated: generate first, then pass it"
-            )
-        ids = self.preprocess(prompt)
-        if bool(ids["completion_mask"].any()) or not ids["input_ids"].numel():
-            raise QueryError("streaming continues a prompt: pass one that is not empty, and no completion")
-        continued = ids["input_ids"][0].to(self.device)
-        decoding = self._reader.decoding(self._reader.lines(top_k), continued)
-        settings = self._prepare_generate_kwargs(dict(generate))
-        so_far: list[Tensor] = []
-        for token, found in streamed(self.model, decoding, continued, settings):
-            if so_far and token in self._ends():
-                continue
-            so_far.append(found)
-            read = self._reader.attributed(torch.stack(so_far), top_k)
-            span = slice(0, len(so_far))
-            sources = self._reader.attributed(found[None], 0)
-            yield {
-                "token": self.tokenizer.decode([token]),
-                "sources": self._sources(sources),
-                "examples": self._examples(read, span, None),
-            }
 
     @torch.no_grad()
     def scores(

@@ -21,7 +21,6 @@ from .objective import CAUSAL_LM
 from .own import OwnResponses
 from .parameters import Parameters
 from .queries import Query, check, padded
-from .readout.decoding import Decoding
 from .readout.ranking import Ranked, rank, scores, source_coordinates
 from .search import MOST, search
 from .synthetic.gradients import SyntheticGradients
@@ -179,10 +178,6 @@ class Reader:
         )
         summed = readout.double().sum(0, keepdim=True).cpu()
         return Attributed(sides, self.per_source(summed[:, -manifest.source_probes :])[0])
-
-    def decoding(self, lines: slice, prompt: Tensor) -> Decoding:
-        """Reads along some of the bank's probes while a prompt (n,) is continued."""
-        return self.engine.decoding(self._lines(lines), prompt)
 
     def _in_stages(self, query: Query, count: int, budget: Budget) -> "Attributed":
         manifest = self.bank.manifest

@@ -45,13 +45,12 @@ ALLOWED: dict[str, set[str]] = {
     "queries": BASE,
     "reading": BASE | {"bank", "engine", "kriging", "own", "queries", "readout", "search", "synthetic"},
     "training_set": PASSES | {"bank"},
-    "streaming": BASE | {"readout"},
-    "pipeline": PASSES | {"config", "bank", "readout", "reading", "loading", "streaming", "training_set", "engine"},
+    "pipeline": PASSES | {"config", "bank", "readout", "reading", "loading", "training_set", "engine"},
     "batches": BASE | {"bank", "readout"},
     "demo": PASSES | {"config", "bank", "readout", "trainer", "loading", "pipeline", "evaluation"},
     "cli": PASSES | {"config", "bank", "readout", "trainer", "loading", "pipeline", "evaluation", "demo"},
 }
-OUTER = {"trainer", "loading", "pipeline", "streaming", "demo", "cli"}
+OUTER = {"trainer", "loading", "pipeline", "demo", "cli"}
 # Libraries that only some rooms may know.
 DOORS: dict[str, set[str]] = {
     "transformers": OUTER,

@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_examples_run_as_they_stand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, streamed = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     base = gpt2(torch.float32)
     base.save_pretrained(tmp_path / "base")
     base.name_or_path = str(tmp_path / "base")
@@ -29,11 +29,10 @@ def test_the_examples_run_as_they_stand(tmp_path: Path, capsys: pytest.CaptureFi
         "collator": DataCollatorForSeq2Seq(words, label_pad_token_id=-100),
         "tokenizer": words,
     }
-    exec(compile((code + streamed).replace("The capital of Chad is", "w3 w5 w7"), "README.md", "exec"), given)
+    exec(compile(code.replace("The capital of Chad is", "w3 w5 w7"), "README.md", "exec"), given)
     printed = capsys.readouterr().out
     assert given["result"]["examples"]
     assert given["result"]["sources"]
-    assert str(given["said"]["sources"][0]) in printed
     assert all(str(entry["row"]) in printed for entry in given["result"]["examples"])
 
 

@@ -41,8 +41,7 @@ def attention_weights(query: Tensor, key: Tensor, scaling: float, mask: Tensor |
     wide = query if query.dtype == torch.float64 else query.float()  # half precision would show in every weight
     logits = wide @ key.to(wide.dtype).transpose(-1, -2) * scaling
     if mask is None:
-        positions, looked_at = logits.shape[-2:]  # keys of earlier passes come first
-        mask = torch.ones(positions, looked_at, dtype=torch.bool, device=logits.device).tril(looked_at - positions)
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
     if mask.dtype == torch.bool:
         weights = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(-1)
         weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)  # padding behind a window sees nothing at all

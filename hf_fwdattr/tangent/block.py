@@ -1,7 +1,5 @@
 """Tangents through attentions and MLPs, between the projections into them and the one back."""
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor, nn
 
@@ -35,40 +33,17 @@ class MLPPoint:
         return result
 
 
-@dataclass
-class Past:
-    """Keys and values of the positions before a batch, and how they move.
-
-    Attributes:
-        key, value (`Tensor`, *optional*): (rows, groups, positions, size); None at the beginning.
-        moved (`list`): their tangents (rows * groups, k, positions, size); None where nothing moves.
-    """
-
-    key: Tensor | None = None
-    value: Tensor | None = None
-    moved: list[Tensor | None] = field(default_factory=lambda: [None, None])
-
-    @property
-    def length(self) -> int:
-        """Positions."""
-        return 0 if self.key is None else self.key.shape[2]
-
-
 class AttentionPoint:
     """An attention where a batch passes it.
 
     With weights p = softmax(s), s = q k^T / sqrt(size): dp = p (ds - sum(p ds)), and the output moves by dp v + p dv.
     Heads that share a key are kept together, so that it is not repeated for each of them.
 
-    Args:
-        past (`Past`, *optional*): of earlier passes, to which this one is added when it is pushed through.
-
     Raises:
         UnsupportedError: it computes something else than softmax attention.
     """
 
-    def __init__(self, block: Attention, model: nn.Module, seen: Seen, dtype: torch.dtype, past: Past | None = None):
-        self._past = past
+    def __init__(self, block: Attention, model: nn.Module, seen: Seen, dtype: torch.dtype):
         state = block.state(model, seen, None)
         if state is None:
             raise UnsupportedError(f"{block.path} is an attention that is not written out")
@@ -77,8 +52,6 @@ class AttentionPoint:
         self._groups = state.raw[1].shape[1]
         sharing = state.query.shape[1] // self._groups
         self._query, self._key, self._value = state.query, state.key[:, ::sharing], state.value[:, ::sharing]
-        if past is not None and past.key is not None and past.value is not None:
-            self._key, self._value = torch.cat([past.key, self._key], 2), torch.cat([past.value, self._value], 2)
         mask = seen.arguments.get(block.path, {}).get("attention_mask")
         self._mask = None if mask is None else mask[..., : self._query.shape[2], : self._key.shape[2]]
         self._turn = None
@@ -107,10 +80,6 @@ class AttentionPoint:
         if len(moved) == 1:
             moved = [None] * 3 if moved[0] is None else list(moved[0].chunk(3, dim=-1))
         query, key, value = (self._meeting(part, index) for index, part in enumerate(moved))
-        if self._past is not None:
-            lengths = self._past.length, self._query.shape[2]
-            key, value = (_joined(*pair, *lengths) for pair in zip(self._past.moved, (key, value), strict=True))
-            self._past.key, self._past.value, self._past.moved = self._key, self._value, [key, value]
         if query is None and key is None and value is None:
             return None
         own_query, own_key, own_value, weights = (
@@ -159,18 +128,6 @@ class AttentionPoint:
         """(k, rows, positions, heads * size) of (rows * groups, k, positions of the heads that share, size)."""
         heads = result.unflatten(0, (-1, self._groups)).unflatten(3, (sharing, -1))
         return heads.permute(2, 0, 4, 1, 3, 5).flatten(3, 5)
-
-
-def _joined(before: Tensor | None, now: Tensor | None, earlier: int, later: int) -> Tensor | None:
-    """Tangents (n, k, positions, size) of so many positions before a pass, and of those in it."""
-    known = before if before is not None else now
-    if known is None:
-        return None
-    parts = [
-        known.new_zeros(*known.shape[:2], length, known.shape[3]) if part is None else part
-        for part, length in ((before, earlier), (now, later))
-    ]
-    return torch.cat(parts, 2)
 
 
 def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

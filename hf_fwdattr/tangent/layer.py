@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError
 from ..synthetic.block import MLP, Attention, Block, blocks_of
 from ..synthetic.trace import Seen, gain_of
-from .block import AttentionPoint, MLPPoint, Past
+from .block import AttentionPoint, MLPPoint
 from .linear import Linears
 from .norm import Norm
 from .sharp import sharpened
@@ -58,12 +58,11 @@ def layers_of(model: nn.Module) -> list[Layer]:
 class _Half:
     """Attention or MLP with its norms, where a batch passes it; adds to the residual stream."""
 
-    def __init__(self, model: nn.Module, layer: Layer, block: Block, seen: Seen, linears: Linears, past: Past | None):
+    def __init__(self, model: nn.Module, layer: Layer, block: Block, seen: Seen, linears: Linears):
         self.block, self._linears = block, linears
         for path in (*block.inputs, block.output):
             linears.check(path)
-            if past is None:  # while a text is generated, its prompt has been checked so, and sharpened
-                linears.compare(path, seen.inputs[path], seen.outputs[path])
+            linears.compare(path, seen.inputs[path], seen.outputs[path])
         before, *others = (seen.inputs[path] for path in block.inputs)
         if not all(_identical(other, before) for other in others):
             raise UnsupportedError(f"the projections into {block.path} start from different places")
@@ -88,9 +87,9 @@ class _Half:
             self._point, holds = MLPPoint(block, seen, linears.dtype), block.holds(model, seen)
         else:
             assert isinstance(block, Attention)
-            self._point = AttentionPoint(block, model, seen, linears.dtype, past)
+            self._point = AttentionPoint(block, model, seen, linears.dtype)
             holds = self._point.holds(seen.inputs[block.output])
-            if holds and past is None:
+            if holds:
                 loud = sharpened(block, model, seen)
                 holds = AttentionPoint(block, model, loud, linears.dtype).holds(loud.inputs[block.output])
         if not holds:
@@ -115,15 +114,12 @@ class _Half:
 class LayerPoint:
     """A layer where a batch passes it.
 
-    Args:
-        past (`Past`, *optional*): of its attention; see there.
-
     Raises:
         UnsupportedError: the model computes something else than is written out.
     """
 
-    def __init__(self, model: nn.Module, layer: Layer, seen: Seen, linears: Linears, past: Past | None = None):
-        self._halves = [_Half(model, layer, block, seen, linears, past) for block in layer.blocks]
+    def __init__(self, model: nn.Module, layer: Layer, seen: Seen, linears: Linears):
+        self._halves = [_Half(model, layer, block, seen, linears) for block in layer.blocks]
         first, second = self._halves
         stations = (
             (first.start, seen.inputs[layer.path]), (second.start, first.end), (seen.outputs[layer.path], second.end)
