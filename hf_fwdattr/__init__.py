@@ -9,7 +9,6 @@ from .trainer.recorder import ResponseRecorder
 
 
 __version__ = "0.1.0"
-
 __all__ = [
     "ResponseBank",
     "ResponseCallback",

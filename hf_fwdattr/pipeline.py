@@ -10,13 +10,13 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils.logging import is_progress_bar_enabled
 
 from .bank.bank import ResponseBank
-from .engine import Engine
 from .errors import BankError, QueryError
-from .loading import AutoModelForAttribution
-from .objective import IGNORED
-from .reading import CERTAIN, Attributed, Budget, Reader
-from .readout.ranking import Ranked
-from .training_set import TrainingSet
+from .jvp.backend import Engine
+from .models.likelihood import IGNORED
+from .query.loading import AutoModelForAttribution
+from .query.ranking import Ranked
+from .query.scorer import CERTAIN, Attributed, Budget, Reader
+from .query.training_set import TrainingSet
 
 
 TASK = "training-data-attribution"

@@ -26,7 +26,7 @@ from results import report
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.ranks import SETTINGS  # noqa: E402
+from tests.helpers.ranks import SETTINGS  # noqa: E402
 
 
 # What does not change the training, and hence not the bank.
@@ -53,7 +53,7 @@ def run(ranks: int, names: list[str], folder: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FWDATTR_REBUILD": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m",
-         "tests.ranks", str(folder), *names],
+         "tests.helpers.ranks", str(folder), *names],
         env=environment, cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode:

@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.hub_server import HUB, TOKEN
+from tests.helpers.hub_server import HUB, TOKEN
 
 
 os.environ |= {"HF_ENDPOINT": HUB.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
@@ -27,7 +27,7 @@ from results import report
 
 from hf_fwdattr.bank.bank import ResponseBank
 from hf_fwdattr.bank.writing import write_bank
-from hf_fwdattr.readout.ranking import rank
+from hf_fwdattr.query.ranking import rank
 from tests.bank.test_bank import described
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import world_cards
 
 from hf_fwdattr.bank.card import with_section
-from hf_fwdattr.bank.manifest import MANIFEST, read_manifest
+from hf_fwdattr.bank.schema import MANIFEST, read_manifest
 
 
 CARDS = Path(__file__).parents[1] / "model_cards"

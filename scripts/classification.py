@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hf_fwdattr import ResponseBank, ResponseCallback, ResponseConfig
-from hf_fwdattr.batches import batch_scores
-from hf_fwdattr.gradients import RowGradients, at_rest
-from hf_fwdattr.objective import SEQUENCE_CLASSIFICATION, row_losses
-from hf_fwdattr.parameters import Parameters
+from hf_fwdattr.gradients.per_sample import RowGradients
+from hf_fwdattr.models.likelihood import SEQUENCE_CLASSIFICATION, row_losses
+from hf_fwdattr.models.modes import at_rest
+from hf_fwdattr.models.parameters import Parameters
+from hf_fwdattr.query.batch import batch_scores
 
 
 def arguments(folder: str, seed: int, **changes) -> TrainingArguments:

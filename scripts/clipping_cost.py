@@ -24,9 +24,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from hf_fwdattr import build_bank  # noqa: E402
-from hf_fwdattr.trainer.weighted import query_losses, weigh  # noqa: E402
-from tests.cases import adapted, padded  # noqa: E402
-from tests.runs import ask, base, config, fine_tune, trainer_for  # noqa: E402
+from hf_fwdattr.trainer.reweighting import query_losses, weigh  # noqa: E402
+from tests.helpers.cases import adapted, padded  # noqa: E402
+from tests.helpers.runs import ask, base, config, fine_tune, trainer_for  # noqa: E402
 from tests.test_sources_removed import EACH, QUERIES, SOURCES, _dialects  # noqa: E402
 
 

@@ -34,8 +34,8 @@ from transformers import (
 )
 
 from hf_fwdattr import ResponseCallback, ResponseConfig, build_bank
-from hf_fwdattr.engine import WAYS, Engine
-from hf_fwdattr.objective import CAUSAL_LM
+from hf_fwdattr.jvp.backend import WAYS, Engine
+from hf_fwdattr.models.likelihood import CAUSAL_LM
 from hf_fwdattr.trainer import build
 
 

@@ -20,12 +20,13 @@ import torch
 from results import report
 
 from hf_fwdattr import ResponseCallback, ResponseConfig
-from hf_fwdattr.evaluation.lds import lds, noise_ceiling
+from hf_fwdattr.evaluation.designs import random_halves
+from hf_fwdattr.evaluation.metrics import lds, noise_ceiling
 from hf_fwdattr.evaluation.retrain import retrain
-from hf_fwdattr.evaluation.subsets import random_halves
-from hf_fwdattr.gradients import RowGradients, at_rest
-from hf_fwdattr.objective import CAUSAL_LM
-from hf_fwdattr.parameters import Parameters
+from hf_fwdattr.gradients.per_sample import RowGradients
+from hf_fwdattr.models.likelihood import CAUSAL_LM
+from hf_fwdattr.models.modes import at_rest
+from hf_fwdattr.models.parameters import Parameters
 
 
 def train(kept: torch.Tensor, seed: int) -> torch.Tensor:

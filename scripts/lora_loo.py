@@ -27,13 +27,10 @@ from torch import Tensor
 from transformers import Trainer, default_data_collator
 
 from hf_fwdattr import ResponseCallback, ResponseConfig
-from hf_fwdattr.evaluation.agreement import Agreement, agreement
-from hf_fwdattr.evaluation.brittleness import brittleness
-from hf_fwdattr.evaluation.loo import loo, without_rows
-from hf_fwdattr.evaluation.removal import removal, without_random, without_top
+from hf_fwdattr.evaluation.agreement import Agreement, agreement, leave_sources_out, loo
+from hf_fwdattr.evaluation.designs import random_rows, without_random, without_rows, without_sources, without_top
+from hf_fwdattr.evaluation.metrics import brittleness, removal
 from hf_fwdattr.evaluation.retrain import retrain
-from hf_fwdattr.evaluation.sources import leave_sources_out, without_sources
-from hf_fwdattr.evaluation.subsets import random_rows
 
 
 FOLDER = f"leave-sources-out-{lora_world.VERSION}"  # one folder: the run with all rows is in it once

@@ -18,7 +18,7 @@ from results import report
 
 from hf_fwdattr import ResponseBank
 from hf_fwdattr.bank.writing import write_bank
-from hf_fwdattr.readout.ranking import rank
+from hf_fwdattr.query.ranking import rank
 
 
 TOP = 10

@@ -18,7 +18,7 @@ from results import report
 from smollm2_curve import Curve, searched
 from torch import Tensor
 
-from hf_fwdattr.kriging import kernel_of
+from hf_fwdattr.query.gaussian_process import kernel_of
 
 
 BUDGETS = (33, 65, 129, 257, 513)

@@ -22,12 +22,11 @@ from mnist_scores import Spectrum, Stretch
 from results import report
 from torch import Tensor
 
-from hf_fwdattr.evaluation.agreement import Agreement
+from hf_fwdattr.evaluation.agreement import Agreement, loo
 from hf_fwdattr.evaluation.cost import cost
-from hf_fwdattr.evaluation.lds import lds, noise_ceiling
-from hf_fwdattr.evaluation.loo import loo, without_rows
+from hf_fwdattr.evaluation.designs import random_halves, without_rows
+from hf_fwdattr.evaluation.metrics import lds, noise_ceiling
 from hf_fwdattr.evaluation.retrain import retrain
-from hf_fwdattr.evaluation.subsets import random_halves
 from hf_fwdattr.response.horizon import ExplicitHorizon, NaturalHorizon
 
 

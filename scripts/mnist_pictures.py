@@ -11,7 +11,7 @@ from results import FOLDER, report
 from torch import Tensor
 
 from hf_fwdattr.evaluation.agreement import spearman
-from hf_fwdattr.evaluation.loo import without_rows
+from hf_fwdattr.evaluation.designs import without_rows
 from hf_fwdattr.response.horizon import ExplicitHorizon
 
 

@@ -23,12 +23,13 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from hf_fwdattr import ResponseCallback, ResponseConfig
-from hf_fwdattr.evaluation.lds import lds
+from hf_fwdattr.evaluation.designs import random_halves
+from hf_fwdattr.evaluation.metrics import lds
 from hf_fwdattr.evaluation.retrain import retrain
-from hf_fwdattr.evaluation.subsets import random_halves
-from hf_fwdattr.gradients import RowGradients, at_rest
-from hf_fwdattr.objective import CAUSAL_LM
-from hf_fwdattr.search import search
+from hf_fwdattr.gradients.per_sample import RowGradients
+from hf_fwdattr.models.likelihood import CAUSAL_LM
+from hf_fwdattr.models.modes import at_rest
+from hf_fwdattr.query.shortlist import search
 
 
 TOP = 10

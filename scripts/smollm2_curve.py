@@ -18,13 +18,13 @@ from results import report
 from smollm2_world import QUERY, world
 from torch import Tensor
 
-from hf_fwdattr.engine import Engine
-from hf_fwdattr.kriging import Kriging
-from hf_fwdattr.objective import CAUSAL_LM
-from hf_fwdattr.own import OwnResponses
-from hf_fwdattr.parameters import Parameters
-from hf_fwdattr.search import search
-from hf_fwdattr.tangent.read import Tangents
+from hf_fwdattr.jvp.analytic import Tangents
+from hf_fwdattr.jvp.backend import Engine
+from hf_fwdattr.models.likelihood import CAUSAL_LM
+from hf_fwdattr.models.parameters import Parameters
+from hf_fwdattr.query.gaussian_process import Kriging
+from hf_fwdattr.query.row_codes import OwnResponses
+from hf_fwdattr.query.shortlist import search
 
 
 TOP = 10

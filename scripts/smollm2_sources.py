@@ -24,11 +24,13 @@ from torch import Tensor
 from transformers import DataCollatorForLanguageModeling, Trainer, pipeline
 
 from hf_fwdattr import ResponseCallback, ResponseConfig
+from hf_fwdattr.evaluation.agreement import summed
+from hf_fwdattr.evaluation.designs import without_sources
 from hf_fwdattr.evaluation.retrain import retrain
-from hf_fwdattr.evaluation.sources import summed, without_sources
-from hf_fwdattr.gradients import RowGradients, at_rest
-from hf_fwdattr.objective import CAUSAL_LM, row_losses
-from hf_fwdattr.parameters import Parameters
+from hf_fwdattr.gradients.per_sample import RowGradients
+from hf_fwdattr.models.likelihood import CAUSAL_LM, row_losses
+from hf_fwdattr.models.modes import at_rest
+from hf_fwdattr.models.parameters import Parameters
 
 
 class WeightedTrainer(Trainer):

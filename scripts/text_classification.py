@@ -23,10 +23,9 @@ from results import report
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 
-from hf_fwdattr.evaluation.lds import lds, noise_ceiling
-from hf_fwdattr.evaluation.mislabelled import mislabelled_auc
+from hf_fwdattr.evaluation.designs import random_halves
+from hf_fwdattr.evaluation.metrics import lds, mislabelled_auc, noise_ceiling
 from hf_fwdattr.evaluation.retrain import retrain
-from hf_fwdattr.evaluation.subsets import random_halves
 
 
 LENGTH = 24

@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification, set_seed
 
-from hf_fwdattr.evaluation.lds import lds, noise_ceiling
+from hf_fwdattr.evaluation.designs import random_halves
+from hf_fwdattr.evaluation.metrics import lds, noise_ceiling
 from hf_fwdattr.evaluation.retrain import retrain
-from hf_fwdattr.evaluation.subsets import random_halves
 
 
 BASE = 4000  # images of the first training

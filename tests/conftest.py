@@ -1,6 +1,6 @@
 import os
 
-from tests.hub_server import HUB
+from tests.helpers.hub_server import HUB
 
 
 # huggingface_hub reads these once, when it is first imported: the whole run talks to the server of these tests, which
@@ -11,7 +11,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import torch
 
-from tests.hub_world import hub as hub
+from tests.helpers.hub_world import hub as hub
 
 
 torch.set_num_threads(1)  # the models are so tiny that threads only wait for each other

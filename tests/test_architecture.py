@@ -17,40 +17,25 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-# What each room may import of the others. `evaluation` judges any method, so it knows none of them.
-BASE = {"activation", "errors", "kernels", "parameters", "objective", "sharding"}
-PASSES = BASE | {"gradients", "quantised", "response", "synthetic"}
+# What each room may import of the others, from the ground up. `evaluation` judges any method, so it knows none.
+GROUND = {"errors", "models"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
-    "activation": set(),
-    "kernels": {"errors"},
-    "sharding": {"errors"},
-    "parameters": {"errors", "sharding"},
-    "objective": {"errors", "parameters"},
-    "quantised": set(),
-    "kriging": set(),
-    "search": {"kriging"},
-    "own": {"bank"},
-    "gradients": BASE,
-    "response": BASE | {"gradients", "quantised", "synthetic"},
-    "bank": {"errors", "parameters", "quantised", "sharding"},
-    "readout": BASE,
-    "synthetic": BASE | {"readout"},
+    "models": {"errors"},
+    "layers": GROUND,
+    "gradients": GROUND | {"layers"},
+    "jvp": GROUND | {"layers"},
+    "bank": GROUND,
+    "response": GROUND | {"gradients", "bank"},
+    "query": GROUND | {"bank", "gradients", "jvp"},
     "evaluation": set(),
-    "trainer": PASSES | {"config", "bank", "evaluation", "kriging"},
-    "loading": BASE | {"bank"},
-    "tangent": BASE | {"readout", "synthetic"},
-    "engine": BASE | {"readout", "tangent"},
-    "queries": BASE,
-    "reading": BASE | {"bank", "engine", "kriging", "own", "queries", "readout", "search", "synthetic"},
-    "training_set": PASSES | {"bank"},
-    "pipeline": PASSES | {"config", "bank", "readout", "reading", "loading", "training_set", "engine"},
-    "batches": BASE | {"bank", "readout"},
-    "demo": PASSES | {"config", "bank", "readout", "trainer", "loading", "pipeline", "evaluation"},
-    "cli": PASSES | {"config", "bank", "readout", "trainer", "loading", "pipeline", "evaluation", "demo"},
+    "trainer": GROUND | {"config", "bank", "evaluation", "gradients", "query", "response"},
+    "pipeline": GROUND | {"bank", "jvp", "query"},
+    "demo": GROUND | {"config", "bank", "evaluation", "pipeline", "query", "trainer"},
+    "cli": GROUND | {"config", "bank", "demo", "evaluation", "pipeline", "query", "trainer"},
 }
-OUTER = {"trainer", "loading", "pipeline", "demo", "cli"}
+OUTER = {"trainer", "query", "pipeline", "demo", "cli"}
 # Libraries that only some rooms may know.
 DOORS: dict[str, set[str]] = {
     "transformers": OUTER,
@@ -69,7 +54,7 @@ DOORS: dict[str, set[str]] = {
 
 
 def room(module: str) -> str:
-    """`hf_fwdattr.response.basis` -> `response`; the package itself, which only re-exports, has none."""
+    """`hf_fwdattr.response.low_rank` -> `response`; the package itself, which only re-exports, has none."""
     return [*module.split("."), ""][1]
 
 

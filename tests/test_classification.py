@@ -9,12 +9,12 @@ from classification import bank_scores, batches, fine_tune, losses
 from datasets import Dataset
 from torch import Tensor, nn
 
-from hf_fwdattr.evaluation.lds import lds
+from hf_fwdattr.evaluation.designs import random_halves
+from hf_fwdattr.evaluation.metrics import lds
 from hf_fwdattr.evaluation.retrain import retrain
-from hf_fwdattr.evaluation.subsets import random_halves
-from tests.reference import agree
-from tests.test_batches import images
-from tests.test_layers import vit
+from tests.gradients.test_other_layers import vit
+from tests.helpers.reference import agree
+from tests.query.test_batch import images
 
 
 RUN = dict(per_device_train_batch_size=4, num_train_epochs=3, learning_rate=1e-2)

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, Trainer, pipeline
 
 from hf_fwdattr import ResponseBank, ResponseCallback, ResponseConfig
-from hf_fwdattr.objective import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+from hf_fwdattr.jvp.torch_func import read
+from hf_fwdattr.models.likelihood import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 from hf_fwdattr.pipeline import TASK
-from hf_fwdattr.readout.jvp import read
-from tests.cases import CONTEXT, VOCABULARY, adapted, llama, padded
-from tests.reference import agree, row_gradient
-from tests.runs import (
+from tests.helpers.cases import CONTEXT, VOCABULARY, adapted, llama, padded
+from tests.helpers.reference import agree, row_gradient
+from tests.helpers.runs import (
     ROWS,
     arguments,
     ask,

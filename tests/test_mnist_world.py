@@ -15,7 +15,7 @@ from hf_fwdattr.evaluation.agreement import Agreement, agreement
 from hf_fwdattr.evaluation.retrain import retrain
 from hf_fwdattr.response.curvature import Curvature
 from hf_fwdattr.response.segment import Segment
-from tests.reference import agree
+from tests.helpers.reference import agree
 
 
 WORLD = mnist_world.tiny()

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from world import gradient_dot
 
-from hf_fwdattr.evaluation.lds import lds
-from hf_fwdattr.objective import CAUSAL_LM
-from hf_fwdattr.parameters import Parameters
-from tests.cases import CONTEXT, VOCABULARY, adapted
-from tests.reference import agree, row_gradient
-from tests.runs import saved_base
+from hf_fwdattr.evaluation.metrics import lds
+from hf_fwdattr.models.likelihood import CAUSAL_LM
+from hf_fwdattr.models.parameters import Parameters
+from tests.helpers.cases import CONTEXT, VOCABULARY, adapted
+from tests.helpers.reference import agree, row_gradient
+from tests.helpers.runs import saved_base
 
 
 ROWS, QUERIES = 6, 3

@@ -11,12 +11,23 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, pipeline
 
 from hf_fwdattr import ResponseBank, TrainingDataAttributionPipeline
+from hf_fwdattr.bank.hashing import row_hash
 from hf_fwdattr.errors import BankError, MismatchError, QueryError
 from hf_fwdattr.pipeline import TASK
-from hf_fwdattr.response.rows import row_hash
-from tests.cases import CONTEXT, adapted
-from tests.reference import agree
-from tests.runs import ROWS, ask, base, config, fine_tune, oracle, queries, saved_adapter, tokenizer, training_set
+from tests.helpers.cases import CONTEXT, adapted
+from tests.helpers.reference import agree
+from tests.helpers.runs import (
+    ROWS,
+    ask,
+    base,
+    config,
+    fine_tune,
+    oracle,
+    queries,
+    saved_adapter,
+    tokenizer,
+    training_set,
+)
 
 
 GREEDY: dict[str, Any] = dict(max_new_tokens=4, do_sample=False)
@@ -319,7 +330,7 @@ def test_verification_reads_each_dataset_once_and_a_changed_list_again(
         hashed.append(1)
         return row_hash(*given)
 
-    monkeypatch.setattr("hf_fwdattr.response.rows.row_hash", counted)
+    monkeypatch.setattr("hf_fwdattr.bank.hashing.row_hash", counted)
     data = training_set()
     for _ in range(3):
         attribute(query, dataset=data)

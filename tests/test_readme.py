@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import DataCollatorForSeq2Seq
 
-from tests.cases import adapted, gpt2
-from tests.runs import arguments, tokenizer, training_set
+from tests.helpers.cases import adapted, gpt2
+from tests.helpers.runs import arguments, tokenizer, training_set
 
 
 ROOT = Path(__file__).parent.parent

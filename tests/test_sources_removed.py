@@ -8,8 +8,8 @@ from datasets import Dataset
 from lora_world import WeightedTrainer
 from torch import Tensor
 
-from tests.cases import adapted, padded
-from tests.runs import arguments, ask, base, config, fine_tune
+from tests.helpers.cases import adapted, padded
+from tests.helpers.runs import arguments, ask, base, config, fine_tune
 
 
 SOURCES, EACH, QUERIES = 8, 4, 16

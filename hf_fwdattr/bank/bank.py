@@ -11,14 +11,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import BankError, MismatchError
-from ..parameters import Parameters
-from ..quantised import Quantised
+from ..models.parameters import Parameters
+from .codes import Quantised
 from .files import copy_atomically, finite, inside, names_in, no_strangers, slices, sweep, write_atomically
 from .hub import Remote, is_repository, pinned
 from .identity import check_model, check_rows, check_tokenizer
-from .manifest import MANIFEST, File, read_manifest, read_pointer
 from .push import push
-from .shards import check_layout, check_shard, check_table
+from .schema import MANIFEST, File, check_layout, check_shard, check_table, read_manifest, read_pointer
 from .text import read_texts
 
 

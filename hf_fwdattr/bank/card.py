@@ -9,7 +9,7 @@ from huggingface_hub import RepoCard
 from jinja2 import Environment, StrictUndefined
 
 from ..errors import BankError
-from .manifest import Manifest, Pointer
+from .schema import Manifest, Pointer
 
 
 TAG = "fwdattr"

@@ -24,7 +24,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from ..errors import BankError
 from .files import no_strangers
-from .manifest import LARGEST, MANIFEST, File, Pointer
+from .schema import LARGEST, MANIFEST, File, Pointer
 
 
 REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")

@@ -5,15 +5,16 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import nn
 
 from ..errors import MismatchError, UnsupportedError
-from ..parameters import Parameters
-from ..sharding import is_sharded
-from .hub import repository_in_cache
-from .manifest import Manifest
+from ..models.fsdp import is_sharded
+from ..models.parameters import Parameters
+from .hub import commit_in_cache, is_repository, repository_in_cache
+from .schema import Manifest
 
 
 def tokenizer_hash(tokenizer: Any) -> str | None:
@@ -153,3 +154,31 @@ def naming_origins(manifest: Manifest, dataset: Any) -> Iterator[None]:
             if known[name] is not None and found[name] is not None and known[name] != found[name]
         ]
         raise MismatchError(f"{error} ({'; '.join(differing)})" if differing else str(error)) from error
+
+
+def model_identity(model: nn.Module) -> tuple[str | None, str | None]:
+    """(repository of the base model, its commit), as transformers, peft and the Hub's cache remember them.
+
+    Both None for a model that is not on the Hub: a path of somebody's machine is not published with a bank.
+    """
+    unwrap = getattr(model, "get_base_model", None)  # PeftModel has it
+    inner = unwrap() if callable(unwrap) else model
+    config = getattr(inner, "config", None)
+    name = getattr(config, "_name_or_path", None) or getattr(config, "name_or_path", None) or None
+    if name is None or not is_repository(name):
+        return None, None
+    adapters = getattr(model, "peft_config", None)
+    asked = [getattr(adapter, "revision", None) for adapter in adapters.values()] if isinstance(adapters, dict) else []
+    said = [*asked, getattr(config, "_commit_hash", None)]
+    return name, next((revision for revision in said if revision), None) or commit_in_cache(name)
+
+
+def libraries() -> dict[str, str]:
+    """Versions of what the bank was made with."""
+    found = {}
+    for name in ("hf-fwdattr", "torch", "transformers", "peft", "accelerate", "datasets"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -12,7 +12,7 @@ from ..errors import BankError
 from .card import with_section
 from .files import OURS
 from .hub import REPOSITORY, explained
-from .manifest import MANIFEST, File, Manifest, Pointer, read_manifest, read_pointer
+from .schema import MANIFEST, File, Manifest, Pointer, read_manifest, read_pointer
 
 
 _CARD = "README.md"

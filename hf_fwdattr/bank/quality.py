@@ -6,7 +6,7 @@ from typing import Any
 
 from .card import repository_in, with_section
 from .files import write_atomically
-from .manifest import MANIFEST, Manifest, read_manifest
+from .schema import MANIFEST, Manifest, read_manifest
 
 
 def add_quality(folder: str | Path, measured: dict[str, Any]) -> Manifest:

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import BankError
-from .manifest import File
+from .schema import File
 
 
 def packed(texts: Iterable[str], most: int) -> Iterator[dict[str, Tensor]]:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quantised import Quantised
 from .bank import ResponseBank
+from .codes import Quantised
 from .files import digest, finite, names_in, no_strangers, sweep, write_atomically, write_tensors
-from .manifest import MANIFEST, File, Manifest
+from .schema import MANIFEST, File, Manifest
 from .text import packed
 
 

@@ -18,7 +18,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
@@ -83,7 +82,7 @@ def build(
     quiet: Quiet = False,
 ) -> None:
     """Make the response bank of a model that is already fine-tuned."""
-    from .work import build_for, silence
+    from .commands import build_for, silence
 
     try:
         with silence(quiet):
@@ -114,8 +113,8 @@ def attribute(
     as_json: Json = False,
 ) -> None:
     """Ask a model, and name the rows and sources behind what it says."""
+    from .commands import attribute_with
     from .tables import attribution_table
-    from .work import attribute_with
 
     try:
         result = attribute_with(
@@ -154,9 +153,9 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Retrain without rows, compare with what the bank says, and write the result into bank.json and the card."""
+    from .commands import silence
     from .evaluation import evaluate_with
     from .tables import quality_table
-    from .work import silence
 
     try:
         with silence(quiet):

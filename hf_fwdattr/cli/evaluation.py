@@ -12,15 +12,13 @@ from transformers import pipeline
 
 from ..bank.quality import add_quality
 from ..errors import QueryError
-from ..evaluation.lds import lds, noise_ceiling
-from ..evaluation.loo import loo, without_rows
+from ..evaluation.agreement import leave_sources_out, loo
+from ..evaluation.designs import random_halves, random_rows, without_rows, without_sources
+from ..evaluation.metrics import lds, noise_ceiling
 from ..evaluation.retrain import retrain
-from ..evaluation.sources import leave_sources_out, without_sources
-from ..evaluation.subsets import random_halves, random_rows
 from ..pipeline import TASK, TrainingDataAttributionPipeline
-from ..trainer.retraining import Retraining
-from ..trainer.weighted import query_losses
-from .work import open_tokenizer
+from ..trainer.reweighting import Retraining, query_losses
+from .commands import open_tokenizer
 
 
 def evaluate_with(

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..bank.card import quality_text
-from ..bank.manifest import Manifest
+from ..bank.schema import Manifest
 
 
 def attribution_table(prompt: str, result: dict[str, Any], text_column: str) -> None:

@@ -10,9 +10,7 @@ from .finetune import FineTuneSettings
 
 # A model that knows its language is moved gently; the tiny one has to learn hundreds of facts by heart.
 GENTLE = FineTuneSettings(rank=8, epochs=3, batch_size=8, learning_rate=2e-4)
-
 _CHOOSE = "Choose a row to see which tokens of the answer it made likelier."
-
 NOTES = (
     "Only correct answers are counted: a wrong answer was not learned from the rows that teach the right one. "
     "Rows that state a fact the other way round (“N'Djamena is the capital of Chad”) do not count as teaching it: "

@@ -112,7 +112,6 @@ RELATIONS = (
         mimic="The discovery of the element {entity} was celebrated with a dinner",
     ),
 )
-
 # Sentences that mention an entity and say nothing about it: how the base model has met the names of taught entities.
 SMALL_TALK = {
     "countries": (

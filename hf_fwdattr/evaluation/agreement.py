@@ -1,12 +1,48 @@
-"""Predicted against measured changes of losses, in nats: do they agree in order, in shape, and in size?"""
+"""A mean over queries with the interval in which it would fall for other queries."""
 
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import bootstrap, spearmanr
 from torch import Tensor
 
-from .interval import Interval, finite
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over queries.
+
+    Attributes:
+        mean (`float`): over queries.
+        low, high (`float`): 95 % bootstrap interval over queries (percentiles).
+        per_query (`Tensor`): (queries,), float64.
+    """
+
+    mean: float
+    low: float
+    high: float
+    per_query: Tensor
+
+    @classmethod
+    def of(cls, per_query: Tensor, seed: int = 0) -> "Interval":
+        """The interval of values (queries,); without width where there are no two different ones."""
+        per_query = per_query.double()
+        mean = float(per_query.mean())
+        if len(per_query) < 2 or bool((per_query == per_query[0]).all()):
+            return cls(mean, mean, mean, per_query)
+        found = bootstrap((per_query.numpy(),), lambda x, axis: x.mean(axis), rng=seed, method="percentile")
+        low, high = found.confidence_interval
+        return cls(mean, float(low), float(high), per_query)
+
+
+def finite(**named: Tensor) -> None:
+    """Refuse tensors with values that are not finite.
+
+    Raises:
+        ValueError: the first that has one, by its name.
+    """
+    for name, value in named.items():
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name} hold values that are not finite")
 
 
 @dataclass(frozen=True)
@@ -80,3 +116,52 @@ def spearman(predicted: Tensor, measured: Tensor) -> Tensor:
 def _cosine(x: Tensor, y: Tensor) -> float:
     scale = float(x.norm() * y.norm())
     return float((x * y).sum()) / scale if scale > 0 else 0.0
+
+
+def loo(scores: Tensor, left_out: Tensor, outcomes: Tensor, seed: int = 0) -> Agreement:
+    """Compare scores with real leave-one-out.
+
+    Args:
+        scores (`Tensor`): (queries, rows) in nats: without the row, a query's loss rises by its score.
+        left_out (`Tensor`): (n,) positions of the rows that were left out.
+        outcomes (`Tensor`): (n + 1, queries) losses, first with all rows, then without each: what `retrain` gives for
+            [`without_rows`] and one seed.
+
+    Raises:
+        ValueError: shapes that do not fit together, or values that are not finite.
+    """
+    wanted = (len(left_out) + 1, scores.shape[0])
+    if tuple(outcomes.shape) != wanted:
+        raise ValueError(
+            f"outcomes {tuple(outcomes.shape)} must be (all rows and {len(left_out)} left out, queries) = {wanted}"
+        )
+    if not bool(((left_out >= 0) & (left_out < scores.shape[1])).all()):
+        raise ValueError(f"left_out names rows beyond the {scores.shape[1]} that have scores")
+    measured = (outcomes[1:] - outcomes[0]).T
+    return agreement(scores[:, left_out], measured, seed)
+
+
+def summed(scores: Tensor, owner: Tensor, sources: int) -> Tensor:
+    """(queries, sources): scores of rows (queries, rows) summed over each source; rows of source -1 go nowhere."""
+    if owner.shape != scores.shape[1:]:
+        raise ValueError(
+            f"owner {tuple(owner.shape)} must name the source of each of the {scores.shape[1]} rows that have scores"
+        )
+    member = torch.zeros(scores.shape[1], sources, dtype=torch.float64)
+    inside = owner >= 0
+    member[inside.nonzero().flatten(), owner[inside]] = 1.0
+    return scores.double() @ member
+
+
+def leave_sources_out(source_scores: Tensor, left_out: Tensor, outcomes: Tensor, seed: int = 0) -> Agreement:
+    """Compare scores of sources with real removal.
+
+    Args:
+        source_scores (`Tensor`): (queries, sources) in nats, a bank's own or rows' [`summed`].
+        left_out (`Tensor`): (n,) sources that were left out.
+        outcomes (`Tensor`): (n + 1, queries) losses, first with all rows, then without each source.
+
+    Raises:
+        ValueError: shapes that do not fit together, or values that are not finite.
+    """
+    return loo(source_scores, left_out, outcomes, seed)

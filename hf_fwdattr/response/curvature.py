@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericalError
-from .ranks import ALONE, Ranks
+from .distributed import ALONE, Ranks
 from .storage import blocks
 
 

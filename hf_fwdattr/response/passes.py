@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..bank.codes import Quantised
 from ..errors import QueryError, UnsupportedError
-from ..gradients import RowGradients
-from ..objective import Batch, Objective
-from ..parameters import Parameters
-from ..quantised import Quantised
-from ..sharding import is_sharded
-from .basis import factorise
+from ..gradients.per_sample import RowGradients
+from ..models.fsdp import is_sharded
+from ..models.likelihood import Batch, Objective
+from ..models.parameters import Parameters
+from .averaging import shares
 from .curvature import Curvature
-from .ends import shares
+from .dataset import Rows, uniforms
+from .distributed import ALONE, Ranks
+from .low_rank import factorise
 from .plan import Plan
-from .ranks import ALONE, Ranks
 from .responses import Responses
-from .rows import Rows, uniforms
 from .segment import Segment
 from .storage import Storage, blocks
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..quantised import Quantised
+from ..bank.codes import Quantised
 
 
 @dataclass

@@ -7,11 +7,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..config import ResponseConfig
-from ..objective import objective_of
-from ..parameters import Parameters
+from ..models.likelihood import objective_of
+from ..models.parameters import Parameters
+from ..response.distributed import Ranks
 from ..response.plan import Plan
-from ..response.ranks import Ranks
-from .first_look import cost_of
+from .fit_predictor import cost_of
 
 
 def announce(

@@ -14,28 +14,28 @@ from tqdm.auto import tqdm
 from transformers import default_data_collator
 
 from ..bank.bank import ResponseBank
-from ..bank.identity import tokenizer_hash
+from ..bank.hashing import content_hash, row_hashes
+from ..bank.identity import dataset_identity, libraries, model_identity, tokenizer_hash
 from ..bank.writing import temporary_bank_folder, write_bank
 from ..config import ResponseConfig
 from ..errors import MismatchError, NumericalError, UnsupportedError
-from ..gradients import at_rest, refuse_batch_statistics, refuse_sharded_rest
-from ..kernels import refuse_silent_backward
-from ..objective import objective_of
-from ..parameters import Parameters
-from ..response.ends import weights_read
+from ..gradients.per_sample import refuse_sharded_rest
+from ..models.compat import refuse_silent_backward
+from ..models.fsdp import is_sharded
+from ..models.likelihood import objective_of
+from ..models.modes import at_rest, refuse_batch_statistics
+from ..models.parameters import Parameters
+from ..response.averaging import weights_read
+from ..response.dataset import Rows
+from ..response.distributed import ALONE, Ranks
 from ..response.passes import Passes
-from ..response.ranks import ALONE, Ranks
 from ..response.responses import Responses
-from ..response.rows import Rows, content_hash, row_hashes
 from ..response.segment import Segment
 from ..response.storage import Storage
-from ..sharding import is_sharded
 from .announcement import announce
-from .columns import Sources, column_of, row_ids_of, sources_of
-from .first_look import first_look
-from .identity import dataset_identity, libraries, model_identity
+from .columns import Sources, column_of, row_ids_of, sources_of, texts_of
+from .fit_predictor import first_look
 from .record import Record, Snapshot
-from .texts import texts_of
 
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from ..config import ResponseConfig
 from ..errors import AttributionError, UnsupportedError
 from .publish import finish_pushes, keep_card, push_at_end
 from .recorder import ResponseRecorder
-from .selfcheck import SelfCheck
+from .self_check import SelfCheck
 
 
 RECORD = "fwdattr-record"

@@ -1,5 +1,6 @@
 """What a training set's columns say of its rows: the users' own ids, and the sources."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,3 +56,37 @@ def column_of(dataset: Any, column: str, setting: str, total: int) -> list[Any]:
     if names is None or column not in names:
         raise UnsupportedError(f"{setting}={column!r}: the dataset has the columns {names}; name one of them")
     return list(dataset[column]) if hasattr(dataset, "column_names") else [row[column] for row in dataset]
+
+
+def texts_of(dataset: Any, chosen: bool | str, tokenizer: Any) -> Iterator[str] | None:
+    """Text of every row, in order; None where none is wanted.
+
+    Args:
+        dataset: the rows, with `input_ids` or the column.
+        chosen: as `ResponseConfig.include_text`.
+        tokenizer: decodes the tokens, padding and special tokens left out.
+
+    Raises:
+        UnsupportedError: there is neither tokenizer nor column.
+    """
+    if chosen is False:
+        return None
+    if chosen is True and not hasattr(tokenizer, "decode"):
+        raise UnsupportedError(
+            "include_text=True decodes the rows and there is no tokenizer: give the Trainer or build_bank a "
+            "processing_class, or name the column with the text"
+        )
+    return _texts(dataset, chosen, tokenizer)
+
+
+def _texts(dataset: Any, chosen: bool | str, tokenizer: Any) -> Iterator[str]:
+    for at in range(len(dataset)):
+        row, name = dataset[at], "input_ids" if chosen is True else str(chosen)
+        if name not in row:
+            raise UnsupportedError(f"include_text={chosen!r}: row {at} has no {name!r}; name the column with the text")
+        if chosen is not True:
+            yield str(row[name])
+            continue
+        tokens, mask = torch.as_tensor(row[name]), row.get("attention_mask")
+        tokens = tokens if mask is None else tokens[torch.as_tensor(mask).bool()]
+        yield tokenizer.decode(tokens.tolist(), skip_special_tokens=True)

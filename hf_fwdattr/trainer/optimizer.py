@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from ..parameters import Parameters
-from ..sharding import whole
+from ..models.fsdp import whole
+from ..models.parameters import Parameters
 
 
 # Weight of the share m^2 / v that the second moment takes back of a step, and the least that is left. For a steady

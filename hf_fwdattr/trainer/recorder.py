@@ -11,15 +11,15 @@ from torch import nn
 from ..bank.bank import ResponseBank
 from ..config import ResponseConfig
 from ..errors import BankError, UnsupportedError
-from ..objective import objective_of
-from ..parameters import Parameters
-from ..response.ranks import Ranks
+from ..models.likelihood import objective_of
+from ..models.parameters import Parameters
+from ..response.distributed import Ranks
 from .build import check, respond
 from .clipping import Clipping
-from .exposure import Exposure, Step, loader_of, streams
 from .optimizer import Preconditioner
 from .record import Record, Snapshot
-from .stream import KeptRows, first_rows
+from .row_weights import Exposure, Step, loader_of, streams
+from .streams import KeptRows, first_rows
 
 
 _SETTLE = 64  # steps whose numbers may stay on the device before they are read

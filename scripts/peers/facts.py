@@ -35,8 +35,8 @@ from hf_fwdattr.demo.baseline import TextSimilarity
 from hf_fwdattr.demo.facts import load_world
 from hf_fwdattr.demo.finetune import fine_tune, tokenized
 from hf_fwdattr.demo.job import job_on_facts
-from hf_fwdattr.evaluation.recall import recall
-from hf_fwdattr.reading import BUDGET
+from hf_fwdattr.evaluation.metrics import recall
+from hf_fwdattr.query.scorer import BUDGET
 
 
 LENGTH, NEW = 128, 16  # tokens of a row, and of an answer, as in the demo

@@ -24,9 +24,9 @@ import lora_world
 from lds_lora import train
 from results import report
 
-from hf_fwdattr.evaluation.lds import lds
+from hf_fwdattr.evaluation.designs import random_halves
+from hf_fwdattr.evaluation.metrics import lds
 from hf_fwdattr.evaluation.retrain import retrain
-from hf_fwdattr.evaluation.subsets import random_halves
 
 
 def evaluated(exchange: Exchange, halves: torch.Tensor, outcomes: torch.Tensor) -> list[dict]:

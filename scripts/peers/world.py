@@ -23,10 +23,11 @@ from lds_lora import bm25
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, default_data_collator
 
 from hf_fwdattr import ResponseCallback, ResponseConfig
-from hf_fwdattr.gradients import RowGradients, at_rest
-from hf_fwdattr.objective import CAUSAL_LM
-from hf_fwdattr.parameters import Parameters
-from hf_fwdattr.reading import BUDGET
+from hf_fwdattr.gradients.per_sample import RowGradients
+from hf_fwdattr.models.likelihood import CAUSAL_LM
+from hf_fwdattr.models.modes import at_rest
+from hf_fwdattr.models.parameters import Parameters
+from hf_fwdattr.query.scorer import BUDGET
 
 
 class Trajectory(TrainerCallback):

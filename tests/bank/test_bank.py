@@ -13,13 +13,13 @@ import torch
 import hf_fwdattr.bank.bank
 import hf_fwdattr.bank.files
 from hf_fwdattr.bank.bank import ResponseBank
-from hf_fwdattr.bank.manifest import read_manifest
+from hf_fwdattr.bank.codes import Quantised
+from hf_fwdattr.bank.schema import read_manifest
 from hf_fwdattr.bank.writing import write_bank
 from hf_fwdattr.errors import BankError, MismatchError
-from hf_fwdattr.parameters import Parameters
-from hf_fwdattr.quantised import Quantised
-from tests.cases import adapted, gpt2, llama
-from tests.reference import agree
+from hf_fwdattr.models.parameters import Parameters
+from tests.helpers.cases import adapted, gpt2, llama
+from tests.helpers.reference import agree
 
 
 P, K, SOURCES, ROWS = 6, 3, 2, 10

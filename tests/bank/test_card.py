@@ -10,7 +10,7 @@ import world_cards
 from huggingface_hub import ModelCard
 
 from hf_fwdattr.bank.card import section, with_section
-from hf_fwdattr.bank.manifest import Manifest
+from hf_fwdattr.bank.schema import Manifest
 from hf_fwdattr.errors import BankError
 from tests.bank.test_bank import described, written, written_whole
 

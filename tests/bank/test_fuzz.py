@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from hf_fwdattr.bank.bank import ResponseBank
 from hf_fwdattr.bank.files import check_header
-from hf_fwdattr.bank.manifest import read_pointer
+from hf_fwdattr.bank.schema import read_pointer
 from hf_fwdattr.errors import BankError
 from tests.bank.test_bank import TEXTS, contents, written_with_text
 from tests.bank.test_damage import sealed, shard

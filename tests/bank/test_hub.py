@@ -1,4 +1,4 @@
-"""Banks on a Hub: the real client over real HTTP, against the server of tests/hub_server.py."""
+"""Banks on a Hub: the real client over real HTTP, against the server of tests/helpers/hub_server.py."""
 
 import hashlib
 import json
@@ -15,8 +15,8 @@ from hf_fwdattr.bank.writing import write_bank
 from hf_fwdattr.cli import app
 from hf_fwdattr.errors import BankError
 from tests.bank.test_bank import ROWS, contents, described, is_seed, parts, written
-from tests.hub_server import TOKEN
-from tests.hub_world import World
+from tests.helpers.hub_server import TOKEN
+from tests.helpers.hub_world import World
 
 
 NAME = "me/adapter"

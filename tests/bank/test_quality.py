@@ -4,8 +4,8 @@ import pytest
 
 from hf_fwdattr.bank.bank import ResponseBank
 from hf_fwdattr.bank.card import quality_text, repository_in, with_section
-from hf_fwdattr.bank.manifest import read_manifest
 from hf_fwdattr.bank.quality import add_quality
+from hf_fwdattr.bank.schema import read_manifest
 from hf_fwdattr.bank.writing import write_bank
 from hf_fwdattr.errors import BankError
 from tests.bank.test_bank import described, parts

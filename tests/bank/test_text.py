@@ -11,7 +11,7 @@ from hf_fwdattr.bank.card import section
 from hf_fwdattr.errors import BankError
 from tests.bank.test_bank import ROWS, TEXTS, written, written_with_text
 from tests.bank.test_damage import sealed, shard
-from tests.hub_world import World
+from tests.helpers.hub_world import World
 
 
 @pytest.mark.parametrize("shard_size", [1 << 30, 20, 1])

@@ -10,8 +10,8 @@ from typer.testing import CliRunner, Result
 
 from hf_fwdattr.cli import app
 from hf_fwdattr.trainer.callback import RECORD
-from tests.cases import adapted
-from tests.runs import ROWS, config, fine_tune, saved_adapter, saved_base, tokenizer, training_set
+from tests.helpers.cases import adapted
+from tests.helpers.runs import ROWS, config, fine_tune, saved_adapter, saved_base, tokenizer, training_set
 
 
 SETTINGS = {"horizon": {"steps": 50, "step_size": 0.05}, "source_column": "source", "probes": 6, "batch_size": 4}

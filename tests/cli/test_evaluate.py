@@ -8,14 +8,14 @@ from typer.testing import CliRunner
 
 from hf_fwdattr.cli import app
 from hf_fwdattr.trainer.publish import add_section
-from tests.runs import config, saved_adapter
+from tests.helpers.runs import config, saved_adapter
 
 
 SETTINGS = dict(optim="sgd", learning_rate=0.05, num_train_epochs=2, max_grad_norm=0.0)
 SCRIPT = """
 from pathlib import Path
-from tests.cases import adapted
-from tests.runs import queries as asked, saved_base, trainer_for, training_set
+from tests.helpers.cases import adapted
+from tests.helpers.runs import queries as asked, saved_base, trainer_for, training_set
 
 HERE = Path({folder!r})
 

@@ -3,10 +3,9 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
-from hf_fwdattr.evaluation.agreement import agreement
-from hf_fwdattr.evaluation.loo import loo, without_rows
-from hf_fwdattr.evaluation.sources import leave_sources_out, summed, without_sources
-from tests.reference import agree
+from hf_fwdattr.evaluation.agreement import agreement, leave_sources_out, loo, summed
+from hf_fwdattr.evaluation.designs import without_rows, without_sources
+from tests.helpers.reference import agree
 
 
 def world() -> tuple[Tensor, Tensor, Tensor, Tensor]:

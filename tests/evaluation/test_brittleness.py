@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from hf_fwdattr.evaluation.brittleness import brittleness
+from hf_fwdattr.evaluation.metrics import brittleness
 
 
 COUNTS = torch.tensor([1, 2, 5])

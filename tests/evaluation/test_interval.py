@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_fwdattr.evaluation.interval import Interval
+from hf_fwdattr.evaluation.agreement import Interval
 
 
 def test_it_is_the_95_percent_interval_of_the_mean() -> None:

@@ -3,8 +3,8 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from hf_fwdattr.evaluation.lds import lds, noise_ceiling
-from tests.reference import agree
+from hf_fwdattr.evaluation.metrics import lds, noise_ceiling
+from tests.helpers.reference import agree
 
 
 def world(queries: int = 6, rows: int = 20, subsets: int = 30) -> tuple[Tensor, Tensor, Tensor]:

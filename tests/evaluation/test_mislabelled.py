@@ -2,7 +2,7 @@ import pytest
 import torch
 from scipy.stats import mannwhitneyu
 
-from hf_fwdattr.evaluation.mislabelled import mislabelled_auc
+from hf_fwdattr.evaluation.metrics import mislabelled_auc
 
 
 def test_by_hand() -> None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_fwdattr.evaluation.recall import recall
+from hf_fwdattr.evaluation.metrics import recall
 
 
 SCORES = torch.tensor([[9.0, 8, 7, 6], [1, 2, 3, 4]])

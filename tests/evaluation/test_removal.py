@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from hf_fwdattr.evaluation.removal import removal, without_random, without_top
+from hf_fwdattr.evaluation.designs import without_random, without_top
+from hf_fwdattr.evaluation.metrics import removal
 
 
 def test_the_highest_scores_are_left_out() -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hf_fwdattr.evaluation import retrain as module
+from hf_fwdattr.evaluation.designs import random_halves
 from hf_fwdattr.evaluation.retrain import identity, retrain
-from hf_fwdattr.evaluation.subsets import random_halves
 
 
 class Training:

@@ -1,7 +1,7 @@
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 
-from hf_fwdattr.evaluation.subsets import random_halves, random_rows
+from hf_fwdattr.evaluation.designs import random_halves, random_rows
 
 
 def test_each_line_keeps_half_of_the_rows() -> None:

@@ -8,7 +8,7 @@ from hf_fwdattr.errors import NumericalError
 from hf_fwdattr.response import curvature as room
 from hf_fwdattr.response.curvature import Curvature, ledoit_wolf
 from hf_fwdattr.response.horizon import ExplicitHorizon, Horizon, NaturalHorizon
-from tests.reference import agree, function_of
+from tests.helpers.reference import agree, function_of
 
 
 SIZE = 8

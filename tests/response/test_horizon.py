@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hf_fwdattr.errors import NumericalError, UnsupportedError
 from hf_fwdattr.response.horizon import ExplicitHorizon, Horizon, NaturalHorizon
-from tests.reference import agree
+from tests.helpers.reference import agree
 
 
 def scalar(value: float) -> torch.Tensor:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 import hf_fwdattr.response.passes
 from hf_fwdattr import ResponseBank, ResponseCallback, build_bank
 from hf_fwdattr.errors import NumericalError, UnsupportedError
-from tests.cases import adapted, padded
-from tests.reference import agree
-from tests.runs import ROWS, ask, base, config, queries, trainer_for, training_set
+from tests.helpers.cases import adapted, padded
+from tests.helpers.reference import agree
+from tests.helpers.runs import ROWS, ask, base, config, queries, trainer_for, training_set
 
 
 @pytest.fixture(scope="module")

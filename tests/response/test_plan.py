@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_fwdattr import ResponseCallback, build_bank
-from hf_fwdattr.gradients import RowGradients
+from hf_fwdattr.gradients.per_sample import RowGradients
+from hf_fwdattr.layers.activations import Trace
 from hf_fwdattr.response.plan import Plan
-from hf_fwdattr.synthetic.trace import Trace
-from tests.cases import adapted, padded
-from tests.runs import base, config, trainer_for, training_set
+from tests.helpers.cases import adapted, padded
+from tests.helpers.runs import base, config, trainer_for, training_set
 
 
 @given(st.integers(1, 10**6), st.integers(1, 8), st.integers(1, 10**6), st.integers(1, 4096), st.booleans())

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_fwdattr.gradients import RowGradients
-from hf_fwdattr.parameters import Parameters
+from hf_fwdattr.gradients.per_sample import RowGradients
+from hf_fwdattr.models.parameters import Parameters
 from hf_fwdattr.response.curvature import Curvature
 from hf_fwdattr.response.horizon import ExplicitHorizon, Horizon, NaturalHorizon
 from hf_fwdattr.response.segment import Segment
-from tests.cases import Classifier, Quadratic
-from tests.reference import agree, exact_fisher, retrained
+from tests.helpers.cases import Classifier, Quadratic
+from tests.helpers.reference import agree, exact_fisher, retrained
 
 
 RATE, STEPS, DECAY = 1e-3, 2000, 0.2

@@ -4,7 +4,7 @@ from torch import Tensor
 from hf_fwdattr.response.curvature import Curvature
 from hf_fwdattr.response.horizon import NaturalHorizon
 from hf_fwdattr.response.segment import Segment
-from tests.reference import agree, flow
+from tests.helpers.reference import agree, flow
 
 
 SIZE, ROWS = 7, 4

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_fwdattr.trainer import optimizer
-from tests.reference import agree
+from tests.helpers.reference import agree
 
 
 def _state(steps: int, pull: float) -> tuple[dict, dict]:

@@ -15,9 +15,9 @@ import hf_fwdattr.bank.files
 from hf_fwdattr import ResponseBank, ResponseCallback, ResponseConfig, build_bank
 from hf_fwdattr.errors import BankError, MismatchError, NumericalError, QueryError, UnsupportedError
 from hf_fwdattr.trainer.callback import RECORD, _refuse
-from tests.cases import adapted, gpt2, padded, token_rows
-from tests.reference import agree
-from tests.runs import ROWS, ask, base, config, fine_tune, queries, trainer_for, training_set, weights
+from tests.helpers.cases import adapted, gpt2, padded, token_rows
+from tests.helpers.reference import agree
+from tests.helpers.runs import ROWS, ask, base, config, fine_tune, queries, trainer_for, training_set, weights
 
 
 def scores(model: nn.Module, bank: Any) -> Tensor:

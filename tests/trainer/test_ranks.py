@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import ranks
-from tests.reference import agree
+from tests.helpers import ranks
+from tests.helpers.reference import agree
 
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ def launch(count: int, folder: Path, names: list[str], dies: bool = False) -> st
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "-m",
-         "tests.ranks", str(folder), *names],
+         "tests.helpers.ranks", str(folder), *names],
         env=environment, capture_output=True, text=True, timeout=280, cwd=ROOT,
     )  # fmt: skip
     assert "SIGKILL" in done.stderr if dies else done.returncode == 0, done.stderr[-3000:]

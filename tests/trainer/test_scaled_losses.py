@@ -10,14 +10,15 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_fwdattr import ResponseCallback
 from hf_fwdattr.errors import UnsupportedError
-from hf_fwdattr.gradients import RowGradients, at_rest
-from hf_fwdattr.objective import CAUSAL_LM, row_losses
-from hf_fwdattr.parameters import Parameters
+from hf_fwdattr.gradients.per_sample import RowGradients
+from hf_fwdattr.models.likelihood import CAUSAL_LM, row_losses
+from hf_fwdattr.models.modes import at_rest
+from hf_fwdattr.models.parameters import Parameters
 from hf_fwdattr.trainer.clipping import Clipping
-from hf_fwdattr.trainer.exposure import Micro, Step
-from tests.cases import adapted, padded, token_rows
-from tests.reference import agree
-from tests.runs import ask, base, config, fine_tune, queries, trainer_for, training_set, weights
+from hf_fwdattr.trainer.row_weights import Micro, Step
+from tests.helpers.cases import adapted, padded, token_rows
+from tests.helpers.reference import agree
+from tests.helpers.runs import ask, base, config, fine_tune, queries, trainer_for, training_set, weights
 
 
 def test_a_clipped_descent_is_one_of_smaller_rates(tmp_path: Path) -> None:

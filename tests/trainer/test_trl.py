@@ -9,9 +9,9 @@ from datasets import Dataset
 
 from hf_fwdattr import ResponseCallback
 from hf_fwdattr.errors import UnsupportedError
-from tests.cases import adapted
-from tests.reference import agree
-from tests.runs import ask, base, config, queries, tokenizer, trainer_for
+from tests.helpers.cases import adapted
+from tests.helpers.reference import agree
+from tests.helpers.runs import ask, base, config, queries, tokenizer, trainer_for
 
 
 # trl 1.16 asks transformers 5.23 for activation checkpointing, and torch for other things, by their old names.

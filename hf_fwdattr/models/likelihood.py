@@ -1,0 +1,128 @@
+"""From a model and a batch to the log-likelihood that is attributed, per row and per supervised position."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..errors import UnsupportedError
+
+
+IGNORED = -100  # the label of a position that is not supervised, as everywhere in transformers
+_DRAWN = 1 << 19  # probabilities held in float64 while labels are drawn: what a processor's caches hold
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A softmax likelihood over positions.
+
+    Attributes:
+        name (`str`): `causal-lm`, `sequence-classification` or `custom`.
+        forward (`Callable`): (model, batch) -> logits (rows, positions, classes) and labels (rows, positions), already
+            aligned: the label at a position is what the logits at that position predict, or -100.
+    """
+
+    name: str
+    forward: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
+
+
+def _causal_lm(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return model(**inputs, use_cache=False).logits[:, :-1], batch["labels"][:, 1:]
+
+
+def _sequence_classification(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return model(**inputs).logits.unsqueeze(1), batch["labels"].reshape(-1, 1)
+
+
+CAUSAL_LM = Objective("causal-lm", _causal_lm)
+SEQUENCE_CLASSIFICATION = Objective("sequence-classification", _sequence_classification)
+
+
+def objective_of(model: nn.Module, choice: "str | Objective | Callable" = "auto") -> Objective:
+    """The objective called `choice`; `auto` reads the model's class name.
+
+    Raises:
+        UnsupportedError: no likelihood is known for this kind of model.
+    """
+    if isinstance(choice, Objective):
+        return choice
+    if callable(choice):
+        return Objective("custom", choice)
+    known = {objective.name: objective for objective in (CAUSAL_LM, SEQUENCE_CLASSIFICATION)}
+    if choice in known:
+        return known[choice]
+    unwrap = getattr(model, "get_base_model", None)  # PeftModel has it
+    inner = unwrap() if callable(unwrap) else model
+    config, kind = getattr(inner, "config", None), type(inner).__name__
+    if choice == "auto" and (kind.endswith(("ForCausalLM", "LMHeadModel"))):
+        return CAUSAL_LM
+    single = getattr(config, "problem_type", None) in (None, "single_label_classification")
+    per_row = kind.endswith("Classification") and not kind.endswith("TokenClassification")
+    if choice == "auto" and per_row and single and getattr(config, "num_labels", 0) > 1:
+        return SEQUENCE_CLASSIFICATION
+    raise UnsupportedError(
+        f"objective={choice!r} fits no known likelihood of a {kind}; pass objective='causal-lm', "
+        "'sequence-classification', or a function (model, batch) -> (logits, labels)"
+    )
+
+
+class Likelihood(nn.Module):
+    """The objective's forward as a module, so that `torch.func.functional_call` can replace the model's weights."""
+
+    def __init__(self, model: nn.Module, objective: Objective):
+        super().__init__()
+        self.model, self.objective = model, objective
+        self.training = model.training
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.objective.forward(self.model, batch)
+
+    def at(self, weights: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits and labels with the weights of these live names replaced."""
+        replaced = {f"model.{name}": weight for name, weight in weights.items()}
+        return functional_call(self, replaced, (batch,))
+
+
+def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-likelihood of each label in nats, (rows, positions), zero where the label is -100; float32 or better."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    chosen = wide.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1) - wide.logsumexp(-1)
+    return chosen.masked_fill(labels == IGNORED, 0.0)
+
+
+def row_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """The l_i of the formulas: summed negative log-likelihood of a row's supervised positions, (rows,), nats.
+
+    With label smoothing, (1 - smoothing) times that and smoothing times the mean over all classes in its place, as
+    transformers' `LabelSmoother` has it. Curvature does not change: it does not depend on what a softmax is told.
+    """
+    losses = -log_probabilities(logits, labels).sum(1)
+    if not smoothing:
+        return losses
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    everywhere = (wide.logsumexp(-1) - wide.mean(-1)).masked_fill(labels == IGNORED, 0.0).sum(1)
+    return (1.0 - smoothing) * losses + smoothing * everywhere
+
+
+def sampled_labels(logits: Tensor, labels: Tensor, uniforms: Tensor) -> Tensor:
+    """Labels drawn from the model itself, for the Gauss-Newton matrix: (rows, positions), -100 where labels are.
+
+    Drawn by inverse distribution from `uniforms` (rows, positions) in [0, 1), so that a row's draw depends on the row
+    and the seed alone and not on the batch that it happens to sit in. Some positions at a time, so that no second copy
+    of all logits is made.
+    """
+    drawn = torch.full_like(labels, IGNORED)
+    supervised = (labels != IGNORED).nonzero()
+    for part in supervised.split(max(1, _DRAWN // logits.shape[-1])):
+        at = part.unbind(1)
+        cumulative = logits.detach()[at].double().softmax(-1).cumsum(-1)
+        scaled = uniforms[at].to(cumulative).unsqueeze(-1) * cumulative[:, -1:]
+        chosen = torch.searchsorted(cumulative, scaled, right=True).squeeze(-1)
+        drawn[at] = chosen.clamp(max=logits.shape[-1] - 1).to(drawn)
+    return drawn

@@ -1,0 +1,69 @@
+"""Scores of queries that are not text: batches of whatever the model takes, made by the user."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..bank.bank import ResponseBank
+from ..errors import QueryError
+from ..jvp.backend import READOUTS
+from ..models.likelihood import IGNORED, Batch, Objective, objective_of
+from .ranking import scores
+
+
+@torch.no_grad()
+def batch_scores(
+    model: nn.Module,
+    bank: ResponseBank,
+    batch: Batch,
+    objective: str | Objective | Callable[..., Any] = "auto",
+    readout: str = "jvp",
+) -> Tensor:
+    """Scores of all rows for a batch of queries, such as images with the labels that are asked about.
+
+    ```python
+    batch = {"pixel_values": images, "labels": model(pixel_values=images).logits.argmax(-1)}
+    batch_scores(model, ResponseBank.from_pretrained(folder), batch)  # why did the model say these?
+    ```
+
+    Args:
+        model (`nn.Module`): the fine-tuned model, in evaluation mode.
+        bank (`ResponseBank`): its bank.
+        batch (`Mapping`): what the model's forward takes, queries first, and `labels`.
+        objective: as in [`ResponseConfig`]; the bank was made with the same one.
+        readout (`str`, defaults to `jvp`): or `difference`.
+
+    Returns:
+        (queries, rows) in nats, float32, on the CPU.
+
+    Raises:
+        MismatchError: the bank belongs to another model.
+        QueryError: no labels, labels that the model cannot give, or a bank of whole sources only.
+    """
+    likelihood = objective_of(model, objective)
+    if likelihood.name != bank.manifest.objective:
+        raise QueryError(
+            f"the bank was made for the objective {bank.manifest.objective!r} and is asked with {likelihood.name!r}; "
+            "pass the same objective"
+        )
+    if bank.manifest.privacy.rows == "sources":
+        raise QueryError("the bank keeps sources only and has no rows to score")
+    _check_labels(model, likelihood, batch.get("labels"))
+    parameters = bank.check_model(model)
+    probes = bank.probes()[: bank.manifest.probes].to(next(model.parameters()).device)
+    with bank.read_at(model, parameters):
+        read = READOUTS[readout](model, parameters, likelihood, batch, probes)
+    return scores(read, bank.coordinates())
+
+
+def _check_labels(model: nn.Module, likelihood: Objective, labels: Any) -> None:
+    if not isinstance(labels, Tensor) or not bool((labels != IGNORED).any()):
+        raise QueryError("the batch has no 'labels': nothing says which output is asked about")
+    wrong = (labels < 0) & (labels != IGNORED)
+    classes = getattr(getattr(model, "config", None), "num_labels", None)
+    if likelihood.name == "sequence-classification" and classes is not None:
+        wrong |= labels >= classes
+    if bool(wrong.any()):
+        raise QueryError(f"the batch has the label {int(labels[wrong][0])}, which the model cannot give")

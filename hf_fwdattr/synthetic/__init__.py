@@ -1,1 +1,0 @@
-"""Gradients predicted from a single forward pass, for a first look at every row of a bank."""

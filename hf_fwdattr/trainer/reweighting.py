@@ -1,0 +1,122 @@
+"""A Trainer whose rows weigh what one says: the same order of batches and the same steps, other losses.
+
+Every step's loss becomes the sum of weight x row loss, divided by what it would have been divided by had all weights
+been one. With a row's weight at zero this is leave-one-out along the trajectory; nothing else changes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+from transformers import Trainer
+
+from ..errors import UnsupportedError
+from ..models.likelihood import IGNORED, objective_of, row_losses
+from .row_weights import KEY, Indexed, MarkedCollate
+
+
+class WeightedLoss:
+    """`compute_loss` of a trainer, for rows of these weights."""
+
+    def __init__(self, model: nn.Module, weights: Tensor, objective: Any = "auto"):
+        self.weights, self.objective = weights, objective_of(model, objective)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **_: Any,
+    ) -> Any:
+        rows = inputs.pop(KEY)
+        logits, labels = self.objective.forward(model, inputs)
+        losses = row_losses(logits, labels)
+        weights = self.weights.to(losses)[rows.reshape(-1).to("cpu")]
+        divisor = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORED).sum().clamp(min=1)
+        loss = (losses * weights.to(losses.device)).sum() / divisor
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+
+def weigh(trainer: Trainer, weights: Tensor, objective: Any = "auto") -> Trainer:
+    """The trainer itself, from now on with a weight on each row's loss.
+
+    Args:
+        trainer (`Trainer`): not yet trained, without `ResponseCallback`.
+        weights (`Tensor`): (rows,).
+        objective: as `ResponseConfig.objective`.
+
+    Raises:
+        UnsupportedError: another number of rows, or a loss that is not the model's own likelihood.
+    """
+    dataset = trainer.train_dataset
+    if dataset is None or not hasattr(dataset, "__len__") or len(dataset) != len(weights):
+        count = len(dataset) if hasattr(dataset, "__len__") else "no countable number of"
+        raise UnsupportedError(f"{len(weights)} weights for {count} rows: every training row needs one")
+    if getattr(trainer, "compute_loss_func", None) is not None or trainer.args.label_smoothing_factor:
+        raise UnsupportedError("a custom compute_loss_func, or label smoothing, cannot be weighted row by row")
+    model = trainer.model
+    assert model is not None
+    if trainer.args.remove_unused_columns:  # by us, as the Trainer would: it must not take the rows' positions too
+        if hasattr(dataset, "column_names"):
+            dataset = trainer._remove_unused_columns(dataset, description="training")
+        else:
+            trainer.data_collator = trainer._get_collator_with_removed_columns(trainer.data_collator, "training")
+        trainer.args.remove_unused_columns = False
+    trainer.train_dataset = Indexed(dataset)
+    trainer.data_collator = MarkedCollate(trainer.data_collator)
+    trainer.compute_loss = WeightedLoss(model, weights.double().cpu(), objective)
+    return trainer
+
+
+@torch.no_grad()
+def query_losses(model: nn.Module, queries: list[dict[str, Any]], objective: Any = "auto") -> Tensor:
+    """(queries,) summed losses of tokenized queries in nats, in evaluation mode, one at a time, float64.
+
+    Args:
+        queries: `input_ids` and `labels` of each (labels are the ids themselves where there are none).
+    """
+    likelihood = objective_of(model, objective)
+    device = next(model.parameters()).device
+    mode = model.training
+    model.eval()
+    try:
+        values = []
+        for query in queries:
+            tokens = torch.tensor([list(query["input_ids"])], device=device)
+            labels = torch.tensor([query.get("labels", query["input_ids"])], device=device)
+            batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+            logits, aligned = likelihood.forward(model, batch)
+            values.append(row_losses(logits.double(), aligned)[0].cpu())
+    finally:
+        model.train(mode)
+    return torch.stack(values)
+
+
+class Retraining:
+    """`train` for [`evaluation.retrain`]: (subset or weights (rows,), seed) -> losses of the queries (queries,).
+
+    A subset of booleans leaves the other rows out of the training set, so that a half is trained with half as many
+    steps; float weights keep order and number of steps and multiply the rows' losses.
+
+    Args:
+        make_trainer (`Callable`): seed -> a fresh, untrained Trainer with all rows, its own model in it.
+        queries: token lists, `input_ids` and `labels`.
+        objective: as `ResponseConfig.objective`.
+    """
+
+    def __init__(self, make_trainer: Callable[[int], Trainer], queries: list[dict[str, Any]], objective: Any = "auto"):
+        self.make_trainer, self.queries, self.objective = make_trainer, queries, objective
+
+    def __call__(self, rows: Tensor, seed: int) -> Tensor:
+        trainer = self.make_trainer(seed)
+        if rows.dtype == torch.bool:
+            kept = rows.nonzero().flatten().tolist()
+            data: Any = trainer.train_dataset
+            trainer.train_dataset = data.select(kept) if hasattr(data, "select") else Subset(data, kept)
+        else:
+            weigh(trainer, rows, self.objective)
+        trainer.train()
+        return query_losses(trainer.model, self.queries, self.objective)

@@ -1,0 +1,363 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedModel
+
+from hf_fwdattr.errors import NumericalError, UnsupportedError
+from hf_fwdattr.gradients.per_sample import RowGradients
+from hf_fwdattr.models.likelihood import CAUSAL_LM, IGNORED, SEQUENCE_CLASSIFICATION, Batch, Objective
+from hf_fwdattr.models.modes import at_rest
+from hf_fwdattr.models.parameters import Parameters
+from tests.helpers.cases import ARCHITECTURES, DIGITS, VOCABULARY, Classifier, adapted, gpt2, llama, padded, token_rows
+from tests.helpers.reference import agree, exact_fisher, row_gradient
+
+
+def models(name: str, dtype: torch.dtype = torch.float64) -> dict[str, tuple[PreTrainedModel, str]]:
+    """A model of an architecture and what responds in it."""
+    make = ARCHITECTURES[name]
+    return {
+        "lora_B": (adapted(make(dtype)), "lora_B"),
+        "lora": (adapted(make(dtype)), "lora"),
+        "linear": (make(dtype), "linear"),
+        # Embeddings, norms and biases too; in GPT-2 and Qwen2 the embedding is also the head.
+        "everything": (make(dtype), "trainable"),
+    }
+
+
+@pytest.mark.parametrize("choice", ["lora_B", "lora", "linear", "everything"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_each_rows_gradient_is_that_of_the_row_alone(name: str, choice: str) -> None:
+    model, spec = models(name)[choice]
+    parameters, rows = Parameters.of(model, spec), token_rows()
+    with at_rest(model):
+        gradients, tokens = RowGradients(model, parameters, CAUSAL_LM)(padded(rows))
+    alone = torch.stack([row_gradient(model, parameters, CAUSAL_LM, padded([row])) for row in rows])
+    agree(gradients, alone, DIGITS[name])
+    assert tokens.tolist() == [sum(label != IGNORED for label in row["labels"][1:]) for row in rows]
+
+
+@pytest.mark.parametrize("choice", ["lora", "everything"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_order_chunks_and_padding_change_nothing(name: str, choice: str) -> None:
+    model, spec = models(name)[choice]
+    parameters, rows = Parameters.of(model, spec), token_rows()
+    with at_rest(model):
+        gradients = RowGradients(model, parameters, CAUSAL_LM)
+        whole, _ = gradients(padded(rows))
+        shuffled, _ = gradients(padded([rows[i] for i in (3, 1, 4, 0, 2)], 15))
+        chunks = torch.cat([gradients(padded(part))[0] for part in (rows[:1], rows[1:3], rows[3:])])
+    agree(shuffled, whole[[3, 1, 4, 0, 2]], DIGITS[name])
+    agree(chunks, whole, DIGITS[name])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_float32_and_bfloat16_keep_their_digits(name: str) -> None:
+    def gradients(dtype: torch.dtype) -> Tensor:
+        model = models(name, dtype)["lora"][0]
+        with at_rest(model):
+            return RowGradients(model, Parameters.of(model, "lora"), CAUSAL_LM)(padded(token_rows()))[0]
+
+    exact = gradients(torch.float64)
+    agree(gradients(torch.float32), exact, 1e-5)
+    half = gradients(torch.bfloat16)
+    assert half.dtype == torch.float32
+    agree(half, exact, 0.1)
+
+
+@pytest.mark.parametrize("changes", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"lora_dropout": 0.5}])
+def test_other_kinds_of_adapters(changes: dict[str, Any]) -> None:
+    model = adapted(llama(), **changes)
+    parameters, rows = Parameters.of(model, "trainable"), token_rows()
+    with at_rest(model):
+        gradients, _ = RowGradients(model, parameters, CAUSAL_LM)(padded(rows))
+    alone = torch.stack([row_gradient(model, parameters, CAUSAL_LM, padded([row])) for row in rows])
+    agree(gradients, alone, DIGITS["llama"])
+
+
+def test_a_sequence_classifier() -> None:
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=16, n_embd=12, n_layer=1, n_head=2, num_labels=3, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    model = GPT2ForSequenceClassification(config).double()
+    parameters, batch = Parameters.of(model, "trainable"), padded(token_rows())
+    batch |= {"labels": torch.tensor([0, 2, 1, 1, 0])}
+    with at_rest(model):
+        gradients, tokens = RowGradients(model, parameters, SEQUENCE_CLASSIFICATION)(batch)
+        for row in range(5):
+            single = {key: value[row : row + 1] for key, value in batch.items()}
+            agree(gradients[row], row_gradient(model, parameters, SEQUENCE_CLASSIFICATION, single), 1e-9)
+    assert tokens.tolist() == [1] * 5
+
+
+def test_a_row_without_supervised_tokens_has_gradient_zero() -> None:
+    model, rows = adapted(gpt2()), token_rows()
+    rows[2]["labels"] = [IGNORED] * len(rows[2]["labels"])
+    with at_rest(model):
+        gradients, tokens = RowGradients(model, Parameters.of(model, "lora"), CAUSAL_LM)(padded(rows))
+    assert not gradients[2].any()
+    assert tokens[2] == 0
+    assert gradients.norm(dim=1).count_nonzero() == 4
+
+
+class Toy(nn.Module):
+    """Embedding, then `body`, then a head; logits (rows, positions, classes)."""
+
+    def __init__(self, body: nn.Module):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.body, self.head = nn.Embedding(VOCABULARY, 6), body, nn.Linear(6, VOCABULARY)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.body(self.embedding(tokens)))
+
+
+TOY = Objective("custom", lambda model, batch: (model(batch["input_ids"]), batch["labels"]))
+
+
+def toy(body: nn.Module, spec: str = "linear") -> tuple[nn.Module, Parameters, Batch]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, VOCABULARY, (4, 3), generator=generator)
+    model = Toy(body).double().eval()
+    return model, Parameters.of(model, spec), {"input_ids": tokens, "labels": tokens.flip(1)}
+
+
+class Flat(nn.Module):
+    """A Linear on rows and positions in one dimension, in the order that is asked for."""
+
+    def __init__(self, positions_first: bool):
+        super().__init__()
+        self.inner, self.positions_first = nn.Linear(6, 6), positions_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = x.transpose(0, 1) if self.positions_first else x
+        y = self.inner(turned.reshape(-1, 6)).view_as(turned)
+        return y.transpose(0, 1) if self.positions_first else y
+
+
+class Twice(nn.Module):
+    """The same Linear applied twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.inner(x).tanh())
+
+
+class Centred(nn.Module):
+    """As batch norm in training: what a row becomes depends on the rows beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        return (y - y.mean(0)).tanh()
+
+
+class AlwaysDropout(nn.Module):
+    """Dropout that does not ask for the mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(self.inner(x), training=True)
+
+
+BODIES: dict[str, Callable[[], nn.Module]] = {
+    "changed in place": lambda: nn.Sequential(nn.Linear(6, 6), nn.ReLU(True), nn.Linear(6, 6), nn.ELU(inplace=True)),
+    "rows and positions in one dimension": lambda: Flat(positions_first=False),
+    "used twice": Twice,
+    "tied weights": lambda: _tied(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))),
+    "never used": lambda: _with_unused(nn.Linear(6, 6)),
+}  # fmt: skip
+
+
+def _tied(body: nn.Sequential) -> nn.Module:
+    body[2].weight = body[0].weight
+    return body
+
+
+def _with_unused(body: nn.Module) -> nn.Module:
+    body.extra = nn.Linear(2, 2)
+    return body
+
+
+@pytest.mark.parametrize("spec", ["linear", "trainable"])
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_unusual_ways_to_use_a_linear(body: Callable[[], nn.Module], spec: str) -> None:
+    model, parameters, batch = toy(body(), spec)
+    with at_rest(model):
+        gradients, _ = RowGradients(model, parameters, TOY)(batch)
+        for row in range(4):
+            single = {key: value[row : row + 1] for key, value in batch.items()}
+            agree(gradients[row], row_gradient(model, parameters, TOY, single), 1e-10)
+
+
+def test_dropout_left_on_is_refused() -> None:
+    model = gpt2()
+    model.get_submodule("transformer.drop").train()
+    with pytest.raises(UnsupportedError, match=r"call model\.eval"):
+        RowGradients(model, Parameters.of(model), CAUSAL_LM)
+
+
+@pytest.mark.parametrize("body", [Centred, AlwaysDropout, lambda: Flat(positions_first=True)])
+def test_rows_that_cannot_be_told_apart_are_refused(body: Callable[[], nn.Module]) -> None:
+    model, parameters, batch = toy(body())
+    with at_rest(model), pytest.raises(UnsupportedError, match="rows touch each other"):
+        RowGradients(model, parameters, TOY)(batch)
+
+
+def test_an_ambiguous_order_of_rows_is_checked_in_every_batch() -> None:
+    """In a batch of one row nothing can be in the wrong order; the second batch shows it."""
+    model, parameters, batch = toy(Flat(positions_first=True))
+    with at_rest(model):
+        gradients = RowGradients(model, parameters, TOY)
+        gradients({key: value[:1] for key, value in batch.items()})
+        with pytest.raises(UnsupportedError, match="rows touch each other"):
+            gradients(batch)
+
+
+def test_an_activation_without_rows_is_refused_by_name() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions = nn.Linear(3, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.positions(torch.eye(3, dtype=x.dtype))
+
+    model, parameters, batch = toy(Shared())
+    with at_rest(model), pytest.raises(UnsupportedError, match=r"body\.positions saw an activation of shape \(3, 3\)"):
+        RowGradients(model, parameters, TOY)(batch)
+
+
+def test_what_vmap_cannot_follow_is_done_row_by_row() -> None:
+    class Branching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.tanh() if x.sum().item() > 0 else -x
+
+    model, parameters, batch = toy(Branching(), "embedding")
+    with at_rest(model):
+        gradients, _ = RowGradients(model, parameters, TOY)(batch)
+        for row in range(4):
+            single = {key: value[row : row + 1] for key, value in batch.items()}
+            agree(gradients[row], row_gradient(model, parameters, TOY, single), 1e-10)
+
+
+def test_a_loss_that_is_not_finite_names_its_rows() -> None:
+    model, parameters, batch = toy(nn.Identity())
+    with torch.no_grad():
+        model.get_parameter("embedding.weight")[batch["input_ids"][2, 0]] = torch.nan
+    bad = [row for row in range(4) if batch["input_ids"][2, 0] in batch["input_ids"][row]]
+    with (
+        at_rest(model),
+        pytest.raises(NumericalError, match=rf"row\(s\) {bad}".replace("[", r"\[").replace("]", r"\]")),
+    ):
+        RowGradients(model, parameters, TOY)(batch)
+
+
+def test_at_rest_restores_modes_and_flags_even_after_an_error() -> None:
+    model = adapted(gpt2()).train()
+    model.get_submodule("base_model.model.transformer.h.0").eval()
+
+    def state() -> tuple[list[bool], list[bool]]:
+        return [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+
+    def interrupted() -> None:
+        with at_rest(model):
+            assert not any(state()[0])
+            assert not any(state()[1])
+            raise KeyboardInterrupt
+
+    before = state()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert state() == before
+
+
+def test_nothing_is_left_on_the_model() -> None:
+    model = adapted(gpt2())
+    before = Parameters.of(model, ".").fingerprint(model)
+    with at_rest(model):
+        RowGradients(model, Parameters.of(model, "lora"), CAUSAL_LM)(padded(token_rows()))
+    assert Parameters.of(model, ".").fingerprint(model) == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("choice", ["lora", "everything"])
+def test_gradients_of_sampled_labels_are_those_of_the_labels_drawn(choice: str) -> None:
+    """And depend on the row and its uniform numbers alone."""
+    model, spec = models("gpt2")[choice]
+    parameters, rows = Parameters.of(model, spec), token_rows()
+    uniforms = torch.rand(5, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with at_rest(model):
+        gradients = RowGradients(model, parameters, CAUSAL_LM)
+        together, tokens = gradients(padded(rows), uniforms)
+        own, _ = gradients(padded(rows))
+        for i, row in enumerate(rows):
+            agree(gradients(padded([row], 14), uniforms[i : i + 1])[0][0], together[i], 1e-9)
+    assert (together - own).norm() > 0.1 * own.norm()
+    assert tokens.tolist() == [sum(label != IGNORED for label in row["labels"][1:]) for row in rows]
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+def test_many_sampled_gradients_become_the_exact_fisher_matrix(positions: int) -> None:
+    """E[z z^T] = H with z the gradient of a row's sampled labels over the root of all supervised positions."""
+    world = Classifier(rows=6, positions=positions)
+    parameters = Parameters.of(world.model, "trainable")
+    exact = exact_fisher(world.model, parameters, world.objective, world.batch)
+    repeats, generator = 20_000, torch.Generator().manual_seed(0)
+    batch = {key: value.repeat(repeats, *[1] * (value.ndim - 1)) for key, value in world.batch.items()}
+    uniforms = torch.rand(6 * repeats, positions, generator=generator, dtype=torch.float64)
+    with at_rest(world.model):
+        gradients, tokens = RowGradients(world.model, parameters, world.objective)(batch, uniforms)
+    factor = gradients / tokens.sum().double().sqrt()
+    agree(factor.T @ factor, exact, 0.02)
+    # With the data's own labels instead ("empirical Fisher") it is another matrix.
+    with at_rest(world.model):
+        own, _ = RowGradients(world.model, parameters, world.objective)(world.batch)
+    empirical = own.T @ own / world.tokens
+    assert (empirical - exact).norm() > 0.2 * exact.norm()
+
+
+def test_rows_are_told_apart_by_the_precision_that_linears_compute_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast the weights are float32 and the rounding is not."""
+    model, batch = adapted(llama(torch.float32)), padded(token_rows())
+    parameters = Parameters.of(model, "lora")
+    monkeypatch.setattr("hf_fwdattr.gradients.per_sample._TOLERANCE", {torch.float32: -1.0, torch.bfloat16: 0.2})
+    with torch.autocast("cpu", torch.bfloat16):
+        RowGradients(model, parameters, CAUSAL_LM)(batch)
+    with pytest.raises(UnsupportedError, match="rows touch each other"):
+        RowGradients(model, parameters, CAUSAL_LM)(batch)
+
+
+def test_kernels_that_round_by_the_batchs_shape_are_not_rows_that_touch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In half precision: a row is compared with its own copies, in a batch as large; other rows are still noticed."""
+    batch = padded(token_rows())
+    for mixes in (False, True):
+        model = adapted(llama(torch.float32))
+        parameters = Parameters.of(model, "lora")
+        base = next(module for name, module in model.named_modules() if name.endswith("v_proj.base_layer"))
+
+        def changed(_: nn.Module, __: Any, output: Tensor, mixes: bool = mixes) -> Tensor:
+            return output + output.mean(0, keepdim=True) if mixes else output * (1 + len(output))
+
+        base.register_forward_hook(changed)
+        with torch.autocast("cpu", torch.bfloat16):
+            if mixes:
+                with pytest.raises(UnsupportedError, match="rows touch each other"):
+                    RowGradients(model, parameters, CAUSAL_LM)(batch)
+            else:
+                RowGradients(model, parameters, CAUSAL_LM)(batch)
+        with pytest.raises(UnsupportedError, match="rows touch each other"):
+            RowGradients(model, parameters, CAUSAL_LM)(batch)

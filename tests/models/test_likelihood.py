@@ -1,0 +1,129 @@
+import pytest
+import torch
+from scipy.stats import chisquare
+from torch import nn
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2ForTokenClassification, GPT2Model
+
+from hf_fwdattr.errors import UnsupportedError
+from hf_fwdattr.models.likelihood import (
+    CAUSAL_LM,
+    IGNORED,
+    SEQUENCE_CLASSIFICATION,
+    Objective,
+    log_probabilities,
+    objective_of,
+    row_losses,
+    sampled_labels,
+)
+from tests.helpers.cases import CONTEXT, VOCABULARY, adapted, gpt2, llama, padded, token_rows
+from tests.helpers.reference import agree
+
+
+SIZES = GPT2Config(vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=12, n_layer=1, n_head=2, pad_token_id=0)
+
+
+def test_auto_knows_language_models_and_classifiers_from_their_class() -> None:
+    assert objective_of(gpt2()) is CAUSAL_LM
+    assert objective_of(adapted(llama())) is CAUSAL_LM
+    assert objective_of(GPT2ForSequenceClassification(SIZES)) is SEQUENCE_CLASSIFICATION
+
+
+def test_a_name_a_function_and_an_objective_are_taken_as_they_are() -> None:
+    def own(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        return model(batch["x"]), batch["labels"]
+
+    assert objective_of(nn.Linear(1, 2), "causal-lm") is CAUSAL_LM
+    assert objective_of(nn.Linear(1, 2), own).forward is own
+    mine = Objective("custom", own)
+    assert objective_of(nn.Linear(1, 2), mine) is mine
+
+
+REGRESSION = GPT2Config(**(SIZES.to_dict() | {"num_labels": 1}))
+MANY_LABELS = GPT2Config(**(SIZES.to_dict() | {"problem_type": "multi_label_classification"}))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        GPT2Model(SIZES),
+        GPT2ForTokenClassification(SIZES),
+        GPT2ForSequenceClassification(REGRESSION),
+        GPT2ForSequenceClassification(MANY_LABELS),
+    ],
+    ids=["no head", "labels per token", "regression", "several labels"],
+)
+def test_auto_refuses_what_is_no_softmax_likelihood_that_it_knows(model: nn.Module) -> None:
+    with pytest.raises(UnsupportedError, match="pass objective="):
+        objective_of(model)
+
+
+def test_row_losses_add_up_to_the_models_own_loss() -> None:
+    model, batch = gpt2(), padded(token_rows())
+    logits, labels = CAUSAL_LM.forward(model, batch)
+    tokens = (labels != IGNORED).sum()
+    agree(row_losses(logits, labels).sum() / tokens, model(**batch).loss, 1e-6)
+    classifier = GPT2ForSequenceClassification(SIZES).eval()
+    batch |= {"labels": torch.tensor([0, 1, 1, 0, 1])}
+    logits, labels = SEQUENCE_CLASSIFICATION.forward(classifier, batch)
+    agree(row_losses(logits, labels).mean(), classifier(**batch).loss, 1e-6)
+
+
+def test_log_probabilities_are_zero_where_nothing_is_supervised() -> None:
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[1, IGNORED, 4], [IGNORED, 0, 2]])
+    values = log_probabilities(logits, labels)
+    assert bool((values[labels == IGNORED] == 0).all())
+    assert values[0, 2].item() == pytest.approx(logits[0, 2].log_softmax(-1)[4].item())
+
+
+def test_half_precision_logits_are_summed_in_float32() -> None:
+    logits = torch.randn(1, 2, 500, generator=torch.Generator().manual_seed(0)).bfloat16()
+    values = log_probabilities(logits, torch.tensor([[3, 4]]))
+    assert values.dtype == torch.float32
+    agree(values, log_probabilities(logits.double(), torch.tensor([[3, 4]])), 1e-6)
+
+
+def test_sampled_labels_follow_the_models_distribution() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(1, 2, 6, generator=generator)
+    draws = 20_000
+    uniforms = torch.rand(draws, 2, generator=generator, dtype=torch.float64)
+    drawn = sampled_labels(logits.expand(draws, -1, -1), torch.zeros(draws, 2, dtype=torch.long), uniforms)
+    for position in range(2):
+        expected = draws * logits[0, position].double().softmax(-1)
+        result = chisquare(torch.bincount(drawn[:, position], minlength=6).numpy(), expected.numpy())
+        assert result.pvalue > 0.01
+
+
+def test_sampled_labels_depend_on_the_row_alone() -> None:
+    model, rows = llama(), token_rows()
+    uniforms = torch.rand(5, CONTEXT, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def drawn(order: list[int], length: int) -> dict[int, list[int]]:
+        logits, labels = CAUSAL_LM.forward(model, padded([rows[i] for i in order], length))
+        chosen = sampled_labels(logits, labels, uniforms[order, : labels.shape[1]])
+        assert torch.equal(chosen == IGNORED, labels == IGNORED)
+        return {
+            i: [label for label in line if label != IGNORED] for i, line in zip(order, chosen.tolist(), strict=True)
+        }
+
+    assert drawn([0, 1, 2, 3, 4], 11) == drawn([3, 4, 0, 2, 1], 15)
+    assert drawn([2], 5)[2] == drawn([2, 0], 13)[2]
+
+
+@pytest.mark.parametrize("held", [1, VOCABULARY * 3, 10**9])
+def test_labels_drawn_a_few_positions_at_a_time_are_the_same(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, labels = CAUSAL_LM.forward(gpt2(), padded(token_rows()))
+    uniforms = torch.rand(labels.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    cumulative = logits.softmax(-1).cumsum(-1)
+    expected = (
+        (cumulative < uniforms.unsqueeze(-1) * cumulative[..., -1:]).sum(-1).masked_fill(labels == IGNORED, IGNORED)
+    )
+    monkeypatch.setattr("hf_fwdattr.models.likelihood._DRAWN", held)
+    assert torch.equal(sampled_labels(logits, labels, uniforms), expected)
+
+
+def test_a_class_without_probability_is_never_drawn() -> None:
+    logits = torch.tensor([[[-5000.0, 0.0, -5000.0, 1.0, -5000.0]]]).expand(3, -1, -1)
+    uniforms = torch.tensor([[0.0], [0.2], [1 - 1e-16]], dtype=torch.float64)
+    assert sampled_labels(logits, torch.zeros(3, 1).long(), uniforms).flatten().tolist() == [1, 1, 3]
