@@ -25,8 +25,8 @@ class ResponseConfig:
     segments: int = _help(
         "Stretches of the run that are propagated one after the other; each costs two passes.", default=3
     )
-    probes: int | float | str = _help(
-        "k, the number of probes; or a float below 1: the share of held-out score variance to keep; or 'exact'.",
+    directions: int | float | str = _help(
+        "k, the number of directions; or a float below 1: the share of held-out score variance to keep; or 'exact'.",
         default=128,
     )
     curvature_samples: int | None = _help(
@@ -38,11 +38,11 @@ class ResponseConfig:
         "lambda}; 'steps' may be infinite.",
         default=None,
     )
-    ends: str = _help(
-        "Where the run counts as having ended: 'last', where it did, so that scores are changes of this very model; "
-        "or 'mean', after any of its segments, so that responses and readouts are means over the run: closer to what "
+    averaging: str = _help(
+        "Where the run counts as having ended: 'none': where it did, so that scores are changes of this very model; "
+        "or 'trajectory', after any of its segments, so that responses and readouts are means over the run: closer to what "
         "other runs on these rows would show, the more so the longer the run and the more segments.",
-        default="last",
+        default="none",
     )
     row_id_column: str | None = _help("Column with the user's own integer row ids; None: the position.", default=None)
     source_column: str | None = _help("Column that says which source a row belongs to.", default=None)
@@ -51,14 +51,14 @@ class ResponseConfig:
         default="auto",
     )
     dtype: str = _help(
-        "What probes and coordinates are stored in: 'float32', 'bfloat16' or 'float16'.", default="float32"
+        "What directions and coordinates are stored in: 'float32', 'bfloat16' or 'float16'.", default="float32"
     )
     batch_size: int = _help("Rows per forward and backward of the passes.", default=16)
-    sample_rows: int = _help("Rows from which the probes are found (all, if there are fewer).", default=2048)
-    source_probes: int = _help(
-        "Sources get a probe of their own, hence exact scores, when there are at most this many.", default=64
+    sample_rows: int = _help("Rows from which the directions are found (all, if there are fewer).", default=2048)
+    source_directions: int = _help(
+        "Sources get a direction of their own, hence exact scores, when there are at most this many.", default=64
     )
-    first_look: bool = _help(
+    gradient_predictor: bool = _help(
         "Keep what predicts a query's gradient from one forward pass, so that rows can be named in two stages; costs "
         "a pass over at most 512 rows.",
         default=True,
@@ -91,14 +91,20 @@ class ResponseConfig:
     quiet: bool = _help("No progress bars.", default=False)
 
     def __post_init__(self) -> None:
-        for name in ("segments", "batch_size", "sample_rows", "source_probes", "seed", "self_check"):
+        for name in ("segments", "batch_size", "sample_rows", "source_directions", "seed", "self_check"):
             if type(getattr(self, name)) is not int:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be a whole number")
-        if type(self.probes) not in (int, float, str) or (isinstance(self.probes, str) and self.probes != "exact"):
-            raise ValueError(f"probes={self.probes!r}: a number of probes, a kept variance below 1, or 'exact'")
-        if isinstance(self.probes, float) and not 0 < self.probes < 1:
-            raise ValueError(f"probes={self.probes}: as a float it is the variance to keep, between 0 and 1")
-        for name in ("segments", "batch_size", "sample_rows") + (("probes",) if isinstance(self.probes, int) else ()):
+        if type(self.directions) not in (int, float, str) or (
+            isinstance(self.directions, str) and self.directions != "exact"
+        ):
+            raise ValueError(
+                f"directions={self.directions!r}: a number of directions, a kept variance below 1, or 'exact'"
+            )
+        if isinstance(self.directions, float) and not 0 < self.directions < 1:
+            raise ValueError(f"directions={self.directions}: as a float it is the variance to keep, between 0 and 1")
+        for name in ("segments", "batch_size", "sample_rows") + (
+            ("directions",) if isinstance(self.directions, int) else ()
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.self_check < 0:
@@ -109,8 +115,8 @@ class ResponseConfig:
             raise ValueError(f"dtype={self.dtype!r}: 'float32', 'bfloat16' or 'float16'")
         if self.horizon is not None and not {"steps"} <= set(self.horizon) <= {"steps", "step_size", "damping"}:
             raise ValueError(f"horizon={self.horizon}: wants 'steps' and may have 'step_size' and 'damping'")
-        if self.ends not in ("last", "mean"):
-            raise ValueError(f"ends={self.ends!r}: 'last' or 'mean'")
+        if self.averaging not in ("none", "trajectory"):
+            raise ValueError(f"averaging={self.averaging!r}: 'none' or 'trajectory'")
         if self.private_rows and self.self_check:
             raise ValueError("self_check leaves out rows that the bank knows, and private_rows=True keeps none")
         if self.private_rows and self.source_column is None:

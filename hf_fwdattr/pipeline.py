@@ -11,11 +11,11 @@ from transformers.utils.logging import is_progress_bar_enabled
 
 from .bank.bank import ResponseBank
 from .errors import BankError, QueryError
-from .jvp.backend import Engine
+from .jvp.backend import Backend
 from .models.likelihood import IGNORED
 from .query.loading import AutoModelForAttribution
-from .query.ranking import Ranked
-from .query.scorer import CERTAIN, Attributed, Budget, Reader
+from .query.ranking import RankedRows
+from .query.scorer import ADAPTIVE, Attribution, Budget, Scorer
 from .query.training_set import TrainingSet
 
 
@@ -46,11 +46,11 @@ class TrainingDataAttributionPipeline(Pipeline):
             responding parameters), "tokenizer", "dataset".
         top_k (`int`, defaults to 5): rows to name on either side, proponents and opponents; with 0, only what sources
             need is read and downloaded.
-        budget (`int`, `certain` or `all`, *optional*): forward passes for naming rows. A bank that keeps maps of
+        budget (`int`, `adaptive` or `all`, *optional*): forward passes for naming rows. A bank that keeps maps of
             errors and its rows' own responses names them in two stages, by default with 128 passes; the rows named
             have exact scores.
-            `certain` reads rows until no other is likely to belong to the `top_k` on either side (two deviations of
-            what the first look has been off by), 256 at most. `all` reads all of the bank's probes instead. In any
+            `adaptive` reads rows until no other is likely to belong to the `top_k` on either side (two deviations of
+            what the first look has been off by), 256 at most. `all` reads all of the bank's directions instead. In any
             case sources take a pass each, and `top_k` rows on either side are read: with a budget below 2 `top_k` they
             come on top of it.
         Everything else goes to `generate`.
@@ -89,8 +89,8 @@ class TrainingDataAttributionPipeline(Pipeline):
             raise source
         self.bank = source if isinstance(source, ResponseBank) else ResponseBank.from_pretrained(source)
         parameters = self.bank.check_model(self.model, self._allowed)
-        engine = Engine(self.model, parameters, readout, precision)
-        self._reader = Reader(self.bank, self.model, parameters, engine, not is_progress_bar_enabled())
+        engine = Backend(self.model, parameters, readout, precision)
+        self._reader = Scorer(self.bank, self.model, parameters, engine, not is_progress_bar_enabled())
         own = getattr(self.model, "attribution_tokenizer", None)
         if own is not None and getattr(self.tokenizer, "name_or_path", None) == self.model.name_or_path:
             self.tokenizer: Any = own  # nobody named one, and transformers took the base model's
@@ -124,10 +124,10 @@ class TrainingDataAttributionPipeline(Pipeline):
                 raise ValueError(f"top_k={top_k}: the number of rows to name on either side cannot be negative")
             generate["count"] = top_k
         if budget is not None:
-            if budget not in ("all", CERTAIN) and type(budget) is not int:
+            if budget not in ("all", ADAPTIVE) and type(budget) is not int:
                 raise ValueError(
-                    f"budget={budget!r}: a number of forward passes, 'certain' to read rows until no other is likely "
-                    "to be among those named, or 'all' for all of the bank's probes"
+                    f"budget={budget!r}: a number of forward passes, 'adaptive' to read rows until no other is likely "
+                    "to be among those named, or 'all' for all of the bank's directions"
                 )
             generate["budget"] = None if budget == "all" else self._reader.budget(budget)
         return {}, generate, after
@@ -202,16 +202,16 @@ class TrainingDataAttributionPipeline(Pipeline):
         return ends if isinstance(ends, list) else [ends]
 
     def read(self, queries: Sequence[Mapping[str, Sequence[int]]], lines: slice = slice(None)) -> Tensor:
-        """(queries, positions, probes + source probes): the readout of token lists, right-padded together.
+        """(queries, positions, directions + source directions): the readout of token lists, right-padded together.
 
         Args:
             queries: `input_ids` and `labels` of each.
-            lines (`slice`): the probes to read; all by default, the rows' before the sources'.
+            lines (`slice`): the directions to read; all by default, the rows' before the sources'.
 
         Raises:
             QueryError: no supervised token, labels that do not fit, or too long for the model.
         """
-        return self._reader.probes(queries, lines)
+        return self._reader.directions(queries, lines)
 
     @torch.no_grad()
     def scores(
@@ -227,7 +227,7 @@ class TrainingDataAttributionPipeline(Pipeline):
             batch_size (`int`, *optional*): queries that are read together; by default 8 on a GPU, and one at a time on
                 a CPU, where the tangents of several leave its caches.
             budget (`int`, *optional*): forward passes per query, for a bank that keeps maps of errors; all of the
-                bank's probes by default.
+                bank's directions by default.
         """
         if self.bank.manifest.privacy.rows == "sources":
             raise QueryError("the bank keeps sources only and has no rows to score; use source_scores")
@@ -240,9 +240,9 @@ class TrainingDataAttributionPipeline(Pipeline):
     def source_scores(self, queries: Sequence[Mapping[str, Sequence[int]]], batch_size: int | None = None) -> Tensor:
         """Scores of all sources, in the order of `bank.manifest.sources`: (queries, sources) in nats, float32, CPU.
 
-        Only the sources' own probes are read, where they have them.
+        Only the sources' own directions are read, where they have them.
         """
-        k, exact = self.bank.manifest.probes, self.bank.manifest.source_probes
+        k, exact = self.bank.manifest.directions, self.bank.manifest.source_directions
         self._reader.check(queries)
         summed = self._reader.summed(queries, slice(k, None) if exact else slice(0, k), batch_size)
         return self._reader.per_source(summed).float()
@@ -261,7 +261,7 @@ class TrainingDataAttributionPipeline(Pipeline):
             "sources": self._sources(found),
         }
 
-    def _examples(self, found: Attributed, span: slice, dataset: Any) -> list[dict[str, Any]]:
+    def _examples(self, found: Attribution, span: slice, dataset: Any) -> list[dict[str, Any]]:
         """Rows named on either side, highest score first; none, and nothing read for them, where none are wanted."""
         if not found.sides:
             return []
@@ -270,7 +270,7 @@ class TrainingDataAttributionPipeline(Pipeline):
         examples = [self._example(best, i, span, shown) for i in range(len(best.scores))]
         return examples + [self._example(worst, i, span, shown) for i in reversed(range(len(worst.scores)))]
 
-    def _example(self, ranked: Ranked, index: int, span: slice, shown: Mapping[int, Any]) -> dict[str, Any]:
+    def _example(self, ranked: RankedRows, index: int, span: slice, shown: Mapping[int, Any]) -> dict[str, Any]:
         place, source = int(ranked.positions[index]), int(ranked.sources[index])
         return {
             "row": int(ranked.ids[index]),
@@ -280,7 +280,7 @@ class TrainingDataAttributionPipeline(Pipeline):
             "example": shown.get(place),
         }
 
-    def _sources(self, found: Attributed) -> list[dict[str, Any]]:
+    def _sources(self, found: Attribution) -> list[dict[str, Any]]:
         """Every source with its score, highest first."""
         names, values = self.bank.manifest.sources, found.sources
         order = torch.argsort(values, descending=True, stable=True).tolist() if names else []

@@ -37,7 +37,7 @@ NEUTRAL = {
     "sharded, resumed", "loaded in pieces",
 }  # fmt: skip
 FOUR_RANKS = {
-    "plain", "float32", "dispatched", "clipped", "smoothed labels", "probes", "streamed", "wrapped around", "stream",
+    "plain", "float32", "dispatched", "clipped", "smoothed labels", "directions", "streamed", "wrapped around", "stream",
     "saved", "resumed", "sharded", "sharded, all weights", "sharded, float32",
     "loaded in pieces",
 }  # fmt: skip

@@ -35,7 +35,7 @@ def synthetic(folder: Path, rows: int, k: int, parameters: int, sources: int, dt
     """A bank of that size, of random numbers; with so many bytes of text to each row."""
     generator = torch.Generator().manual_seed(0)
     shape = dict(
-        parameters=[{"name": "lora_B.weight", "shape": [parameters]}], probes=k, source_probes=sources, dtype=dtype,
+        parameters=[{"name": "lora_B.weight", "shape": [parameters]}], directions=k, source_directions=sources, dtype=dtype,
         source_scales=[1.0] * sources, sources=[f"source {i}" for i in range(sources)], dataset={"rows": rows},
         privacy={"text": text > 0},
     )  # fmt: skip
@@ -70,13 +70,13 @@ def main() -> None:
         total = sum(file.size for file in made.manifest.files)
         steps: dict[str, Callable[[], Any]] = {
             "open and inspect, by ranges": lambda: ResponseBank.from_pretrained("me/bank", **where).inspect(),
-            "sources of an output: their probes": lambda: bank.probes(lines=slice(k, None)),
-            "its rows: their probes": lambda: bank.probes(lines=slice(k)),
+            "sources of an output: their directions": lambda: bank.directions(lines=slice(k, None)),
+            "its rows: their directions": lambda: bank.directions(lines=slice(k)),
             "its rows: coordinates": lambda: rank(readout, bank.coordinates(), 5),
         }
         if chosen.text:
             steps["one named row's text"] = lambda: bank.texts([chosen.rows // 2])
-        steps["the next output"] = lambda: (bank.probes(), rank(readout, bank.coordinates(), 5))
+        steps["the next output"] = lambda: (bank.directions(), rank(readout, bank.coordinates(), 5))
         rows = []
         for name, step in steps.items():
             size = measured(step)

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hf_fwdattr import ResponseBank, ResponseCallback, ResponseConfig
-from hf_fwdattr.gradients.per_sample import RowGradients
+from hf_fwdattr.gradients.per_sample import PerSampleGradients
 from hf_fwdattr.models.likelihood import SEQUENCE_CLASSIFICATION, row_losses
-from hf_fwdattr.models.modes import at_rest
+from hf_fwdattr.models.modes import frozen
 from hf_fwdattr.models.parameters import Parameters
 from hf_fwdattr.query.batch import batch_scores
 
@@ -81,7 +81,7 @@ def bank_scores(
         scores = torch.cat([batch_scores(model, bank, batch) for batch in batches(queries, collate, size)])
         asked = time.time() - began
         mine = [batch_scores(model, bank, batch) for batch in batches(rows, collate, size)] if own else []
-        facts = {"probes": bank.manifest.probes, "kept": bank.manifest.kept_variance}
+        facts = {"directions": bank.manifest.directions, "kept": bank.manifest.explained_variance}
     finally:
         shutil.rmtree(callback.kept.parent)
     return (
@@ -95,8 +95,8 @@ def bank_scores(
 def gradient_dot(model, rows, queries, parameters: str, collate=default_data_collator) -> Tensor:
     """(queries, rows) at the end of training."""
     chosen = Parameters.of(model, parameters)  # at rest, nothing would be trainable
-    with at_rest(model):
-        gradients = RowGradients(model, chosen, SEQUENCE_CLASSIFICATION)
+    with frozen(model):
+        gradients = PerSampleGradients(model, chosen, SEQUENCE_CLASSIFICATION)
 
         def of(part) -> Tensor:
             return torch.cat([gradients(batch)[0] for batch in batches(part, collate)])

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from hf_fwdattr import build_bank  # noqa: E402
-from hf_fwdattr.trainer.reweighting import query_losses, weigh  # noqa: E402
+from hf_fwdattr.trainer.reweighting import apply_row_weights, query_losses  # noqa: E402
 from tests.helpers.cases import adapted, padded  # noqa: E402
 from tests.helpers.runs import ask, base, config, fine_tune, trainer_for  # noqa: E402
 from tests.test_sources_removed import EACH, QUERIES, SOURCES, _dialects  # noqa: E402
@@ -39,7 +39,7 @@ def compared(optimizer: str, norm: float, folder: Path) -> dict[str, float]:
     rows = _dialects(SOURCES * EACH, seed=1)
     asked = [{k: row[k] for k in ("input_ids", "labels")} for row in _dialects(QUERIES, seed=2)]
     how = dict(optim=optimizer, learning_rate=RATES[optimizer], num_train_epochs=6, max_grad_norm=norm)
-    settings, data, model = config(parameters="lora", probes=1), Dataset.from_list(rows), adapted(base())
+    settings, data, model = config(parameters="lora", directions=1), Dataset.from_list(rows), adapted(base())
     callback = fine_tune(folder, model, settings, data, **how)
     record, banks = callback.recorder.record, {"counted": callback.bank}
     clips, record.clips = record.clips, [1.0] * len(record.clips)
@@ -51,7 +51,7 @@ def compared(optimizer: str, norm: float, folder: Path) -> dict[str, float]:
         ends = []
         for sign in (1, -1):
             weights = torch.tensor([1.0 + sign * NUDGE * (row["source"] == str(source)) for row in rows])
-            trainer = weigh(trainer_for(folder, adapted(base()), data, None, **how), weights)
+            trainer = apply_row_weights(trainer_for(folder, adapted(base()), data, None, **how), weights)
             trainer.train()
             ends.append(query_losses(trainer.model, asked))
         real = (ends[0] - ends[1]) / (2 * NUDGE)

@@ -23,9 +23,9 @@ from hf_fwdattr import ResponseCallback, ResponseConfig
 from hf_fwdattr.evaluation.designs import random_halves
 from hf_fwdattr.evaluation.metrics import lds, noise_ceiling
 from hf_fwdattr.evaluation.retrain import retrain
-from hf_fwdattr.gradients.per_sample import RowGradients
+from hf_fwdattr.gradients.per_sample import PerSampleGradients
 from hf_fwdattr.models.likelihood import CAUSAL_LM
-from hf_fwdattr.models.modes import at_rest
+from hf_fwdattr.models.modes import frozen
 from hf_fwdattr.models.parameters import Parameters
 
 
@@ -45,15 +45,19 @@ def bank_scores(world: lora_world.World, queries: list[dict], **settings) -> tup
         scores = attribute.scores(queries, batch_size=1)
         spent = time.time() - began
     manifest = callback.bank.manifest
-    return scores, {"probes": manifest.probes, "kept": manifest.kept_variance, "query_s": spent / len(queries)}
+    return scores, {
+        "directions": manifest.directions,
+        "kept": manifest.explained_variance,
+        "query_s": spent / len(queries),
+    }
 
 
 def gradient_dot(world: lora_world.World, queries: list[dict]) -> torch.Tensor:
     """Gradient dot product at the end of training, all LoRA weights: the first-order baseline."""
     model = lora_world.fine_tune(world, world.rows, seed=0)
     parameters = Parameters.of(model, "lora")
-    with at_rest(model):
-        gradients = RowGradients(model, parameters, CAUSAL_LM)
+    with frozen(model):
+        gradients = PerSampleGradients(model, parameters, CAUSAL_LM)
 
         def of(rows: list[dict]) -> torch.Tensor:
             batches = [rows[at : at + 16] for at in range(0, len(rows), 16)]
@@ -102,7 +106,7 @@ def main() -> None:
                 "low": against_mean.low,
                 "high": against_mean.high,
                 "LDS one retraining": against_one.mean,
-                "probes": cost.get("probes", "-"),
+                "directions": cost.get("directions", "-"),
                 "kept": cost.get("kept", "-"),
                 "s / query": cost.get("query_s", "-"),
             }
@@ -110,15 +114,15 @@ def main() -> None:
         print(f"{method}: {against_mean.mean:.3f}", flush=True)
 
     for name, settings in (
-        ("bank, exact, three segments", {"probes": "exact"}),
-        ("bank, k = 256", {"probes": 256}),
-        ("bank, k = 128", {"probes": 128}),
-        ("bank, k = 64", {"probes": 64}),
-        ("bank, exact, one segment", {"probes": "exact", "segments": 1}),
-        ("bank, exact, five segments", {"probes": "exact", "segments": 5}),
-        ("bank, exact, six curvature samples a row", {"probes": "exact", "curvature_samples": 6 * 480}),
-        ("bank, exact, mean of ends", {"probes": "exact", "ends": "mean"}),
-        ("bank, k = 128, mean of ends", {"probes": 128, "ends": "mean"}),
+        ("bank, exact, three segments", {"directions": "exact"}),
+        ("bank, k = 256", {"directions": 256}),
+        ("bank, k = 128", {"directions": 128}),
+        ("bank, k = 64", {"directions": 64}),
+        ("bank, exact, one segment", {"directions": "exact", "segments": 1}),
+        ("bank, exact, five segments", {"directions": "exact", "segments": 5}),
+        ("bank, exact, six curvature samples a row", {"directions": "exact", "curvature_samples": 6 * 480}),
+        ("bank, exact, mean of ends", {"directions": "exact", "averaging": "trajectory"}),
+        ("bank, k = 128, mean of ends", {"directions": 128, "averaging": "trajectory"}),
     ):
         add(name, *bank_scores(world, queries, **settings))
     add("gradient dot product", gradient_dot(world, queries), {})

@@ -29,7 +29,11 @@ from hf_fwdattr.trainer import optimizer
 def predicted(world: lora_world.World, segments: int, parameters: str) -> torch.Tensor:
     """(sources, queries): nats of each query owed to each source, from the sources' exact responses."""
     config = ResponseConfig(
-        parameters=parameters, source_column="source", segments=segments, probes=1, source_probes=len(world.sources)
+        parameters=parameters,
+        source_column="source",
+        segments=segments,
+        directions=1,
+        source_directions=len(world.sources),
     )
     with tempfile.TemporaryDirectory() as folder:
         attribute = lora_world.attributed(world, ResponseCallback(config), folder)

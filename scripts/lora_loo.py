@@ -39,7 +39,11 @@ FOLDER = f"leave-sources-out-{lora_world.VERSION}"  # one folder: the run with a
 def bank_scores(world: lora_world.World, segments: int) -> tuple[Tensor, Tensor]:
     """(queries, rows) and (queries, sources) of an exact bank made while training."""
     config = ResponseConfig(
-        parameters="lora", source_column="source", segments=segments, probes="exact", source_probes=len(world.sources)
+        parameters="lora",
+        source_column="source",
+        segments=segments,
+        directions="exact",
+        source_directions=len(world.sources),
     )
     with tempfile.TemporaryDirectory() as folder:
         attribute = lora_world.attributed(world, ResponseCallback(config), folder)

@@ -18,7 +18,7 @@ from results import report
 from smollm2_curve import Curve, searched
 from torch import Tensor
 
-from hf_fwdattr.query.gaussian_process import kernel_of
+from hf_fwdattr.query.gaussian_process import error_covariance
 
 
 BUDGETS = (33, 65, 129, 257, 513)
@@ -29,7 +29,7 @@ class Kernel:
     """Stands where a bank's own responses stand: how scores go together, and its leading eigenvectors."""
 
     def __init__(self, scores: Tensor):
-        self.kernel = kernel_of(scores).float()
+        self.kernel = error_covariance(scores).float()
         self._vectors = torch.linalg.eigh(self.kernel)[1].flip(1)
 
     def sums(self, count: int) -> tuple[Tensor, None]:
@@ -51,7 +51,7 @@ class Exact:
 
 
 def probed(scores: Tensor, kernel: Tensor, count: int) -> Tensor:
-    """What `count` probes keep: scores projected on the leading eigenvectors of how they go together."""
+    """What `count` directions keep: scores projected on the leading eigenvectors of how they go together."""
     return scores @ kernel[:, :count] @ kernel[:, :count].T
 
 
@@ -71,7 +71,7 @@ def main() -> None:
     curve.add("exact", len(world.images) + 1, exact)
     none = torch.zeros_like(exact)
     for budget in BUDGETS:
-        curve.add("probes alone", budget, probed(exact, own.sums(budget - 1)[0], budget - 1))
+        curve.add("directions alone", budget, probed(exact, own.sums(budget - 1)[0], budget - 1))
         curve.add("two stages", *reversed(searched(none, exact, own, budget)))
         curve.add("two stages, no sums", *reversed(searched(none, exact, own, budget, share=0)))
     order = list(dict.fromkeys(row["method"] for row in curve.rows))

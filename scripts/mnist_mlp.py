@@ -18,7 +18,7 @@ import mnist_pictures
 import mnist_scores
 import mnist_world
 import torch
-from mnist_scores import Spectrum, Stretch
+from mnist_scores import SegmentInfo, Spectrum
 from results import report
 from torch import Tensor
 
@@ -42,14 +42,14 @@ class Truth:
         self.halves = random_halves(len(world.images), halves)
         self.outcomes = retrain(
             mnist_world.halves_outcomes(world), self.halves, range(seeds), cache / "mnist-halves", "halves",
-            name=world.version, together=10,
+            name=world.version, group_size=10,
         )  # fmt: skip
         self.mean = self.outcomes.mean(0)
         order = torch.randperm(len(world.images), generator=torch.Generator().manual_seed(0))
         self.removed = order[:removed]
         self.without = retrain(
             mnist_world.weighted_outcomes(world), without_rows(len(world.images), self.removed), [FIRST_SEED],
-            cache / "mnist-removals", "rows left out", name=world.version, together=12,
+            cache / "mnist-removals", "rows left out", name=world.version, group_size=12,
         )[0]  # fmt: skip
 
     def judge(self, scores: Tensor) -> float:
@@ -89,7 +89,7 @@ class Network:
         return mnist_scores.scores(self.world, self.end, run, [self.spectrum(s.theta, **how) for s in run])
 
     def mean_end(self, count: int, **how) -> Tensor:
-        """The library's `ends="mean"`: responses after each segment, read at the mean of the segments' weights."""
+        """The library's `averaging="trajectory"`: responses after each segment, read at the mean of the segments' weights."""
         run = mnist_scores.stretches(self.world, self.seed, count, self.moments)
         spectra = [self.spectrum(s.theta, **how) for s in run]
         asked = self.queries(torch.stack([stretch.theta for stretch in run]).mean(0))
@@ -124,7 +124,7 @@ class Network:
     def _single(self, theta: Tensor, horizon, queries, **how) -> Tensor:
         share = torch.full((len(self.world.images),), self._share(), dtype=torch.float64)
         return mnist_scores.scores(
-            self.world, queries, [Stretch(theta, horizon, share)], [self.spectrum(theta, **how)]
+            self.world, queries, [SegmentInfo(theta, horizon, share)], [self.spectrum(theta, **how)]
         )
 
 
@@ -212,13 +212,13 @@ def hand_out(folder: Path, world: mnist_world.World, attributed: list[Network], 
     torch.save(given | {"ends": torch.stack(ends), "widths": torch.tensor(world.widths)}, folder / "given.pt")
 
 
-def query_costs(network: Network, probes: int = 128) -> list[dict]:
+def query_costs(network: Network, directions: int = 128) -> list[dict]:
     """Time of one query against one plain forward pass of it."""
     world, model = network.world, mnist_world.network(network.world, mnist_world.unflat(network.world, network.theta))
     model.eval()
     image, label = world.query_images[:1], world.query_labels[:1]
     table = {name: value.detach() for name, value in model.named_parameters()}
-    directions = {name: torch.randn(probes, *value.shape) for name, value in table.items()}
+    directions = {name: torch.randn(directions, *value.shape) for name, value in table.items()}
 
     def loss(weights):
         return torch.nn.functional.cross_entropy(torch.func.functional_call(model, weights, (image,)), label)
@@ -236,7 +236,9 @@ def query_costs(network: Network, probes: int = 128) -> list[dict]:
     lines = []
     with torch.no_grad():
         found = cost(derivatives, lambda: model(image), 20)
-        lines.append({"query": f"bank, {probes} directional derivatives", "forwards": found.ratio, "backward": "no"})
+        lines.append(
+            {"query": f"bank, {directions} directional derivatives", "forwards": found.ratio, "backward": "no"}
+        )
     found = cost(backward, lambda: model(image), 20)
     lines.append(
         {

@@ -16,7 +16,7 @@ from hf_fwdattr.response.horizon import ExplicitHorizon
 
 
 def ablate(name: str, truth, network, started: float) -> None:
-    """Horizon, step size, damping, curvature samples and probes, one at a time, on the first network."""
+    """Horizon, step size, damping, curvature samples and directions, one at a time, on the first network."""
     lines = []
 
     def add(setting: str, value: float, scores: Tensor, began: float) -> None:
@@ -50,18 +50,18 @@ def ablate(name: str, truth, network, started: float) -> None:
     for count in (3, 5, 10):
         began = time.time()
         add("segments, mean of ends", count, network.mean_end(count), began)
-    for probes, scores in truncated(network):
-        add("probes k", probes, scores, time.time())
+    for directions, scores in truncated(network):
+        add("directions k", directions, scores, time.time())
     report(f"{name}_ablation", "The first network, one setting at a time", lines, started)
     picture(FOLDER / f"{name}_ablation.png", lines)
 
 
-def truncated(network, stand_ins: int = 1000) -> list[tuple[int, Tensor]]:
-    """Scores of five segments through the k best probes, k rising: what `response.basis.factorise` would keep."""
+def truncated(network, query_gradients: int = 1000) -> list[tuple[int, Tensor]]:
+    """Scores of five segments through the k best directions, k rising: what `response.basis.factorize` would keep."""
     world = network.world
     run = mnist_scores.stretches(world, network.seed, 5, network.moments)
     spectra = [network.spectrum(stretch.theta) for stretch in run]
-    chosen = torch.randperm(len(world.images), generator=torch.Generator().manual_seed(0))[:stand_ins]
+    chosen = torch.randperm(len(world.images), generator=torch.Generator().manual_seed(0))[:query_gradients]
     asked = network.rows(network.theta).take(chosen)
     whole = mnist_scores.scores(world, network.end, run, spectra)
     right = torch.linalg.svd(mnist_scores.scores(world, asked, run, spectra).float(), full_matrices=False)[2].double()

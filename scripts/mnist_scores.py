@@ -95,7 +95,7 @@ def _traced(values: list[Tensor], activations: list[Tensor], back: Tensor, copie
 
 
 @dataclass
-class Stretch:
+class SegmentInfo:
     """A segment: weights in its middle, how far a push travels in it, and each row's share (rows,) of its loss."""
 
     theta: Tensor
@@ -103,7 +103,7 @@ class Stretch:
     share: Tensor
 
 
-def stretches(world: World, seed: int, count: int, moments: Sequence[mnist_world.Moment]) -> list[Stretch]:
+def stretches(world: World, seed: int, count: int, moments: Sequence[mnist_world.Moment]) -> list[SegmentInfo]:
     """A run cut into `count` segments, with its true exposures; a snapshot must lie in the middle of each."""
     at = {moment.step: moment.theta for moment in moments}
     rows = len(world.images)
@@ -123,7 +123,7 @@ def stretches(world: World, seed: int, count: int, moments: Sequence[mnist_world
             step += 1
     lengths = [b - a for a, b in pairwise(edges)]
     return [
-        Stretch(
+        SegmentInfo(
             at[edges[number] + max(1, lengths[number] // 2)],
             NaturalHorizon(mnist_world.RATE * lengths[number] / (1 - mnist_world.MOMENTUM)),
             exposure[number] / lengths[number],
@@ -187,12 +187,12 @@ class Spectrum:
 def scores(
     world: World,
     queries: Gradients,
-    run: list[Stretch],
+    run: list[SegmentInfo],
     spectra: list[Spectrum],
     rows: Tensor | None = None,
     every_end: bool = False,
 ) -> Tensor:
-    """(queries, rows) in nats: what `Segment.retreat` and row gradients give, through inner products alone.
+    """(queries, rows) in nats: what `Segment.adjoint` and row gradients give, through inner products alone.
 
     Args:
         queries (`Gradients`): of the queries' losses, at the end of training.

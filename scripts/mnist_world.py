@@ -221,7 +221,7 @@ def losses_many(world: World, parameters: list[Tensor]) -> Tensor:
 
 
 def halves_outcomes(world: World):
-    """For `retrain(..., together=n)`: subsets (n, rows) of one size and seeds -> losses; every run has fresh draws."""
+    """For `retrain(..., group_size=n)`: subsets (n, rows) of one size and seeds -> losses; every run has fresh draws."""
 
     def train(subsets: Tensor, seeds: list[int]) -> Tensor:
         rows = [subset.nonzero().flatten() for subset in subsets]
@@ -232,7 +232,7 @@ def halves_outcomes(world: World):
 
 
 def weighted_outcomes(world: World):
-    """For `retrain(..., together=n)`: weights (n, rows) and one seed -> losses, in the seed's own order of batches."""
+    """For `retrain(..., group_size=n)`: weights (n, rows) and one seed -> losses, in the seed's own order of batches."""
 
     def train(weights: Tensor, seeds: list[int]) -> Tensor:
         everyone = torch.arange(len(world.images))

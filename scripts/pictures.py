@@ -28,12 +28,14 @@ def kept(name: str) -> dict[str, Any]:
 
 
 def probes_against_lds(result: dict[str, Any], target: Path) -> None:
-    """LDS of banks with so many probes, beside the exact bank, the gradient dot product and the noise ceiling."""
+    """LDS of banks with so many directions, beside the exact bank, the gradient dot product and the noise ceiling."""
     figure, axis = pyplot.subplots(figsize=(4.6, 3.2))
     rows = {row["method"]: row for row in result["rows"]}
-    few = [row for name, row in rows.items() if name.endswith(f"k = {row['probes']}")]
+    few = [row for name, row in rows.items() if name.endswith(f"k = {row['directions']}")]
     errors = [[row["LDS"] - row["low"] for row in few], [row["high"] - row["LDS"] for row in few]]
-    axis.errorbar([row["probes"] for row in few], [row["LDS"] for row in few], errors, fmt="o-", ms=4, label="probes")
+    axis.errorbar(
+        [row["directions"] for row in few], [row["LDS"] for row in few], errors, fmt="o-", ms=4, label="directions"
+    )
     lines = [
         ("exact, mean of ends", rows.get("bank, exact, mean of ends", {}).get("LDS"), ":"),
         ("exact", rows["bank, exact, three segments"]["LDS"], "--"),
@@ -43,7 +45,7 @@ def probes_against_lds(result: dict[str, Any], target: Path) -> None:
     for number, (name, value, style) in enumerate(lines):
         if value is not None:
             axis.axhline(value, color=f"C{number + 1}", ls=style, lw=1, label=name)
-    axis.set(xscale="log", xlabel="probes k", ylabel="LDS", xticks=[row["probes"] for row in few])
+    axis.set(xscale="log", xlabel="directions k", ylabel="LDS", xticks=[row["directions"] for row in few])
     axis.xaxis.set_major_formatter("{x:.0f}")
     axis.minorticks_off()
     axis.legend(fontsize=7, loc="lower right")

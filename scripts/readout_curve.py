@@ -4,7 +4,7 @@
 
 LDS is against the mean of three retrainings of 64 random halves (the ground truth of lds_lora.py, kept and resumed).
 The top ten are the ten rows with the highest exact scores: how often all of them are the ten that were found, and what
-share of them is. Two stages and the first look are what the pipeline does; what did not make it (probes alone, rows
+share of them is. Two stages and the first look are what the pipeline does; what did not make it (directions alone, rows
 without a first look, clusters, upper layers) is computed from the same exact scores.
 """
 
@@ -26,9 +26,9 @@ from hf_fwdattr import ResponseCallback, ResponseConfig
 from hf_fwdattr.evaluation.designs import random_halves
 from hf_fwdattr.evaluation.metrics import lds
 from hf_fwdattr.evaluation.retrain import retrain
-from hf_fwdattr.gradients.per_sample import RowGradients
+from hf_fwdattr.gradients.per_sample import PerSampleGradients
 from hf_fwdattr.models.likelihood import CAUSAL_LM
-from hf_fwdattr.models.modes import at_rest
+from hf_fwdattr.models.modes import frozen
 from hf_fwdattr.query.shortlist import search
 
 
@@ -39,7 +39,7 @@ BUDGETS = (1, 5, 9, 17, 33, 41, 65, 97, 129)
 
 def fine_tune(world: lora_world.World, folder: str):
     """The fine-tune with its bank; the pipeline that reads it."""
-    config = ResponseConfig(parameters="lora", probes=PROBES, source_column="source")
+    config = ResponseConfig(parameters="lora", directions=PROBES, source_column="source")
     callback = ResponseCallback(config)
     return lora_world.attributed(world, callback, folder)
 
@@ -47,8 +47,8 @@ def fine_tune(world: lora_world.World, folder: str):
 def gradients_of(attribute, queries: list[dict]) -> Tensor:
     """(queries, P) of the log-likelihood, by reverse mode: the oracle."""
     reader = attribute._reader
-    with at_rest(attribute.model):
-        exact = RowGradients(attribute.model, reader.parameters, CAUSAL_LM)
+    with frozen(attribute.model):
+        exact = PerSampleGradients(attribute.model, reader.parameters, CAUSAL_LM)
         parts = [-exact(reader.batch(queries[at : at + 8]))[0] for at in range(0, len(queries), 8)]
     return torch.cat(parts).double()
 
@@ -61,7 +61,7 @@ def refined(estimate: Tensor, exact: Tensor, rows: int) -> Tensor:
 
 
 def in_clusters(responses: Tensor, exact: Tensor, clusters: int, opened: int) -> tuple[Tensor, float]:
-    """Scores from a probe per cluster of rows and exact rows in the best clusters; and forward passes per query."""
+    """Scores from a direction per cluster of rows and exact rows in the best clusters; and forward passes per query."""
     unit = torch.nn.functional.normalize(responses)
     _, labels = kmeans2((unit @ unit.T).numpy(), clusters, seed=0, minit="++", iter=30)
     member = torch.nn.functional.one_hot(torch.tensor(labels, dtype=torch.int64), clusters).double()
@@ -113,7 +113,7 @@ def plain_forward(attribute, queries: list[dict]) -> float:
 
 
 def in_use(curve: Curve, attribute, queries: list[dict]) -> None:
-    """What the pipeline does: a first look with exact probes, and two stages."""
+    """What the pipeline does: a first look with exact directions, and two stages."""
     reader = attribute._reader
     reader.scores(queries[:1], budget=2)  # read before anything is timed
     for budget in BUDGETS:
@@ -144,7 +144,7 @@ def until_certain(curve: Curve, reader, queries: list[dict]) -> None:
 
     reader.engine.opened = counted
     scores, seconds = timed(
-        lambda: torch.stack([reader.rank(query, TOP, "certain")[1] for query in queries]), len(queries)
+        lambda: torch.stack([reader.rank(query, TOP, "adaptive")[1] for query in queries]), len(queries)
     )
     del reader.engine.opened
     curve.add("two stages, until certain", 1 + sum(read) / len(queries), scores, seconds)
@@ -154,12 +154,14 @@ def not_in_use(curve: Curve, attribute, queries: list[dict], gradients: Tensor, 
     """What else was tried, from exact scores."""
     bank = attribute.bank
     coordinates = torch.cat([block.double() for _, _, block in bank.coordinates()])
-    readout = gradients @ bank.probes(lines=slice(0, PROBES)).double().T
+    readout = gradients @ bank.directions(lines=slice(0, PROBES)).double().T
     for k in (16, 32, 64, 128, PROBES):
-        curve.add("probes alone", k + 1, readout[:, :k] @ coordinates[:, :k].T)
+        curve.add("directions alone", k + 1, readout[:, :k] @ coordinates[:, :k].T)
     for k, rows in ((32, 32), (64, 25), (64, 64), (128, 50)):
         estimate = readout[:, :k] @ coordinates[:, :k].T
-        curve.add(f"{k} probes, then {rows} rows, no first look", k + rows + 1, refined(estimate, curve.exact, rows))
+        curve.add(
+            f"{k} directions, then {rows} rows, no first look", k + rows + 1, refined(estimate, curve.exact, rows)
+        )
     first = attribute._reader.scores(queries, budget=1).double()
     for budget in (33, 65, 97):
         found = [
@@ -197,7 +199,7 @@ def main() -> None:
     outcomes = retrain(train, halves, range(1, 4), truth, workers=options.workers, name=lora_world.NAME).mean(0)
     with tempfile.TemporaryDirectory() as folder:
         attribute = fine_tune(world, folder)
-        responses = torch.cat([block.unpacked() for block in attribute.bank.responses()]).double()
+        responses = torch.cat([block.unpacked() for block in attribute.bank.row_codes()]).double()
         gradients = gradients_of(attribute, queries)
         curve = Curve(halves, outcomes, gradients @ responses.T, plain_forward(attribute, queries))
         curve.add("exact (all rows' own responses)", len(responses) + 1, curve.exact)
@@ -207,7 +209,7 @@ def main() -> None:
     picture(curve.rows)
     report(
         "readout_curve", "Accuracy against forward passes, small LoRA world", curve.rows, started,
-        first_look_share=round(manifest.first_look, 4),
+        first_look_share=round(manifest.predictor_explained_variance, 4),
         bytes_per_row=round(sum(f.size for f in manifest.files if f.kind == "responses") / len(responses)),
     )  # fmt: skip
 

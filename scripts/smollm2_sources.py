@@ -27,9 +27,9 @@ from hf_fwdattr import ResponseCallback, ResponseConfig
 from hf_fwdattr.evaluation.agreement import summed
 from hf_fwdattr.evaluation.designs import without_sources
 from hf_fwdattr.evaluation.retrain import retrain
-from hf_fwdattr.gradients.per_sample import RowGradients
+from hf_fwdattr.gradients.per_sample import PerSampleGradients
 from hf_fwdattr.models.likelihood import CAUSAL_LM, row_losses
-from hf_fwdattr.models.modes import at_rest
+from hf_fwdattr.models.modes import frozen
 from hf_fwdattr.models.parameters import Parameters
 
 
@@ -71,7 +71,7 @@ def train(weights: Tensor, seed: int, model_path: str, rows: int, held_out: int,
 
 def predicted(model_path: str, dataset, tokenizer, test, names: list[str], epochs: int) -> dict[str, Tensor]:
     """Method -> (queries, publishers): nats owed to each publisher, or whatever the method's unit is."""
-    config = ResponseConfig(parameters="lora", probes=16, source_column="publisher", batch_size=6, quiet=True)
+    config = ResponseConfig(parameters="lora", directions=16, source_column="publisher", batch_size=6, quiet=True)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _fine_tune(model_path, dataset, tokenizer, epochs, folder, callbacks=[ResponseCallback(config)])
         trainer.save_model(folder)
@@ -88,8 +88,8 @@ def predicted(model_path: str, dataset, tokenizer, test, names: list[str], epoch
 
 def gradient_dot(model: torch.nn.Module, dataset, test) -> Tensor:
     """(queries, rows) at the end of training, all LoRA weights."""
-    with at_rest(model):
-        gradients = RowGradients(model, Parameters.of(model, "lora"), CAUSAL_LM)
+    with frozen(model):
+        gradients = PerSampleGradients(model, Parameters.of(model, "lora"), CAUSAL_LM)
 
         def of(rows) -> Tensor:
             tokens = [torch.tensor([ids]) for ids in rows["input_ids"]]

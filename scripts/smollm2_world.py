@@ -74,9 +74,9 @@ def main() -> None:
     started = time.time()
     attribute, queries = world(options.rows)
     manifest = attribute.bank.manifest
-    share = manifest.first_look if manifest.maps else None
+    share = manifest.predictor_explained_variance if manifest.error_projections else None
     print(f"{len(attribute.bank)} rows, {manifest.size} parameters, {len(queries)} queries")
-    print(f"128 probes keep {manifest.kept_variance:.3f}, the first look {share}")
+    print(f"128 directions keep {manifest.explained_variance:.3f}, the first look {share}")
     print(f"{time.time() - started:.0f} s on {torch.get_num_threads()} threads")
 
 

@@ -98,10 +98,10 @@ def main() -> None:
     run = functools.partial(train, path=path, rows=options.rows, queries=options.queries)
     name = f"{Path(path).name} {options.rows} {options.queries} {RUN}"
     outcomes = retrain(run, halves, range(1, options.seeds + 1), folder, workers=options.workers, name=name)
-    settings = {"parameters": "trainable", "probes": 64}
+    settings = {"parameters": "trainable", "directions": 64}
     scores, own, cost, trained = bank_scores(model(path), dataset, test, SEED, settings, collate, 1, own=True, **RUN)
     mean, mine, _, _ = bank_scores(
-        model(path), dataset, test, SEED, settings | {"ends": "mean"}, collate, 1, own=True, **RUN
+        model(path), dataset, test, SEED, settings | {"averaging": "trajectory"}, collate, 1, own=True, **RUN
     )
     dot = gradient_dot(trained, dataset, test, "trainable", collate)
     own_dot = gradient_dot(trained, dataset, dataset, "trainable", collate).diagonal()

@@ -124,16 +124,19 @@ def main() -> None:
     )  # fmt: skip
     rows, trained = [], None
     for name, settings in (
-        ("bank, exact, three segments", {"probes": "exact"}),
-        ("bank, k = 128", {"probes": 128}),
-        ("bank, exact, five segments", {"probes": "exact", "segments": 5}),
-        ("bank, exact, five segments, mean of ends", {"probes": "exact", "segments": 5, "ends": "mean"}),
-        ("bank, k = 128, five segments, mean of ends", {"probes": 128, "segments": 5, "ends": "mean"}),
+        ("bank, exact, three segments", {"directions": "exact"}),
+        ("bank, k = 128", {"directions": 128}),
+        ("bank, exact, five segments", {"directions": "exact", "segments": 5}),
+        (
+            "bank, exact, five segments, mean of ends",
+            {"directions": "exact", "segments": 5, "averaging": "trajectory"},
+        ),
+        ("bank, k = 128, five segments, mean of ends", {"directions": 128, "segments": 5, "averaging": "trajectory"}),
     ):
         settings = {"parameters": "trainable", "batch_size": 32} | settings
         scores, _, cost, trained = bank_scores(model(data, options.scratch), images, test, 0, settings, **run)
         rows.append({"method": name, "scores": scores} | cost)
-    blank = dict.fromkeys(("probes", "kept", "train and build s", "s / query"), "-")
+    blank = dict.fromkeys(("directions", "kept", "train and build s", "s / query"), "-")
     rows.append({"method": "gradient dot product", "scores": gradient_dot(trained, images, test, "trainable")} | blank)
     rows.append({"method": "pixels of the same class", "scores": pixels(images, test)} | blank)
     table = []

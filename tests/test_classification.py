@@ -31,11 +31,11 @@ def train(kept: Tensor, seed: int, dataset: Dataset, test: Dataset) -> Tensor:
 
 def test_a_bank_of_images_foretells_retraining(tmp_path: Path) -> None:
     dataset, test = images(18), images(6, seed=5)
-    settings = {"parameters": "trainable", "probes": "exact"}
+    settings = {"parameters": "trainable", "directions": "exact"}
     scores, own, cost, model = bank_scores(fresh(), dataset, test, 0, settings, own=True, **RUN)
     assert scores.shape == (6, 18)
     assert own.shape == (18,)
-    assert cost["probes"] == 18
+    assert cost["directions"] == 18
     halves = random_halves(18, 10)
     outcomes = retrain(partial(train, dataset=dataset, test=test), halves, [1], tmp_path, quiet=True, name="images")
     assert lds(scores, halves, outcomes.mean(0)).mean > 0.3

@@ -7,7 +7,7 @@ from hf_fwdattr import ResponseConfig
 
 
 def test_a_config_survives_json() -> None:
-    config = ResponseConfig(parameters=["q_proj"], probes=0.9, horizon={"steps": 3, "step_size": 0.1})
+    config = ResponseConfig(parameters=["q_proj"], directions=0.9, horizon={"steps": 3, "step_size": 0.1})
     assert ResponseConfig.from_dict(config.to_dict()) == config
 
 
@@ -20,19 +20,21 @@ def test_every_setting_is_explained() -> None:
 
 
 def test_an_unknown_setting_is_named_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"unknown setting\(s\) probe; known are parameters, segments, probes"):
-        ResponseConfig.from_dict({"probe": 3})
+    with pytest.raises(
+        ValueError, match=r"unknown setting\(s\) direction; known are parameters, segments, directions"
+    ):
+        ResponseConfig.from_dict({"direction": 3})
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(probes="all"),
-        dict(probes=0),
-        dict(probes=1.5),
-        dict(probes=0.0),
-        dict(probes=None),
-        dict(probes=True),
+        dict(directions="all"),
+        dict(directions=0),
+        dict(directions=1.5),
+        dict(directions=0.0),
+        dict(directions=None),
+        dict(directions=True),
         dict(segments=0),
         dict(segments="3"),
         dict(segments=2.0),

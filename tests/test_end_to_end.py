@@ -95,12 +95,12 @@ def test_a_classifier_is_attributed_through_its_class(tmp_path: Path) -> None:
     bank = bank_of(callback)
     assert bank.manifest.objective == "sequence-classification"
     model.eval()
-    parameters, probes = bank.check_model(model), bank.probes(torch.float64)
+    parameters, directions = bank.check_model(model), bank.directions(torch.float64)
     batch = collate(queries())
-    found = read(model, parameters, SEQUENCE_CLASSIFICATION, batch, probes)
+    found = read(model, parameters, SEQUENCE_CLASSIFICATION, batch, directions)
     single = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(4)]
     gradients = torch.stack([row_gradient(model, parameters, SEQUENCE_CLASSIFICATION, one) for one in single])
-    agree(found[:, 0], -gradients @ probes.T, 1e-6)
+    agree(found[:, 0], -gradients @ directions.T, 1e-6)
 
 
 SMALL: dict[str, Any] = dict(learning_rate=1e-5, max_grad_norm=0, lr_scheduler_type="linear", weight_decay=0.0)
@@ -124,7 +124,7 @@ def test_all_responses_together_are_the_way_the_weights_went(tmp_path: Path, how
     before = weights(model, "lora")
     bank = bank_of(fine_tune(tmp_path, model, config(parameters="lora"), **(SMALL | how)))
     coordinates = torch.cat([block.double() for _, _, block in bank.coordinates()])
-    responses = coordinates @ bank.probes(torch.float64)[: bank.manifest.probes]
+    responses = coordinates @ bank.directions(torch.float64)[: bank.manifest.directions]
     agree(responses.sum(0), weights(model, "lora") - before, 2e-3)
 
 
@@ -136,7 +136,7 @@ def test_momentum_makes_a_push_last(tmp_path: Path) -> None:
     how = SMALL | dict(lr_scheduler_type="constant", num_train_epochs=20, optimizers=(optimizer, None))
     bank = bank_of(fine_tune(tmp_path, model, config(parameters="lora"), **how))
     coordinates = torch.cat([block.double() for _, _, block in bank.coordinates()])
-    responses = coordinates @ bank.probes(torch.float64)[: bank.manifest.probes]
+    responses = coordinates @ bank.directions(torch.float64)[: bank.manifest.directions]
     assert bank.manifest.optimizer == "sgd"
     agree(responses.sum(0), weights(model, "lora") - before, 0.03)
 
@@ -161,7 +161,7 @@ def test_every_optimizer_gives_the_oracles_scores(tmp_path: Path, how: dict[str,
 
 def test_a_row_that_training_never_saw_scores_exactly_zero(tmp_path: Path) -> None:
     model = adapted(base())
-    callback = fine_tune(tmp_path, model, config(probes=4), max_steps=2)
+    callback = fine_tune(tmp_path, model, config(directions=4), max_steps=2)
     seen = torch.unique(torch.cat(callback.recorder.record.rows)).tolist()
     assert len(seen) == 6
     found = scores(model, callback.bank)
@@ -195,22 +195,22 @@ def test_chunks_of_the_passes_change_nothing(tmp_path: Path) -> None:
     agree(found[2], found[0], 1e-6)
 
 
-@pytest.mark.parametrize(("segments", "ends"), [(1, "last"), (3, "last"), (3, "mean")])
-def test_streaming_agrees_with_holding_every_row(tmp_path: Path, segments: int, ends: str) -> None:
-    """With fewer sample rows than rows, coordinates come from dual probes that walked backwards."""
+@pytest.mark.parametrize(("segments", "averaging"), [(1, "none"), (3, "none"), (3, "trajectory")])
+def test_streaming_agrees_with_holding_every_row(tmp_path: Path, segments: int, averaging: str) -> None:
+    """With fewer sample rows than rows, coordinates come from dual directions that walked backwards."""
 
     def made(**changes: Any) -> tuple[nn.Module, ResponseBank]:
         model = adapted(base())
-        settings = dict(segments=segments, ends=ends, parameters=[r"h\.1\..*c_fc.*lora_B"], probes=96)
+        settings = dict(segments=segments, averaging=averaging, parameters=[r"h\.1\..*c_fc.*lora_B"], directions=96)
         return model, bank_of(fine_tune(tmp_path / str(changes), model, config(**(settings | changes)), SIZED))
 
     # Few enough parameters (96) for the sample of 100 of 120 rows to span them all.
     model, held = made(sample_rows=120)
     _, streamed = made(sample_rows=110)
-    _, exact = made(probes="exact")
+    _, exact = made(directions="exact")
     assert held.manifest.size == 96
     reference = scores(model, exact)
-    if ends == "last":
+    if averaging == "none":
         agree(reference, oracle(model, exact, queries()), 1e-5)
     agree(scores(model, held), reference, 1e-5)
     agree(scores(model, streamed), reference, 1e-5)
@@ -248,10 +248,10 @@ def test_the_papers_own_horizon_is_one_segment_at_the_end(tmp_path: Path) -> Non
 
 
 def test_a_user_types_little(tmp_path: Path) -> None:
-    """The defaults, but quiet: 128 probes of 12 rows are all of them, and no sources were asked for."""
+    """The defaults, but quiet: 128 directions of 12 rows are all of them, and no sources were asked for."""
     model = adapted(base(torch.float32))
     bank = bank_of(fine_tune(tmp_path, model, ResponseConfig(quiet=True)))
-    assert (bank.manifest.probes, bank.manifest.source_probes, len(bank)) == (12, 0, ROWS)
+    assert (bank.manifest.directions, bank.manifest.source_directions, len(bank)) == (12, 0, ROWS)
     result = ask(model, bank)("w1 w2 w3", max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert result["sources"] == []
     assert len(result["tokens"]) in (1, 2, 3)

@@ -28,19 +28,19 @@ def flat(model: torch.nn.Module) -> Tensor:
 
 def test_together_as_alone_on_subsets() -> None:
     rows = [torch.randperm(60, generator=torch.Generator().manual_seed(i))[:30] for i in range(3)]
-    together, _ = mnist_world.train_many(WORLD, rows, [5, 6, 7])
+    group_size, _ = mnist_world.train_many(WORLD, rows, [5, 6, 7])
     for number, (own, seed) in enumerate(zip(rows, (5, 6, 7), strict=True)):
-        agree(mnist_world.flat(together, number), flat(mnist_world.train_alone(WORLD, own, seed)), 1e-5)
+        agree(mnist_world.flat(group_size, number), flat(mnist_world.train_alone(WORLD, own, seed)), 1e-5)
 
 
 def test_together_as_alone_with_weights_in_one_order() -> None:
     weights = torch.ones(3, 60)
     weights[1, 4] = weights[2, 9] = 0.0
-    together, _ = mnist_world.train_many(WORLD, [EVERYONE] * 3, [5] * 3, weights)
+    group_size, _ = mnist_world.train_many(WORLD, [EVERYONE] * 3, [5] * 3, weights)
     for number in range(3):
         alone = mnist_world.train_alone(WORLD, EVERYONE, 5, weights[number])
-        agree(mnist_world.flat(together, number), flat(alone), 1e-5)
-    losses = mnist_world.losses_many(WORLD, together)
+        agree(mnist_world.flat(group_size, number), flat(alone), 1e-5)
+    losses = mnist_world.losses_many(WORLD, group_size)
     plain = torch.nn.functional.cross_entropy(alone(WORLD.query_images), WORLD.query_labels, reduction="none")
     agree(losses[2], plain.detach().double(), 1e-4)
     assert not torch.allclose(losses[0], losses[1])
@@ -50,7 +50,7 @@ def test_halves_get_fresh_seeds_and_are_kept(tmp_path: Path) -> None:
     halves = torch.rand(3, 60, generator=torch.Generator().manual_seed(0)).argsort(1) < 30
     assert mnist_world.fresh(halves[0], 0) != mnist_world.fresh(halves[1], 0) != mnist_world.fresh(halves[1], 1)
     settings = dict(folder=tmp_path, quiet=True, name=WORLD.version)
-    found = retrain(mnist_world.halves_outcomes(WORLD), halves, [0, 1], together=4, **settings)
+    found = retrain(mnist_world.halves_outcomes(WORLD), halves, [0, 1], group_size=4, **settings)
     alone = mnist_world.train_alone(WORLD, halves[2].nonzero().flatten(), mnist_world.fresh(halves[2], 1))
     plain = torch.nn.functional.cross_entropy(alone(WORLD.query_images), WORLD.query_labels, reduction="none")
     agree(found[1, 2], plain.detach().double(), 1e-4)
@@ -87,7 +87,7 @@ def test_scores_are_those_of_the_librarys_segments(network: mnist_mlp.Network, c
             stretch.theta, torch.ones_like(stretch.theta), stretch.horizon, stretch.share, 0.0, curvature
         )
         pushes = network.rows(stretch.theta).dense() * stretch.share[:, None].float()
-        response = segment.advance(response, pushes)
+        response = segment.propagate(response, pushes)
         ends.append(response)
     assert response is not None
     expected = -(network.end.dense() @ response.T).double()
@@ -179,7 +179,7 @@ def test_the_curve_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, net
     import json
 
     rows = json.loads((tmp_path / "mnist_tiny_curve.json").read_text())["rows"]
-    assert [row["method"] for row in rows][:2] == ["exact", "probes alone"]
+    assert [row["method"] for row in rows][:2] == ["exact", "directions alone"]
     staged = [row["of the top ten"] for row in rows if row["method"] == "two stages"]
     assert len(staged) == len(mnist_curve.BUDGETS)
     assert staged[-1] == pytest.approx(1.0)  # more passes than the tiny world has rows

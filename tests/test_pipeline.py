@@ -101,9 +101,9 @@ def test_no_prompts_have_no_answers(attribute: TrainingDataAttributionPipeline) 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_many_prompts_are_prompts_one_by_one(attribute: TrainingDataAttributionPipeline, batch_size: int) -> None:
-    together = attribute(PROMPTS, batch_size=batch_size, **GREEDY)
-    assert len(together) == len(PROMPTS)
-    for prompt, result in zip(PROMPTS, together, strict=True):
+    group_size = attribute(PROMPTS, batch_size=batch_size, **GREEDY)
+    assert len(group_size) == len(PROMPTS)
+    for prompt, result in zip(PROMPTS, group_size, strict=True):
         same(attribute(prompt, **GREEDY), result)
 
 
@@ -187,9 +187,9 @@ def test_both_readouts_are_the_oracle(folder: Path, readout: str) -> None:
 @pytest.mark.parametrize("limit", [0, 64])
 def test_source_scores_with_and_without_probes_of_their_own(tmp_path: Path, limit: int) -> None:
     model = adapted(base())
-    bank = fine_tune(tmp_path, model, config(source_probes=limit)).bank
+    bank = fine_tune(tmp_path, model, config(source_directions=limit)).bank
     assert bank is not None
-    assert bank.manifest.source_probes == (3 if limit else 0)
+    assert bank.manifest.source_directions == (3 if limit else 0)
     attribute = ask(model, bank)
     sources = training_set()["source"]
     by_row = attribute.scores(queries())

@@ -36,21 +36,6 @@ def test_the_examples_run_as_they_stand(tmp_path: Path, capsys: pytest.CaptureFi
     assert all(str(entry["row"]) in printed for entry in given["result"]["examples"])
 
 
-def test_the_file_tree_names_what_is_there() -> None:
-    tree = README.split("```text\n")[1].split("```")[0]
-    folder, named = ROOT, []
-    for line in tree.splitlines():
-        path = line.strip().split("  ")[0]
-        if line and not line.startswith(" "):
-            folder = ROOT / path
-            named.append(folder)
-        elif path:
-            named += [folder / entry for entry in path.replace(",", " ").split()]
-    missing = [str(path.relative_to(ROOT)) for path in named if not path.exists()]
-    assert len(named) > 10
-    assert missing == []
-
-
 def test_every_figure_names_the_command_that_prints_it() -> None:
     for script in re.findall(r"scripts/(\w+)\.py", README):
         assert (ROOT / "scripts" / f"{script}.py").is_file()

@@ -52,7 +52,7 @@ def test_removed_sources_change_outputs_as_predicted(tmp_path: Path) -> None:
     rows = _dialects(SOURCES * EACH, seed=1)
     asked = [{k: row[k] for k in ("input_ids", "labels")} for row in _dialects(QUERIES, seed=2)]
     model = adapted(base())
-    settings = config(parameters="lora", probes=1)
+    settings = config(parameters="lora", directions=1)
     callback = fine_tune(tmp_path, model, settings, Dataset.from_list(rows), learning_rate=2e-3, num_train_epochs=6)
     predicted = ask(model, callback.bank).source_scores(asked).double()
     full = _losses(tmp_path, rows, [1.0] * len(rows), asked)

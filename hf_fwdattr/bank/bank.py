@@ -1,4 +1,4 @@
-"""The response bank: probes, coordinates, and what they belong to. It lives on disk and is read as it is needed."""
+"""The response bank: directions, coordinates, and what they belong to. It lives on disk and is read as it is needed."""
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
@@ -12,8 +12,17 @@ from torch import Tensor, nn
 
 from ..errors import BankError, MismatchError
 from ..models.parameters import Parameters
-from .codes import Quantised
-from .files import copy_atomically, finite, inside, names_in, no_strangers, slices, sweep, write_atomically
+from .codes import RowCodes
+from .files import (
+    copy_atomically,
+    finite,
+    inside,
+    names_in,
+    refuse_unknown_files,
+    remove_stale,
+    slices,
+    write_atomically,
+)
 from .hub import Remote, is_repository, pinned
 from .identity import check_model, check_rows, check_tokenizer
 from .push import push
@@ -49,7 +58,7 @@ class ResponseBank:
             return
         for file in self.manifest.files:
             self.path(file)
-        no_strangers(names_in(self.folder), self._names(), self.folder)
+        refuse_unknown_files(names_in(self.folder), self._names(), self.folder)
         check_layout(self.manifest)
 
     @classmethod
@@ -147,7 +156,7 @@ class ResponseBank:
         for file in self.manifest.files:
             copy_atomically(self.path(file), target / file.name)
         write_atomically(target / MANIFEST, self.manifest.to_json())
-        sweep(target, self._names())
+        remove_stale(target, self._names())
         return target
 
     def push_to_hub(self, repo_id: str, **how: Any) -> str:
@@ -216,19 +225,19 @@ class ResponseBank:
         """Key of the row hashes, 16 bytes."""
         return bytes.fromhex(self.manifest.salt)
 
-    def probes(self, dtype: torch.dtype = torch.float32, lines: slice = slice(None)) -> Tensor:
-        """(k + source probes, P), the row probes first; only shards that hold some of `lines` are downloaded.
+    def directions(self, dtype: torch.dtype = torch.float32, lines: slice = slice(None)) -> Tensor:
+        """(k + source directions, P), the row directions first; only shards that hold some of `lines` are downloaded.
 
         Args:
             lines (`slice`): which of them, without a step; all by default.
         """
-        start, end, _ = lines.indices(self.manifest.probes + self.manifest.source_probes)
+        start, end, _ = lines.indices(self.manifest.directions + self.manifest.source_directions)
         parts = [torch.zeros(0, self.manifest.size, dtype=dtype)]
-        for file in self._files("probes"):
+        for file in self._files("directions"):
             first, last = max(start - file.first, 0), min(end - file.first, file.lines)
             if first < last:
                 with safe_open(self.path(file), framework="pt") as shard:
-                    parts.append(finite(shard.get_slice("probes")[first:last].to(dtype), file.name))
+                    parts.append(finite(shard.get_slice("directions")[first:last].to(dtype), file.name))
         return torch.cat(parts) if len(parts) > 2 else parts[-1]
 
     def coordinates(self, checked: bool = True) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -238,7 +247,7 @@ class ResponseBank:
             checked (`bool`, defaults to `True`): refuse values that are not finite. That takes many times as long as
                 a product with them, which shows the same: what comes of such a value is not finite either.
         """
-        width = max(1, min(_STREAM, _NUMBERS // self.manifest.probes))
+        width = max(1, min(_STREAM, _NUMBERS // self.manifest.directions))
         for file in self._files("coordinates"):
             path = self.path(file)
             parts = (slices(path, name, width) for name in ("row_ids", "sources", "coordinates"))
@@ -252,14 +261,14 @@ class ResponseBank:
         for file in self._files("coordinates"):
             yield from slices(self.path(file), "row_hashes", _STREAM)
 
-    def responses(self) -> Iterator[Quantised]:
+    def row_codes(self) -> Iterator[RowCodes]:
         """Blocks of rows' own responses, in order; none where the bank does not keep them."""
-        for file in self._files("responses"):
+        for file in self._files("row_codes"):
             path, width = self.path(file), max(1, _BLOCK // max(self.manifest.size, 1))
-            for values, steps in zip(slices(path, "responses", width), slices(path, "steps", width), strict=True):
-                yield Quantised(values, finite(steps, file.name))
+            for values, steps in zip(slices(path, "codes", width), slices(path, "scales", width), strict=True):
+                yield RowCodes(values, finite(steps, file.name))
 
-    def responses_of(self, places: Sequence[int]) -> Tensor:
+    def decode_rows(self, places: Sequence[int]) -> Tensor:
         """(rows, P), float32: the own responses of the rows at these positions, in this order.
 
         Raises:
@@ -267,50 +276,50 @@ class ResponseBank:
         """
         found = torch.zeros(len(places), self.manifest.size)
         wanted = dict(enumerate(places))
-        for file in self._files("responses"):
+        for file in self._files("row_codes"):
             here = {at: place - file.first for at, place in wanted.items() if 0 <= place - file.first < file.lines}
             if not here:
                 continue
             with safe_open(self.path(file), framework="pt") as shard:
-                values, steps = shard.get_slice("responses"), shard.get_slice("steps")
+                values, steps = shard.get_slice("codes"), shard.get_slice("scales")
                 for at, line in here.items():
-                    row = Quantised(values[line : line + 1], finite(steps[line : line + 1], file.name))
-                    found[at] = row.unpacked()[0]
+                    row = RowCodes(values[line : line + 1], finite(steps[line : line + 1], file.name))
+                    found[at] = row.decode()[0]
                     del wanted[at]
         if wanted:
             raise BankError(f"the bank keeps no response of row {next(iter(wanted.values()))}")
         return found
 
-    def maps(self) -> dict[str, Tensor]:
+    def error_projections(self) -> dict[str, Tensor]:
         """Maps of errors, (d, out) in float32, by canonical path of the layer; see `synthetic.gradients`."""
         found: dict[str, Tensor] = {}
-        for file in self._files("maps"):
+        for file in self._files("error_projections"):
             with safe_open(self.path(file), framework="pt") as shard:
                 found |= {name: finite(shard.get_tensor(name).float(), file.name) for name in shard.keys()}  # noqa: SIM118
         return found
 
-    def kernel(self) -> Tensor | None:
+    def error_covariance(self) -> Tensor | None:
         """(rows, rows), float16: how errors of first looks go together, see `kriging`; None where it is not kept."""
-        for file in self._files("kernel"):
+        for file in self._files("error_covariance"):
             with safe_open(self.path(file), framework="pt") as shard:
-                return finite(shard.get_tensor("kernel"), file.name)
+                return finite(shard.get_tensor("error_covariance"), file.name)
         return None
 
     @cached_property
     def _weights(self) -> Tensor:
-        """(P,), float32: the weights at which queries are read, where `ends` is `mean`."""
-        (file,) = self._files("weights")
+        """(P,), float32: the weights at which queries are read, where `averaging` is `trajectory`."""
+        (file,) = self._files("averaged_weights")
         with safe_open(self.path(file), framework="pt") as shard:
-            return finite(shard.get_tensor("weights"), file.name)
+            return finite(shard.get_tensor("averaged_weights"), file.name)
 
     @contextmanager
-    def read_at(self, model: nn.Module, parameters: Parameters) -> Iterator[None]:
-        """The model with the weights at which its queries are read: its own, or with `ends` `mean` those of the bank.
+    def query_weights(self, model: nn.Module, parameters: Parameters) -> Iterator[None]:
+        """The model with the weights at which its queries are read: its own, or with `averaging` `trajectory` those of the bank.
 
         Args:
             parameters (`Parameters`): what `check_model` gave for this model.
         """
-        if self.manifest.ends == "last":
+        if self.manifest.averaging == "none":
             yield
             return
         own = [tensor.detach().clone() for tensor in parameters.tensors(model)]

@@ -16,7 +16,7 @@ _CHUNK = 1 << 26  # numbers that are unpacked together
 
 
 @dataclass
-class Quantised:
+class RowCodes:
     """A matrix (rows, P) in 8 bits.
 
     Attributes:
@@ -28,10 +28,10 @@ class Quantised:
     steps: Tensor
 
     @classmethod
-    def of(cls, matrix: Tensor) -> "Quantised":
+    def of(cls, matrix: Tensor) -> "RowCodes":
         """The nearest such matrix; `matrix` may be mapped from disk and is read by blocks of rows."""
         rows, size = matrix.shape
-        result = cls(torch.empty(rows, size, dtype=torch.int8), torch.empty(rows, stretches(size)))
+        result = cls(torch.empty(rows, size, dtype=torch.int8), torch.empty(rows, group_count(size)))
         width = max(1, _CHUNK // max(size, 1))
         for start in range(0, rows, width):
             block = _cut(matrix[start : start + width].float())
@@ -44,7 +44,7 @@ class Quantised:
     def __len__(self) -> int:
         return len(self.values)
 
-    def unpacked(self) -> Tensor:
+    def decode(self) -> Tensor:
         """(rows, P), float32."""
         return (_cut(self.values.float()) * self.steps.unsqueeze(-1)).flatten(1)[:, : self.values.shape[1]]
 
@@ -53,7 +53,7 @@ class Quantised:
         width = max(1, _CHUNK // max(self.values.shape[1], 1))
         result = torch.zeros(len(vectors), len(self), dtype=torch.float64)
         for at in range(0, len(self), width):
-            block = Quantised(self.values[at : at + width], self.steps[at : at + width]).unpacked()
+            block = RowCodes(self.values[at : at + width], self.steps[at : at + width]).decode()
             result[:, at : at + width] = (vectors.float() @ block.T).double()
         return result
 
@@ -62,12 +62,12 @@ class Quantised:
         return _cut(vectors.double().abs()).sum(-1) @ (self.steps.double() / 2).T
 
 
-def stretches(size: int) -> int:
+def group_count(size: int) -> int:
     """Stretches of a row of this many numbers."""
     return -(-size // WIDTH)
 
 
 def _cut(matrix: Tensor) -> Tensor:
     """(rows, stretches, WIDTH), the last one filled up with zeros."""
-    filled = torch.nn.functional.pad(matrix, (0, stretches(matrix.shape[1]) * WIDTH - matrix.shape[1]))
+    filled = torch.nn.functional.pad(matrix, (0, group_count(matrix.shape[1]) * WIDTH - matrix.shape[1]))
     return filled.unflatten(1, (-1, WIDTH))

@@ -23,8 +23,8 @@ from ..errors import BankError
 
 # Nothing else in the folder is ever deleted: shards under the names that `write_bank` gives, and unfinished files.
 # (safetensors writes its files as .tmp and six letters first, and a kill leaves them.)
-OURS = re.compile(
-    r"(?:probes|coordinates|text|responses|maps|kernel|weights)-[0-9a-f]{8}-[0-9]{5}\.safetensors|\.partial-.+|\.tmp[0-9A-Za-z]{6}"
+SHARD_PATTERN = re.compile(
+    r"(?:directions|coordinates|text|row_codes|error_projections|error_covariance|averaged_weights)-[0-9a-f]{8}-[0-9]{5}\.safetensors|\.partial-.+|\.tmp[0-9A-Za-z]{6}"
 )
 _HARMLESS = re.compile(r"\..+|.+\.(?:md|txt)|LICENSE|NOTICE")
 _MODELS = {"config.json", "adapter_config.json"}
@@ -126,7 +126,7 @@ def no_link(path: Path) -> None:
             raise BankError(f"{path} is a link that leads out of the bank's folder; put the file itself there")
 
 
-def no_strangers(names: Iterable[str], known: Iterable[str], where: object) -> None:
+def refuse_unknown_files(names: Iterable[str], known: Iterable[str], where: object) -> None:
     """Refuse files in a bank's own folder that `bank.json` does not name: who put them there wants them to be read.
 
     Left alone are shards of a bank that is being written or was replaced, hidden files, Markdown, plain text and
@@ -139,7 +139,7 @@ def no_strangers(names: Iterable[str], known: Iterable[str], where: object) -> N
     if found & _MODELS:
         return
     for name in sorted(found - set(known)):
-        if not OURS.fullmatch(name) and not _HARMLESS.fullmatch(name):
+        if not SHARD_PATTERN.fullmatch(name) and not _HARMLESS.fullmatch(name):
             raise BankError(f"{where} holds {name!r}, which bank.json does not name; move it away, or look who put it")
 
 
@@ -148,11 +148,11 @@ def names_in(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.is_symlink() or not path.is_dir()]
 
 
-def sweep(folder: Path, current: Iterable[str]) -> None:
+def remove_stale(folder: Path, current: Iterable[str]) -> None:
     """Remove shards of banks that were here before, and what killed runs left."""
     named = set(current)
     for path in folder.iterdir():
-        if OURS.fullmatch(path.name) and path.name not in named:
+        if SHARD_PATTERN.fullmatch(path.name) and path.name not in named:
             path.unlink(missing_ok=True)
 
 

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 
 from ..errors import BankError
-from .files import no_strangers
+from .files import refuse_unknown_files
 from .schema import LARGEST, MANIFEST, File, Pointer
 
 
@@ -108,7 +108,7 @@ class Remote:
         listed = self.listing()
         if listed is None:
             return
-        no_strangers(listed, [MANIFEST, *(file.name for file in files)], self)
+        refuse_unknown_files(listed, [MANIFEST, *(file.name for file in files)], self)
         for file in files:
             found = listed.get(file.name)
             if found is None:

@@ -10,7 +10,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from ..errors import BankError
 from .card import with_section
-from .files import OURS
+from .files import SHARD_PATTERN
 from .hub import REPOSITORY, explained
 from .schema import MANIFEST, File, Manifest, Pointer, read_manifest, read_pointer
 
@@ -72,7 +72,7 @@ def push(
     return str(commit.commit_url)
 
 
-def sweep_remote(
+def remove_stale_on_hub(
     repo_id: str, *, subfolder: str = "fwdattr", token: str | bool | None = None, revision: str | None = None
 ) -> list[str]:
     """Delete shards of older banks that a repository's `bank.json` does not name; returns their paths.
@@ -98,7 +98,7 @@ def sweep_remote(
 
 
 def _stale(listed: Iterable[str], kept: Collection[str]) -> list[str]:
-    return [path for path in listed if path not in kept and OURS.fullmatch(path.rpartition("/")[2])]
+    return [path for path in listed if path not in kept and SHARD_PATTERN.fullmatch(path.rpartition("/")[2])]
 
 
 class _Place:

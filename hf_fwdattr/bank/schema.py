@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import BankError
-from .codes import stretches
+from .codes import group_count
 from .files import check_header, digest, inside, no_link, unique_json
 
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "bank.json"
 LARGEST = 1 << 26  # bytes
 Count = Annotated[int, Field(ge=0, le=1 << 48)]
@@ -30,7 +30,7 @@ class Parameter(_Strict):
     shape: list[Count]
 
 
-class Stretch(_Strict):
+class SegmentInfo(_Strict):
     """A segment: its length in optimizer time, the sum of its rates, and how far its curvature was shrunk."""
 
     length: float
@@ -55,7 +55,9 @@ class File(_Strict):
     """One shard: its name, its size in bytes, its hash, and which lines of the whole it holds."""
 
     name: str
-    kind: Literal["probes", "coordinates", "text", "responses", "maps", "kernel", "weights"]
+    kind: Literal[
+        "directions", "coordinates", "text", "row_codes", "error_projections", "error_covariance", "averaged_weights"
+    ]
     size: Count
     sha256: Sha256
     first: Count
@@ -85,14 +87,14 @@ class Manifest(_Strict):
     """The whole of `bank.json`.
 
     Attributes (those that do not speak for themselves):
-        ends (`str`): `last` where queries are read at the model's own weights; `mean` where the bank keeps others.
+        averaging (`str`): `none` where queries are read at the model's own weights; `trajectory` where the bank keeps others.
         responses (`int`): rows whose own responses are kept, all or none.
         kernel (`bool`): whether it is kept how errors of first looks go together; see `kriging`.
         maps (`list[Parameter]`): matrices from the error at the end of the model to that at a layer's output.
-        first_look (`float`): share of the variance of training rows' scores that one forward explains.
+        gradient_predictor (`float`): share of the variance of training rows' scores that one forward explains.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     libraries: dict[str, str]
     model: str | None
     revision: str | None
@@ -100,19 +102,19 @@ class Manifest(_Strict):
     parameters: list[Parameter]
     objective: str
     optimizer: str
-    segments: list[Stretch]
+    segments: list[SegmentInfo]
     config: dict[str, Any]
     curvature_samples: Count
-    ends: Literal["last", "mean"] = "last"
-    probes: Some
-    source_probes: Count
+    averaging: Literal["none", "trajectory"] = "none"
+    directions: Some
+    source_directions: Count
     source_scales: list[Positive]
     exact: bool
-    kept_variance: Positive
-    responses: Count = 0
-    first_look: Annotated[float, Field(le=1, allow_inf_nan=False)] | None = None
-    maps: list[Parameter] = []
-    kernel: bool = False
+    explained_variance: Positive
+    row_codes: Count = 0
+    predictor_explained_variance: Annotated[float, Field(le=1, allow_inf_nan=False)] | None = None
+    error_projections: list[Parameter] = []
+    error_covariance: bool = False
     dtype: Literal["float32", "bfloat16", "float16"]
     dataset: DatasetIdentity
     sources: list[str]
@@ -128,22 +130,22 @@ class Manifest(_Strict):
             ("parameters", [parameter.name for parameter in self.parameters]),
             ("sources", self.sources),
             ("files", [file.name for file in self.files]),
-            ("maps", [table.name for table in self.maps]),
+            ("error_projections", [table.name for table in self.error_projections]),
         ):
             if len(set(values)) < len(values):
                 raise ValueError(f"{what} names something twice")
-        if self.source_probes not in (0, len(self.sources)) or len(self.source_scales) != self.source_probes:
+        if self.source_directions not in (0, len(self.sources)) or len(self.source_scales) != self.source_directions:
             raise ValueError(
-                f"source_probes={self.source_probes} and {len(self.source_scales)} source_scales do not fit "
+                f"source_directions={self.source_directions} and {len(self.source_scales)} source_scales do not fit "
                 f"{len(self.sources)} sources"
             )
-        if self.responses not in (0, self.dataset.rows) or (self.responses and self.privacy.rows == "sources"):
+        if self.row_codes not in (0, self.dataset.rows) or (self.row_codes and self.privacy.rows == "sources"):
             raise ValueError(
-                f"responses={self.responses} are neither none nor those of {self.dataset.rows} known rows"
+                f"row_codes={self.row_codes} are neither none nor those of {self.dataset.rows} known rows"
             )
-        if self.kernel and not (self.responses and self.maps):
+        if self.error_covariance and not (self.row_codes and self.error_projections):
             raise ValueError("a kernel of errors without rows' responses and maps is of no use")
-        if any(len(table.shape) != 2 for table in self.maps):
+        if any(len(table.shape) != 2 for table in self.error_projections):
             raise ValueError("a map of errors is a matrix")
         if self.privacy.text and self.privacy.rows == "sources":
             raise ValueError("privacy keeps the rows' text and no rows: one excludes the other")
@@ -173,7 +175,7 @@ class Manifest(_Strict):
 class Pointer(_Strict):
     """A `bank.json` beside a model whose bank lies elsewhere on the Hub, at a fixed commit."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     bank_repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$", max_length=96)]
     repo_type: Literal["model", "dataset"] = "dataset"
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
@@ -232,7 +234,7 @@ def _parsed(path: Path, values: dict[str, Any], kind: type[Any]) -> Any:
         raise BankError(f"{path}: {field}: {first['msg']} (found {str(first.get('input'))[:80]!r})") from error
 
 
-KINDS = ("probes", "coordinates", "text", "responses", "maps", "kernel", "weights")
+KINDS = ("directions", "coordinates", "text", "row_codes", "error_projections", "error_covariance", "averaged_weights")
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -248,11 +250,14 @@ def check_layout(manifest: Manifest) -> None:
         if file.first != expected[file.kind]:
             raise BankError(f"{file.name} begins at line {file.first} and should begin at {expected[file.kind]}")
         expected[file.kind] += file.lines
-    width, texts = manifest.probes + manifest.source_probes, manifest.dataset.rows if manifest.privacy.text else 0
+    width, texts = (
+        manifest.directions + manifest.source_directions,
+        manifest.dataset.rows if manifest.privacy.text else 0,
+    )
     said = {
-        "probes": width, "coordinates": manifest.lines, "text": texts, "responses": manifest.responses,
-        "maps": len(manifest.maps), "weights": int(manifest.ends == "mean"),
-        "kernel": manifest.responses if manifest.kernel else 0,
+        "directions": width, "coordinates": manifest.lines, "text": texts, "row_codes": manifest.row_codes,
+        "error_projections": len(manifest.error_projections), "averaged_weights": int(manifest.averaging == "trajectory"),
+        "error_covariance": manifest.row_codes if manifest.error_covariance else 0,
     }  # fmt: skip
     for kind, lines in expected.items():
         if lines != said[kind]:
@@ -288,17 +293,17 @@ def check_table(found: dict[str, tuple[str, tuple[int, ...]]], file: File, manif
     lines, stored = file.lines, _STORED[manifest.dtype]
     letters = found.get("text", ("", ()))[1]  # as many as there are; the file's length was compared
     tables: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
-        "probes": {"probes": (stored, (lines, manifest.size))},
+        "directions": {"directions": (stored, (lines, manifest.size))},
         "coordinates": {
-            "coordinates": (stored, (lines, manifest.probes)), "row_ids": ("I64", (lines,)),
+            "coordinates": (stored, (lines, manifest.directions)), "row_ids": ("I64", (lines,)),
             "row_hashes": ("U8", (lines, 16)), "sources": ("I32", (lines,)),
         },
-        "responses": {
-            "responses": ("I8", (lines, manifest.size)), "steps": ("F32", (lines, stretches(manifest.size))),
+        "row_codes": {
+            "codes": ("I8", (lines, manifest.size)), "scales": ("F32", (lines, group_count(manifest.size))),
         },
-        "maps": {table.name: ("F16", tuple(table.shape)) for table in manifest.maps},
-        "kernel": {"kernel": ("F16", (manifest.responses, manifest.responses))},
-        "weights": {"weights": ("F32", (manifest.size,))},
+        "error_projections": {table.name: ("F16", tuple(table.shape)) for table in manifest.error_projections},
+        "error_covariance": {"error_covariance": ("F16", (manifest.row_codes, manifest.row_codes))},
+        "averaged_weights": {"averaged_weights": ("F32", (manifest.size,))},
         "text": {"text": ("U8", letters if len(letters) == 1 else (0,)), "offsets": ("I64", (lines + 1,))},
     }  # fmt: skip
     wanted = tables[file.kind]

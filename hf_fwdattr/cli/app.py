@@ -34,7 +34,7 @@ def _probes(text: str | None) -> int | float | str | None:
     for kind in (float, int):
         with contextlib.suppress(ValueError, TypeError):
             value = kind(text)  # type: ignore[arg-type]
-    return None if value is None else ResponseConfig(probes=value).probes
+    return None if value is None else ResponseConfig(directions=value).directions
 
 
 @app.command()
@@ -49,7 +49,9 @@ def demo(
     prompt: Annotated[list[str] | None, typer.Option(help="What to ask; may be given several times.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Of the fine-tune.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the fine-tune.")] = None,
-    probes: Annotated[str | None, typer.Option(help="A number of probes, a variance to keep, or 'exact'.")] = None,
+    directions: Annotated[
+        str | None, typer.Option(help="A number of directions, a variance to keep, or 'exact'.")
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Fine-tune again without the rows that are named.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -60,7 +62,7 @@ def demo(
         run_demo(
             output, model=model, dataset=dataset, text_column=text_column, source_column=source_column,
             split=split, rows=rows, prompts=prompt or None, epochs=epochs, learning_rate=learning_rate,
-            probes=_probes(probes), check=check, quiet=quiet,
+            directions=_probes(directions), check=check, quiet=quiet,
         )  # fmt: skip
     except (AttributionError, OSError, ValueError) as error:
         _fail(error)
@@ -108,7 +110,7 @@ def attribute(
     precision: Annotated[str, typer.Option(help="Of products in forward mode: auto, full or half.")] = "auto",
     budget: Annotated[
         str | None,
-        typer.Option(help="Forward passes for naming rows: a number, certain, or all of the bank's probes."),
+        typer.Option(help="Forward passes for naming rows: a number, certain, or all of the bank's directions."),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -17,7 +17,7 @@ from ..evaluation.designs import random_halves, random_rows, without_rows, witho
 from ..evaluation.metrics import lds, noise_ceiling
 from ..evaluation.retrain import retrain
 from ..pipeline import TASK, TrainingDataAttributionPipeline
-from ..trainer.reweighting import Retraining, query_losses
+from ..trainer.reweighting import RetrainFunction, query_losses
 from .commands import open_tokenizer
 
 
@@ -37,7 +37,7 @@ def evaluate_with(
     said = _read(script)
     queries = [dict(query) for query in said["queries"]]
     attribute = pipeline(TASK, model=model, tokenizer=open_tokenizer(model))
-    retraining = Retraining(said["make_trainer"], queries, said.get("objective", "auto"))
+    retraining = RetrainFunction(said["make_trainer"], queries, said.get("objective", "auto"))
     content = script.read_bytes() + json.dumps(queries, sort_keys=True).encode()
     settings: dict[str, Any] = {"folder": folder, "quiet": quiet, "name": hashlib.sha256(content).hexdigest()}
     measured: dict[str, Any] = {}
@@ -78,7 +78,11 @@ def _read(script: Path) -> dict[str, Any]:
 
 
 def _rows(
-    attribute: TrainingDataAttributionPipeline, retraining: Retraining, count: int, seed: int, settings: dict[str, Any]
+    attribute: TrainingDataAttributionPipeline,
+    retraining: RetrainFunction,
+    count: int,
+    seed: int,
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
     total = len(attribute.bank)
     chosen = random_rows(total, count)
@@ -88,7 +92,11 @@ def _rows(
 
 
 def _sources(
-    attribute: TrainingDataAttributionPipeline, retraining: Retraining, count: int, seed: int, settings: dict[str, Any]
+    attribute: TrainingDataAttributionPipeline,
+    retraining: RetrainFunction,
+    count: int,
+    seed: int,
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
     bank = attribute.bank
     if not bank.manifest.sources:
@@ -101,7 +109,9 @@ def _sources(
     return {"sources": len(chosen)} | found.summary() | _replay(attribute, retraining, outcomes)
 
 
-def _replay(attribute: TrainingDataAttributionPipeline, retraining: Retraining, outcomes: Tensor) -> dict[str, Any]:
+def _replay(
+    attribute: TrainingDataAttributionPipeline, retraining: RetrainFunction, outcomes: Tensor
+) -> dict[str, Any]:
     """By how much the run with all rows missed the bank's own model: large where seed or script are not the run's."""
     own = query_losses(attribute.model, retraining.queries, retraining.objective)
     return {"replay_gap_nats": round(float((outcomes[0] - own).abs().max()), 4)}

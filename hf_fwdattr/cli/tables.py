@@ -50,14 +50,22 @@ def bank_table(manifest: Manifest, seen: str = "verified") -> None:
         ("objective", manifest.objective),
         ("optimizer", manifest.optimizer),
         ("segments", ", ".join(f"{segment.length:.4g}" for segment in manifest.segments)),
-        ("read at", "the model's weights" if manifest.ends == "last" else "the mean of the run's weights"),
+        ("read at", "the model's weights" if manifest.averaging == "none" else "the mean of the run's weights"),
         ("curvature samples", f"{manifest.curvature_samples} per segment"),
-        ("probes", f"{manifest.probes}{' (exact)' if manifest.exact else ''} + {manifest.source_probes} for sources"),
-        ("kept variance", f"{manifest.kept_variance:.3f} of held-out scores"),
+        (
+            "directions",
+            f"{manifest.directions}{' (exact)' if manifest.exact else ''} + {manifest.source_directions} for sources",
+        ),
+        ("kept variance", f"{manifest.explained_variance:.3f} of held-out scores"),
         ("rows", f"{rows:,} from {manifest.dataset.repo or 'a local dataset'} {manifest.dataset.split or ''}"),
         ("sources", f"{len(manifest.sources)}"),
         ("kept of rows", _kept(manifest)),
-        ("first look", "none" if manifest.first_look is None else f"explains {manifest.first_look:.2f} of the scores"),
+        (
+            "first look",
+            "none"
+            if manifest.predictor_explained_variance is None
+            else f"explains {manifest.predictor_explained_variance:.2f} of the scores",
+        ),
         ("size", f"{size / 2**20:.1f} MiB; {each / max(rows, 1):,.0f} bytes a row"),
         ("quality", quality_text(manifest.quality) or "not measured"),
     ):
@@ -68,7 +76,7 @@ def bank_table(manifest: Manifest, seen: str = "verified") -> None:
 def _kept(manifest: Manifest) -> str:
     if manifest.privacy.rows == "sources":
         return "nothing but their sources"
-    kept = "ids, salted hashes and own responses" if manifest.responses else "ids and salted hashes"
+    kept = "ids, salted hashes and own responses" if manifest.row_codes else "ids and salted hashes"
     return f"{kept}, and their text" if manifest.privacy.text else f"{kept}, no text"
 
 

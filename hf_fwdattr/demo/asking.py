@@ -11,7 +11,7 @@ from .baseline import TextSimilarity
 from .facts import Question
 
 
-OURS, PROMPT_AND_ANSWER, ANSWER_ALONE = "hf_fwdattr", "BM25, prompt and answer", "BM25, answer alone"
+SHARD_PATTERN, PROMPT_AND_ANSWER, ANSWER_ALONE = "hf_fwdattr", "BM25, prompt and answer", "BM25, answer alone"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Answer:
 
     def rankings(self) -> dict[str, list[Named]]:
         """Best rows of every method, ours first."""
-        return {OURS: self.proponents} | self.alike
+        return {SHARD_PATTERN: self.proponents} | self.alike
 
     def found(self, method: str, within: int) -> bool:
         """Whether a row that teaches the answer is among the method's first `within`."""

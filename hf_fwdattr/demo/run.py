@@ -59,7 +59,7 @@ def run_demo(
     prompts: Sequence[str] | None = None,
     epochs: float | None = None,
     learning_rate: float | None = None,
-    probes: int | float | str | None = None,
+    directions: int | float | str | None = None,
     top_k: int = 5,
     max_new_tokens: int = 16,
     check: bool = False,
@@ -80,7 +80,7 @@ def run_demo(
         rows: Rows of `dataset` to use at most.
         prompts: What to ask; without it, the world's questions, or the first words of a few rows.
         epochs, learning_rate: Of the fine-tune.
-        probes: As in `ResponseConfig`; None for exact responses where there are few rows, else the usual 128.
+        directions: As in `ResponseConfig`; None for exact responses where there are few rows, else the usual 128.
         top_k: Rows named on either side.
         check: Fine-tune again without the rows that are named, and count which answers are lost.
         quiet: No progress bars.
@@ -103,7 +103,7 @@ def run_demo(
             job = job_on_dataset(base, dataset, model, prompts, (text_column, source_column), split, rows)
         changes = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed}
         job = replace(job, settings=job.settings.changed(**changes))
-        config = ResponseConfig(probes=_probes(probes, len(job.texts)), quiet=quiet, seed=seed)
+        config = ResponseConfig(directions=_probes(directions, len(job.texts)), quiet=quiet, seed=seed)
         train, answers = _attribute(output / "adapter", clock, job, config, top_k, max_new_tokens)
         removal = []
         if check:
@@ -154,7 +154,7 @@ def _numbers(job: Job, config: ResponseConfig, answers: Sequence[Answer], clock:
     numbers = [(f"{len(job.texts):,}", "rows")]
     if job.sources is not None:
         numbers.append((str(len(set(job.sources))), "sources"))
-    numbers += [(str(config.probes), "probes"), (str(len(answers)), "prompts")]
+    numbers += [(str(config.directions), "directions"), (str(len(answers)), "prompts")]
     return numbers + [(f"{value:.0f} s", name) for name, value in clock.seconds.items()]
 
 
@@ -173,7 +173,7 @@ def _results(
         "dataset": dataset or "the fact world",
         "rows": len(job.texts),
         "fine_tune": asdict(job.settings),
-        "probes": config.probes,
+        "directions": config.directions,
         "seconds": {name: round(value, 1) for name, value in clock.seconds.items()},
         "recall": [asdict(line) for line in story.recall],
         "removal": [asdict(line) for line in story.removal],

@@ -25,7 +25,7 @@ def retrain(
     quiet: bool = False,
     workers: int = 1,
     name: str | None = None,
-    together: int = 0,
+    group_size: int = 0,
 ) -> Tensor:
     """Outcomes of retraining on each subset with each seed.
 
@@ -54,10 +54,16 @@ def retrain(
     runs = [(index, seed) for seed in seeds for index in range(len(subsets))]
     paths = {run: folder / f"{_key(name, subsets[run[0]], run[1])}.json" for run in runs}
     missing = [run for run in runs if not paths[run].exists()]
-    size = max(together, 1)
+    size = max(group_size, 1)
     handfuls = [missing[start : start + size] for start in range(0, len(missing), size)]
     jobs = [
-        (train, [subsets[i] for i, _ in runs], [seed for _, seed in runs], [paths[run] for run in runs], together > 0)
+        (
+            train,
+            [subsets[i] for i, _ in runs],
+            [seed for _, seed in runs],
+            [paths[run] for run in runs],
+            group_size > 0,
+        )
         for runs in handfuls
     ]
     with tqdm(total=len(runs), initial=len(runs) - len(missing), desc=description, disable=quiet) as bar:
@@ -105,10 +111,10 @@ def _key(name: str, subset: Tensor, seed: int) -> str:
 
 
 def _run(
-    train: Callable[..., Tensor], subsets: list[Tensor], seeds: list[int], paths: list[Path], together: bool
+    train: Callable[..., Tensor], subsets: list[Tensor], seeds: list[int], paths: list[Path], group_size: bool
 ) -> int:
     """A handful of retrainings, whose outcomes appear under their names only when they are whole."""
-    if together:
+    if group_size:
         outcomes = train(torch.stack(subsets), seeds)
     else:
         outcomes = train(subsets[0], seeds[0])[None]

@@ -17,9 +17,9 @@ from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import NumericalError, UnsupportedError
-from ..models.compat import fused, refuse_silent_backward
+from ..models.compat import fused_activations, refuse_silent_backward
 from ..models.fsdp import is_piece, is_sharded
-from ..models.likelihood import IGNORED, Batch, Likelihood, Objective, row_losses, sampled_labels
+from ..models.likelihood import IGNORED, Batch, Likelihood, Objective, row_losses, sample_labels
 from ..models.modes import refuse_batch_statistics, trainable
 from ..models.parameters import Parameters, is_linear
 
@@ -43,8 +43,8 @@ def refuse_sharded_rest(model: nn.Module, parameters: Parameters) -> None:
         )
 
 
-class RowGradients:
-    """Computes gradients of row losses with respect to the responding parameters; use inside [`at_rest`].
+class PerSampleGradients:
+    """Computes gradients of row losses with respect to the responding parameters; use inside [`frozen`].
 
     Of a sharded model a call is a collective: every rank makes it, with rows of its own.
 
@@ -101,11 +101,11 @@ class RowGradients:
     def _compute(self, batch: Batch, uniforms: Tensor | None, smoothing: float) -> tuple[Tensor, Tensor, bool]:
         """Gradients (rows, P), the labels that they are of, and whether every activation said which rows it held."""
         blocks: dict[str, Tensor] = {}
-        with torch.enable_grad(), fused(self.model):
+        with torch.enable_grad(), fused_activations(self.model):
             with _Traces(self.model, self._hooked) as traces:
                 logits, labels = self.objective.forward(self.model, batch)
                 if uniforms is not None:
-                    labels = sampled_labels(logits, labels, uniforms[:, : labels.shape[1]])
+                    labels = sample_labels(logits, labels, uniforms[:, : labels.shape[1]])
                 if traces.calls:
                     blocks |= traces.gradients(row_losses(logits, labels, smoothing).sum(), *labels.shape)
             for name in self._hooked:
@@ -185,12 +185,12 @@ class RowGradients:
         """
         handles = []
         for index, name in enumerate(self.parameters.live if self._sharded else ()):
-            owner, _, leaf = name.rpartition(".")
+            module_path, _, leaf = name.rpartition(".")
 
             def see(module: nn.Module, _: Any, index: int = index, leaf: str = leaf) -> None:
                 used[index] = getattr(module, leaf)
 
-            handles.append(self.model.get_submodule(owner).register_forward_pre_hook(see))
+            handles.append(self.model.get_submodule(module_path).register_forward_pre_hook(see))
         try:
             yield
         finally:
@@ -204,25 +204,27 @@ class _Traces:
     def __init__(self, model: nn.Module, names: tuple[str, ...]):
         owners = {name.rpartition(".")[0] for name in names}
         self.names = names
-        self.modules = {owner: model.get_submodule(owner) for owner in owners}
+        self.modules = {module_path: model.get_submodule(module_path) for module_path in owners}
         self.calls: list[tuple[str, Tensor, GradientEdge]] = []
         self.certain, self.dtypes = True, set[torch.dtype]()
 
     def __enter__(self) -> "_Traces":
-        self._handles = [module.register_forward_hook(self._record(owner)) for owner, module in self.modules.items()]
+        self._handles = [
+            module.register_forward_hook(self._record(module_path)) for module_path, module in self.modules.items()
+        ]
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _record(self, owner: str) -> Any:
+    def _record(self, module_path: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             # With nothing trainable, the graph begins at the lowest responding output and not below it. The model goes
             # on with a copy, which it may change in place; of the original only its edge in the graph is kept.
             source = output if output.requires_grad else output.detach().requires_grad_(True)
             self.dtypes |= {inputs[0].dtype, output.dtype}
-            self.calls.append((owner, inputs[0].detach(), get_gradient_edge(source)))
+            self.calls.append((module_path, inputs[0].detach(), get_gradient_edge(source)))
             return source.clone()
 
         return hook
@@ -233,14 +235,14 @@ class _Traces:
             loss, [edge for _, _, edge in self.calls], allow_unused=True
         )
         result: dict[str, Tensor] = {}
-        for (owner, x, _), g in zip(self.calls, incoming, strict=True):
+        for (module_path, x, _), g in zip(self.calls, incoming, strict=True):
             if g is None:
                 continue
             self.certain &= x.ndim > 2 or (x.shape[0] == rows and positions == 1)
-            x, g = _rows_first(x, rows, owner), _rows_first(g, rows, owner)
+            x, g = _rows_first(x, rows, module_path), _rows_first(g, rows, module_path)
             for name in self.names:
-                if name.rpartition(".")[0] == owner:
-                    block = _linear_gradient(self.modules[owner], name, x, g)
+                if name.rpartition(".")[0] == module_path:
+                    block = _linear_gradient(self.modules[module_path], name, x, g)
                     result[name] = result[name] + block if name in result else block
         return result
 
@@ -252,13 +254,13 @@ def _linear_gradient(module: nn.Module, name: str, x: Tensor, g: Tensor) -> Tens
     return g.transpose(1, 2) @ x if isinstance(module, nn.Linear) else x.transpose(1, 2) @ g
 
 
-def _rows_first(tensor: Tensor, rows: int, owner: str) -> Tensor:
+def _rows_first(tensor: Tensor, rows: int, module_path: str) -> Tensor:
     """(rows, positions, features) of an activation, in float32 or better."""
     if tensor.ndim == 2 and tensor.shape[0] != rows and tensor.shape[0] % rows == 0:
         tensor = tensor.unflatten(0, (rows, -1))  # some models flatten (rows, positions) into one dimension
     if tensor.shape[0] != rows:
         raise UnsupportedError(
-            f"{owner} saw an activation of shape {tuple(tensor.shape)} for a batch of {rows} rows: "
+            f"{module_path} saw an activation of shape {tuple(tensor.shape)} for a batch of {rows} rows: "
             "its rows cannot be told apart, so it cannot respond"
         )
     return _wide(tensor).reshape(rows, -1, tensor.shape[-1])
@@ -276,7 +278,7 @@ def _partition(model: nn.Module, parameters: Parameters) -> tuple[tuple[str, ...
     hooked: list[str] = []
     others: list[str] = []
     for name in parameters.live:
-        owner = model.get_submodule(name.rpartition(".")[0])
+        module_path = model.get_submodule(name.rpartition(".")[0])
         shared = uses[id(model.get_parameter(name))] > 1
-        (hooked if is_linear(owner) and not shared else others).append(name)
+        (hooked if is_linear(module_path) and not shared else others).append(name)
     return tuple(hooked), tuple(others)

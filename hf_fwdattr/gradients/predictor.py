@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NumericalError, UnsupportedError
-from ..layers.activations import Trace
+from ..layers.activations import PredictorActivations
 from ..layers.attention import Attention
 from ..layers.block import Block
-from ..layers.decoder import blocks_of
-from ..models.compat import fused, refuse_resting_adapters
+from ..layers.decoder import find_blocks
+from ..models.compat import fused_activations, refuse_inactive_adapters
 from ..models.likelihood import Batch, Objective, row_losses
-from ..models.lora import Weight, own_gradient, weights_of
+from ..models.lora import Weight, parameter_gradient, tracked_weights
 from ..models.names import canonical_name
 from ..models.output_head import output_layer
 from ..models.parameters import Parameters
@@ -29,7 +29,7 @@ from ..models.parameters import Parameters
 _RIDGE = 1e-2  # relative to the mean eigenvalue of the errors' second moments
 
 
-class SyntheticGradients:
+class GradientPredictor:
     """Predicts gradients of queries with respect to the responding parameters; the model in evaluation mode.
 
     Args:
@@ -48,9 +48,9 @@ class SyntheticGradients:
         if head is None:
             raise UnsupportedError("only a causal language model with a plain output layer shows its error at the end")
         self._head: Any = head
-        self._weights = weights_of(model, parameters)
-        self._hosts = {weight.host: None for weight in self._weights}
-        blocks = [block for block in blocks_of(model) if set(block.inputs) & set(self._hosts)]
+        self._weights = tracked_weights(model, parameters)
+        self._hosts = {weight.layer_path: None for weight in self._weights}
+        blocks = [block for block in find_blocks(model) if set(block.inputs) & set(self._hosts)]
         self._blocks: dict[str, Block] = {path: block for block in blocks for path in block.inputs}
         self._checked = False
         self._maps: dict[str, Tensor] = {}
@@ -102,7 +102,7 @@ class SyntheticGradients:
             NumericalError: one that is not finite.
             UnsupportedError: the maps are of another model, or all adapters that respond are merged or switched off.
         """
-        refuse_resting_adapters(self.model, self.parameters.live)
+        refuse_inactive_adapters(self.model, self.parameters.live)
         trace = self._trace(batch)
         if not self._checked:
             self._check(trace)
@@ -110,10 +110,10 @@ class SyntheticGradients:
         if missing:
             raise UnsupportedError(f"there is no map of errors at {missing[0]}: fitted on another model, or not yet")
         errors: dict[str, Tensor] = {}
-        with fused(self.model):  # for the slopes of activations
-            for host in self._hosts:
-                if host not in errors:
-                    errors |= self._errors(host, trace)
+        with fused_activations(self.model):  # for the slopes of activations
+            for layer_path in self._hosts:
+                if layer_path not in errors:
+                    errors |= self._errors(layer_path, trace)
         gradients = {weight.name: self._gradient(weight, errors, trace) for weight in self._weights}
         result = self.parameters.join(gradients).float()
         if not bool(torch.isfinite(result).all()):
@@ -122,27 +122,36 @@ class SyntheticGradients:
 
     def _ends(self) -> list[str]:
         """Layers at whose outputs errors are predicted by a map."""
-        return sorted({self._blocks[host].output if host in self._blocks else host for host in self._hosts})
+        return sorted(
+            {
+                self._blocks[layer_path].output if layer_path in self._blocks else layer_path
+                for layer_path in self._hosts
+            }
+        )
 
-    def _trace(self, batch: Batch, targets: frozenset[str] = frozenset()) -> Trace:
-        layers = {weight.owner for weight in self._weights} | set(self._ends()) | set(self._blocks)
+    def _trace(self, batch: Batch, targets: frozenset[str] = frozenset()) -> PredictorActivations:
+        layers = {weight.module_path for weight in self._weights} | set(self._ends()) | set(self._blocks)
         attentions = {block.path for block in self._blocks.values() if isinstance(block, Attention)}
-        return Trace(self.model, self.objective, self._head, batch, layers, attentions, targets)
+        return PredictorActivations(self.model, self.objective, self._head, batch, layers, attentions, targets)
 
-    def _check(self, trace: Trace) -> None:
+    def _check(self, trace: PredictorActivations) -> None:
         """Forget blocks that the model computes in another way than written out here: their inputs need maps."""
         sound = {block.path: block.holds(self.model, trace) for block in self._blocks.values()}
         self._blocks = {path: block for path, block in self._blocks.items() if sound[block.path]}
         self._checked = True
 
-    def _errors(self, host: str, trace: Trace) -> dict[str, Tensor]:
+    def _errors(self, layer_path: str, trace: PredictorActivations) -> dict[str, Tensor]:
         """Predicted errors at the output of a layer, and of those that share its block."""
-        end = self._blocks[host].output if host in self._blocks else host
+        end = self._blocks[layer_path].output if layer_path in self._blocks else layer_path
         error = trace.error @ self._maps[end].to(trace.error)
-        return self._blocks[host].errors(self.model, trace, error) if host in self._blocks else {host: error}
+        return (
+            self._blocks[layer_path].errors(self.model, trace, error)
+            if layer_path in self._blocks
+            else {layer_path: error}
+        )
 
-    def _gradient(self, weight: Weight, errors: Mapping[str, Tensor], trace: Trace) -> Tensor:
-        if weight.owner not in trace.inputs:  # it took no part: its adapter is switched off
+    def _gradient(self, weight: Weight, errors: Mapping[str, Tensor], trace: PredictorActivations) -> Tensor:
+        if weight.module_path not in trace.inputs:  # it took no part: its adapter is switched off
             return trace.error.new_zeros(len(trace.error), *self.model.get_parameter(weight.name).shape)
-        x = trace.inputs[weight.owner][:, : trace.error.shape[1]]
-        return own_gradient(self.model, weight, x, errors[weight.host])
+        x = trace.inputs[weight.module_path][:, : trace.error.shape[1]]
+        return parameter_gradient(self.model, weight, x, errors[weight.layer_path])

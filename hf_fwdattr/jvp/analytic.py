@@ -1,4 +1,4 @@
-"""Readout of many probes from one forward pass that is kept: derivatives of token log-likelihoods, written out."""
+"""Readout of many directions from one forward pass that is kept: derivatives of token log-likelihoods, written out."""
 
 import math
 from typing import Any
@@ -7,34 +7,36 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NumericalError, UnsupportedError
-from ..layers.activations import Seen, watching
-from ..layers.decoder import Layer, LayerPoint, check_chain, layers_of
-from ..layers.linear import Linears
-from ..layers.norm import before_norm
-from ..models.compat import fused
+from ..layers.activations import ActivationRecorder, watching
+from ..layers.decoder import DecoderLayer, DecoderLayerJVP, check_chain, decoder_layers
+from ..layers.linear import LinearJVPs
+from ..layers.norm import norm_vjp
+from ..models.compat import fused_activations
 from ..models.likelihood import Batch, Likelihood, Objective
-from ..models.lora import matrix_of
-from ..models.output_head import covectors, output_layer
+from ..models.lora import weight_matrix
+from ..models.output_head import hidden_state_gradients, output_layer
 from ..models.parameters import Parameters
-from .chunking import free_bytes, handful, unit
+from .chunking import chunk_size, free_bytes, unit
 
 
 _CPU_KEPT = 1 << 31  # bytes of what is kept of the forward pass, at most; on a GPU half of what is free
 _KEPT = 3  # copies of a layer's outputs: as they are seen, and what is made of them
-_CPU_CACHE = 1 << 26  # bytes of tangents in a handful of probes: more than torch's way has, as fewer are alive at once
+_CPU_CACHE = (
+    1 << 26
+)  # bytes of tangents in a handful of directions: more than torch's way has, as fewer are alive at once
 
 
 class TooLarge(UnsupportedError):
     """The batch takes more memory than there is for it."""
 
 
-class Tangents:
-    """A batch of queries, passed once through the model, ready to be read along probes.
+class AnalyticJVP:
+    """A batch of queries, passed once through the model, ready to be read along directions.
 
     Args:
         model (`nn.Module`): in evaluation mode; its weights must not change while this is used.
         batch (`Mapping`): tensors (queries, positions), right-padded, with `labels`.
-        dtype (`torch.dtype`, *optional*): of the products that probes pass through; the model's own by default. What
+        dtype (`torch.dtype`, *optional*): of the products that directions pass through; the model's own by default. What
             the model itself computes and the sum over layers are not rounded to it.
 
     Raises:
@@ -49,13 +51,13 @@ class Tangents:
         dtype: torch.dtype | None = None,
     ):  # fmt: skip
         head = output_layer(model, parameters, objective)
-        layers = layers_of(model)
+        layers = decoder_layers(model)
         if head is None or not layers or any(module.training for module in model.modules()):
             raise UnsupportedError(f"{type(model).__name__} is in training mode, or of no kind that is written out")
         self._parameters = parameters
         self._device = parameters.tensors(model)[0].device
         self.dtype = dtype or _own_type(model, parameters)
-        self._linears = Linears(model, parameters, self.dtype)
+        self._linears = LinearJVPs(model, parameters, self.dtype)
         self._each = self._room(model, layers, batch)
         known = {path for layer in layers for path in layer.linears}
         strange = sorted(self._linears.responding - known)
@@ -63,35 +65,35 @@ class Tangents:
             raise UnsupportedError(f"{strange[0]} responds and is in no layer that is written out")
         watched = {path for layer in layers for path in layer.watched}
         attentions = {layer.blocks[0].path for layer in layers}
-        seen, norms, hidden = Seen(), list[tuple[nn.Module, Tensor, Tensor]](), list[Tensor]()
-        with fused(model), watching(model, head, watched, attentions, seen, norms, hidden):
+        seen, norms, hidden = ActivationRecorder(), list[tuple[nn.Module, Tensor, Tensor]](), list[Tensor]()
+        with fused_activations(model), watching(model, head, watched, attentions, seen, norms, hidden):
             logits, labels = Likelihood(model, objective)(batch)
         self.labels = labels
         if not hidden:
             raise UnsupportedError("the output layer was not called, or its hooks were not")
-        bracket = covectors(head, hidden[-1], logits, labels)
-        if bracket is None:
+        hidden_gradients = hidden_state_gradients(head, hidden[-1], logits, labels)
+        if hidden_gradients is None:
             raise UnsupportedError("between the last hidden state and the logits is more than one Linear layer")
         check_chain(layers, seen, norms, hidden[-1])
-        error = before_norm(*norms[-1], bracket)
+        error = norm_vjp(*norms[-1], hidden_gradients)
         if error is None:
             raise UnsupportedError("the last norm is not written out")
         self._error = error
-        with fused(model):
-            self._points = [LayerPoint(model, layer, seen, self._linears) for layer in layers]
+        with fused_activations(model):
+            self._points = [DecoderLayerJVP(model, layer, seen, self._linears) for layer in layers]
 
-    def _room(self, model: nn.Module, layers: list[Layer], batch: Batch) -> int:
-        """Bytes of the widest tangent of one probe: a projection's, or an attention's, between all positions.
+    def _room(self, model: nn.Module, layers: list[DecoderLayer], batch: Batch) -> int:
+        """Bytes of the widest tangent of one direction: a projection's, or an attention's, between all positions.
 
         Raises:
             TooLarge: what is kept of the forward pass would not fit, with one attention's weights.
         """
-        widths = [int(matrix_of(model.get_submodule(path)).shape[0]) for layer in layers for path in layer.linears]
+        widths = [int(weight_matrix(model.get_submodule(path)).shape[0]) for layer in layers for path in layer.linears]
         tokens = 4 * batch["labels"].numel()
         heads = []
         for attention, _ in (layer.blocks for layer in layers):
             module: Any = model.get_submodule(attention.path)
-            heads.append(int(matrix_of(model.get_submodule(attention.output)).shape[1]) // module.head_dim)
+            heads.append(int(weight_matrix(model.get_submodule(attention.output)).shape[1]) // module.head_dim)
         weights = tokens * max(heads) * batch["labels"].shape[1]
         limit = free_bytes(self._device) // 2 if self._device.type == "cuda" else _CPU_KEPT
         if _KEPT * (tokens * sum(widths) + weights) > limit:
@@ -99,30 +101,32 @@ class Tangents:
         return max(tokens * max(widths), weights)
 
     @torch.no_grad()
-    def along(self, probes: Tensor, chunk: int | None = None) -> Tensor:
+    def along(self, directions: Tensor, chunk: int | None = None) -> Tensor:
         """(queries, positions, k): derivatives along (k, P), in nats; zero where a position is not supervised.
 
         Raises:
             NumericalError: a derivative that is not finite.
         """
         if chunk is None:  # in even handfuls
-            chunk = math.ceil(len(probes) / math.ceil(len(probes) / handful(self._each, self._device, _CPU_CACHE)))
+            chunk = math.ceil(
+                len(directions) / math.ceil(len(directions) / chunk_size(self._each, self._device, _CPU_CACHE))
+            )
         with torch.autocast(self._device.type, enabled=False):
-            parts = [self._block(probes[at : at + chunk]) for at in range(0, len(probes), chunk)]
+            parts = [self._block(directions[at : at + chunk]) for at in range(0, len(directions), chunk)]
         result = torch.cat(parts).permute(1, 2, 0)
         if not bool(torch.isfinite(result).all()):
             raise NumericalError("a derivative of the query's log-likelihood is not finite: is the model's own NaN?")
         return result
 
-    def _block(self, probes: Tensor) -> Tensor:
+    def _block(self, directions: Tensor) -> Tensor:
         """(k, queries, positions)."""
-        probes, factors = unit(probes)
-        directions = self._parameters.split(probes)
+        directions, factors = unit(directions)
+        tangents = self._parameters.split(directions)
         moved = None
         for point in self._points:
-            moved = point.push(moved, directions)
+            moved = point.push(moved, tangents)
         if moved is None:
-            return torch.zeros(len(probes), *self.labels.shape, device=probes.device)
+            return torch.zeros(len(directions), *self.labels.shape, device=directions.device)
         found = torch.einsum("krtd,rtd->krt", moved[:, :, : self.labels.shape[1]], self._error.to(moved.dtype))
         return found * factors.to(found.dtype).view(-1, 1, 1)
 

@@ -1,4 +1,4 @@
-"""Which way a model is read along probes: written out, by torch's forward mode, or by differences."""
+"""Which way a model is read along directions: written out, by torch's forward mode, or by differences."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,7 @@ from ..errors import UnsupportedError
 from ..models.likelihood import CAUSAL_LM, Batch
 from ..models.parameters import Parameters
 from . import finite_difference, torch_func
-from .analytic import Tangents, TooLarge
+from .analytic import AnalyticJVP, TooLarge
 
 
 READOUTS = {"jvp": torch_func.read, "difference": finite_difference.read}
@@ -19,14 +19,14 @@ PRECISIONS = ("auto", "full", "half")
 _SMALL = 30_000_000  # weights of a model that gains nothing from half precision: its time goes elsewhere
 
 
-class Engine:
+class Backend:
     """Reads batches of queries.
 
     Args:
         model (`nn.Module`): in evaluation mode.
         way (`str`): `jvp`, `difference`, or `auto`: written out where the model is of a kind that `tangent` knows,
             else `jvp`.
-        precision (`str`): of the products that probes pass through where they are written out. `full` is the model's
+        precision (`str`): of the products that directions pass through where they are written out. `full` is the model's
             own; `half` is bfloat16 (relative error of a score about 4e-3, sums over layers in float32). `auto` is half
             for rows that are picked in stages, whose responses have eight bits anyhow, of a float32 model of more than
             thirty million weights where the processor multiplies bfloat16, and full for all else.
@@ -40,14 +40,14 @@ class Engine:
         self._known = True  # whether the model is of a kind that is written out; found out when it is first read
 
     def opened(self, batch: Batch, staged: bool = False) -> Callable[[Tensor], Tensor]:
-        """What reads a batch along probes: (k, P) -> (queries, positions, k). The weights must not change meanwhile.
+        """What reads a batch along directions: (k, P) -> (queries, positions, k). The weights must not change meanwhile.
 
         Args:
             staged (`bool`): rows are being picked, in several goes; see `precision`.
         """
         if self._way == "auto" and self._known:
             try:
-                return Tangents(self.model, self.parameters, CAUSAL_LM, batch, self._dtype(staged)).along
+                return AnalyticJVP(self.model, self.parameters, CAUSAL_LM, batch, self._dtype(staged)).along
             except TooLarge:
                 pass
             except UnsupportedError:

@@ -1,7 +1,7 @@
-"""Readout by differences: two forward passes per probe and step size, for whatever can only run forwards.
+"""Readout by differences: two forward passes per direction and step size, for whatever can only run forwards.
 
 For engines without forward-mode derivatives, quantised bases, or another process that serves log-likelihoods. The step
-is chosen on the first probes, every derivative is taken at a step and at half of it, and digits on which the two
+is chosen on the first directions, every derivative is taken at a step and at half of it, and digits on which the two
 disagree are not reported: bf16 weights, for one, cannot resolve small steps at all.
 """
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NumericalError, UnsupportedError
-from ..models.compat import refuse_resting_adapters
+from ..models.compat import refuse_inactive_adapters
 from ..models.likelihood import Batch, Likelihood, Objective, log_probabilities
 from ..models.parameters import Parameters
 
@@ -26,7 +26,7 @@ def read(
     parameters: Parameters,
     objective: Objective,
     batch: Batch,
-    probes: Tensor,
+    directions: Tensor,
     chunk: int | None = None,
     step: float | None = None,
     sides: int = 2,
@@ -35,9 +35,9 @@ def read(
     """Directional derivatives of the log-likelihood of a batch of queries; same result as `jvp.read`.
 
     Args:
-        model, parameters, objective, batch, probes: as in `jvp.read`.
-        chunk: ignored; probes are read one after the other.
-        step (`float`, *optional*): h in units of the probes' coordinates; chosen from the arithmetic by default.
+        model, parameters, objective, batch, directions: as in `jvp.read`.
+        chunk: ignored; directions are read one after the other.
+        step (`float`, *optional*): h in units of the directions' coordinates; chosen from the arithmetic by default.
         sides (`int`): 2 for central differences, 1 for differences against the unperturbed pass.
         tolerance (`float`): largest disagreement of a step and its half, relative to the derivatives' norm.
 
@@ -50,15 +50,15 @@ def read(
     """
     if any(module.training for module in model.modules()):
         raise UnsupportedError("the model is in training mode, where dropout is random; call model.eval()")
-    refuse_resting_adapters(model, parameters.live)
+    refuse_inactive_adapters(model, parameters.live)
     likelihood = Likelihood(model, objective)
     weights = dict(zip(parameters.live, (p.detach() for p in parameters.tensors(model)), strict=True))
     centre = _log_likelihood(likelihood, weights, batch) if sides == 1 else None
 
-    def slope(probe: Tensor, h: float) -> Tensor:
+    def slope(direction: Tensor, h: float) -> Tensor:
         moved = []
         for side in (h, -h)[:sides]:
-            pieces = zip(parameters.live, parameters.split(probe), strict=True)
+            pieces = zip(parameters.live, parameters.split(direction), strict=True)
             moved.append(
                 _log_likelihood(
                     likelihood, {n: weights[n] + (side * u).to(weights[n].dtype) for n, u in pieces}, batch
@@ -67,12 +67,12 @@ def read(
         return (moved[0] - (moved[1] if centre is None else centre)) / (h * sides)
 
     norm = torch.cat([weight.reshape(-1).float() for weight in weights.values()]).norm()
-    longest = _LONGEST * float(norm / probes.float().norm(dim=1).mean().clamp(min=1e-30)) or 1.0
+    longest = _LONGEST * float(norm / directions.float().norm(dim=1).mean().clamp(min=1e-30)) or 1.0
     if step is None:
-        step = _best_step(slope, probes, [longest * factor for factor in _LADDER])
+        step = _best_step(slope, directions, [longest * factor for factor in _LADDER])
     columns, squares, errors = [], 0.0, 0.0
-    for probe in probes:
-        long, short = slope(probe, step), slope(probe, step / 2)
+    for direction in directions:
+        long, short = slope(direction, step), slope(direction, step / 2)
         # Richardson: the error of a central difference falls fourfold with half the step, of a one-sided one twofold.
         columns.append((4 * short - long) / 3 if sides == 2 else 2 * short - long)
         squares += float(short.square().sum())
@@ -83,15 +83,15 @@ def read(
             f"finite differences in {next(iter(weights.values())).dtype} disagree by {reached:.1%} between a step and "
             f"its half (allowed: {tolerance:.1%}); load the model in float32, or use readout='jvp'"
         )
-    return torch.stack(columns, dim=-1).to(probes.dtype)
+    return torch.stack(columns, dim=-1).to(directions.dtype)
 
 
-def _best_step(slope, probes: Tensor, steps: list[float]) -> float:  # type: ignore[no-untyped-def]
-    """The step at which two probes' slopes change least when it is halved."""
-    chosen = probes[probes.abs().sum(1) > 0][:2]
+def _best_step(slope, directions: Tensor, steps: list[float]) -> float:  # type: ignore[no-untyped-def]
+    """The step at which two directions' slopes change least when it is halved."""
+    chosen = directions[directions.abs().sum(1) > 0][:2]
     if len(chosen) == 0:
         return steps[0]
-    slopes = [torch.stack([slope(probe, h) for probe in chosen]) for h in steps]
+    slopes = [torch.stack([slope(direction, h) for direction in chosen]) for h in steps]
     changes = [
         float((fine - coarse).norm()) if bool(torch.isfinite(coarse).all()) else float("inf")
         for coarse, fine in pairwise(slopes)

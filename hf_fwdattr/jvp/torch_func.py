@@ -1,6 +1,6 @@
-"""Readout by forward-mode derivatives: the model is run once, and many probes' tangents ride along in one batch.
+"""Readout by forward-mode derivatives: the model is run once, and many directions' tangents ride along in one batch.
 
-For each probe u_j, query and output token: d/dh log p(token; theta + h u_j) at h = 0, in nats per unit of the probe's
+For each direction u_j, query and output token: d/dh log p(token; theta + h u_j) at h = 0, in nats per unit of the direction's
 coordinate. No graph is kept and nothing runs backwards, so this works under `torch.no_grad`.
 """
 
@@ -12,11 +12,11 @@ from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import NumericalError, UnsupportedError
-from ..models.compat import fused, refuse_resting_adapters, refuse_silent_tangents
+from ..models.compat import fused_activations, refuse_inactive_adapters, refuse_silent_jvp
 from ..models.likelihood import Batch, Likelihood, Objective, log_probabilities
-from ..models.output_head import Hidden, covectors, hidden_states, output_layer
+from ..models.output_head import Hidden, hidden_state_gradients, hidden_states, output_layer
 from ..models.parameters import Parameters
-from .chunking import probes_at_once, unit
+from .chunking import directions_per_chunk, unit
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def read(
     parameters: Parameters,
     objective: Objective,
     batch: Batch,
-    probes: Tensor,
+    directions: Tensor,
     chunk: int | None = None,
 ) -> Tensor:
     """Directional derivatives of the log-likelihood of a batch of queries.
@@ -33,8 +33,8 @@ def read(
     Args:
         model (`nn.Module`): in evaluation mode.
         batch (`Mapping`): tensors (queries, positions), right-padded, with `labels` that are -100 outside the output.
-        probes (`Tensor`): (k, P) directions.
-        chunk (`int`, *optional*): probes in flight; as many as fit the memory by default.
+        directions (`Tensor`): (k, P) directions.
+        chunk (`int`, *optional*): directions in flight; as many as fit the memory by default.
 
     Returns:
         (queries, positions, k), zero where a position is not supervised; float32 (float64 for float64 models).
@@ -48,13 +48,13 @@ def read(
         raise UnsupportedError("torch.inference_mode drops derivatives without a word; use torch.no_grad instead")
     if any(module.training for module in model.modules()):
         raise UnsupportedError("the model is in training mode, where dropout is random; call model.eval()")
-    refuse_silent_tangents(model)
-    refuse_resting_adapters(model, parameters.live)
+    refuse_silent_jvp(model)
+    refuse_inactive_adapters(model, parameters.live)
     weights = dict(zip(parameters.live, (p.detach() for p in parameters.tensors(model)), strict=True))
     likelihood = Likelihood(model, objective)
-    with sdpa_kernel(SDPBackend.MATH), fused(model):
+    with sdpa_kernel(SDPBackend.MATH), fused_activations(model):
         value = _value(model, parameters, objective, batch)
-        chunk = chunk or probes_at_once(likelihood, batch, probes.device)
+        chunk = chunk or directions_per_chunk(likelihood, batch, directions.device)
 
         def derivative(block: Tensor) -> Tensor:
             pieces = parameters.split(block)
@@ -62,12 +62,12 @@ def read(
             return jvp(value, (weights,), (tangents,))[1]
 
         def derivatives(block: Tensor) -> Tensor:
-            directions, factors = unit(block)
-            found = vmap(derivative)(directions)
+            scaled, factors = unit(block)
+            found = vmap(derivative)(scaled)
             return found * factors.to(found.dtype).view(-1, 1, 1)
 
         try:
-            parts = [derivatives(probes[at : at + chunk]) for at in range(0, len(probes), chunk)]
+            parts = [derivatives(directions[at : at + chunk]) for at in range(0, len(directions), chunk)]
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # its plain forward pass has run, so it is the derivative or the batching
@@ -93,10 +93,12 @@ def _value(
     head = output_layer(model, parameters, objective)
     if head is not None:
         hidden, logits, labels = hidden_states(likelihood, head, batch)
-        bracket = covectors(head, hidden, logits, labels)
-        if bracket is not None:
+        hidden_gradients = hidden_state_gradients(head, hidden, logits, labels)
+        if hidden_gradients is not None:
             body, positions = Hidden(model, objective, head), labels.shape[1]
-            return lambda weights: (body.at(weights, batch)[:, :positions].to(bracket.dtype) * bracket).sum(-1)
+            return lambda weights: (
+                body.at(weights, batch)[:, :positions].to(hidden_gradients.dtype) * hidden_gradients
+            ).sum(-1)
 
     def whole(weights: dict[str, Tensor]) -> Tensor:
         return log_probabilities(*likelihood.at(weights, batch))

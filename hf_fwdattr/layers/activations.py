@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from ..models.compat import fused
+from ..models.compat import fused_activations
 from ..models.likelihood import Batch, Likelihood, Objective
-from ..models.output_head import covectors
-from .norm import before_norm, gain_of
+from ..models.output_head import hidden_state_gradients
+from .norm import norm_gain, norm_vjp
 
 
 @dataclass
-class Seen:
+class ActivationRecorder:
     """What layers did in one forward pass.
 
     Attributes:
@@ -30,7 +30,7 @@ class Seen:
     positional: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
-class Trace(Seen):
+class PredictorActivations(ActivationRecorder):
     """One forward pass of a batch, watched.
 
     Args:
@@ -63,10 +63,10 @@ class Trace(Seen):
                 handles.append(module.register_forward_hook(self._layer(path, path in targets)))
             if path in blocks:
                 handles.append(module.register_forward_pre_hook(self._block(path), with_kwargs=True))
-            if gain_of(module) is not None:
+            if norm_gain(module) is not None:
                 handles.append(module.register_forward_hook(self._norm))
         try:
-            with fused(model), torch.set_grad_enabled(bool(targets)):
+            with fused_activations(model), torch.set_grad_enabled(bool(targets)):
                 self.logits, self.labels = Likelihood(model, objective)(batch)
         finally:
             for handle in handles:
@@ -97,21 +97,21 @@ class Trace(Seen):
 
     def _error(self, head: nn.Module) -> Tensor:
         hidden = self._hidden[-1]
-        bracket = covectors(head, hidden, self.logits.detach(), self.labels)
-        if bracket is None:
+        hidden_gradients = hidden_state_gradients(head, hidden, self.logits.detach(), self.labels)
+        if hidden_gradients is None:
             raise UnsupportedError("between the last hidden state and the logits is more than one Linear layer")
         if not self._norms:
-            return bracket
+            return hidden_gradients
         module, x, y = self._norms[-1]
         if y.shape != hidden.shape or not torch.equal(y, hidden):
-            return bracket
-        before = before_norm(module, x, y, bracket)
-        return bracket if before is None else before
+            return hidden_gradients
+        before = norm_vjp(module, x, y, hidden_gradients)
+        return hidden_gradients if before is None else before
 
 
 @contextmanager
 def watching(
-    model: nn.Module, head: nn.Module, watched: set[str], attentions: set[str], seen: Seen,
+    model: nn.Module, head: nn.Module, watched: set[str], attentions: set[str], seen: ActivationRecorder,
     norms: list[tuple[nn.Module, Tensor, Tensor]], hidden: list[Tensor],
 ) -> Iterator[None]:  # fmt: skip
     """While this is open, what goes through these layers is kept: in `seen`, what each norm does, the last one last,
@@ -142,7 +142,7 @@ def watching(
             handles.append(module.register_forward_hook(keep(path), with_kwargs=True))
         if path in attentions:
             handles.append(module.register_forward_pre_hook(argue(path), with_kwargs=True))
-        if gain_of(module) is not None:
+        if norm_gain(module) is not None:
             handles.append(module.register_forward_hook(last))
     try:
         yield

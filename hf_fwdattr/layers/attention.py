@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from .activations import Seen
+from .activations import ActivationRecorder
 from .block import Block, same
-from .norm import Norm, before_norm, form_of, gain_of
+from .norm import Norm, identify_norm, norm_gain, norm_vjp
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions on (rows, heads, positions, size); with -sin it turns back, which is also its transpose."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
@@ -77,13 +77,13 @@ class Attention(Block):
     With rotary positions or none, and norms of queries and keys or none.
     """
 
-    def inner(self, model: nn.Module, trace: Seen) -> Tensor | None:
+    def inner(self, model: nn.Module, trace: ActivationRecorder) -> Tensor | None:
         state = self.state(model, trace, None)
         return (
             None if state is None else (state.weights.to(state.value.dtype) @ state.value).transpose(1, 2).flatten(2)
         )
 
-    def pull(self, model: nn.Module, trace: Seen, error: Tensor) -> list[Tensor]:
+    def pull(self, model: nn.Module, trace: ActivationRecorder, error: Tensor) -> list[Tensor]:
         state = self.state(model, trace, error.shape[1])
         assert state is not None
         module: Any = model.get_submodule(self.path)
@@ -95,17 +95,17 @@ class Attention(Block):
         errors[1:] = [part.unflatten(1, (-1, sharing)).sum(2) for part in errors[1:]]
         if state.turn is not None:
             cos, sin = (part.to(error.dtype) for part in state.turn)
-            errors[:2] = [rotated(part, cos, -sin) for part in errors[:2]]
+            errors[:2] = [apply_rotary(part, cos, -sin) for part in errors[:2]]
         for index, name in enumerate(("q_norm", "k_norm")):
             norm = getattr(module, name, None)
             if norm is not None:
-                before = before_norm(norm, state.raw[index], state.normed[index], errors[index])
+                before = norm_vjp(norm, state.raw[index], state.normed[index], errors[index])
                 assert before is not None  # or `holds` had been false
                 errors[index] = before
         flat = [part.transpose(1, 2).flatten(2) for part in errors]
         return [torch.cat(flat, dim=-1)] if len(self.inputs) == 1 else flat
 
-    def state(self, model: nn.Module, trace: Seen, positions: int | None) -> State | None:
+    def state(self, model: nn.Module, trace: ActivationRecorder, positions: int | None) -> State | None:
         """At so many positions, or all; None if something is unusual."""
         module: Any = model.get_submodule(self.path)
         given = trace.arguments.get(self.path, {})
@@ -120,11 +120,11 @@ class Attention(Block):
         for index, name in enumerate(("q_norm", "k_norm")):
             norm = getattr(module, name, None)
             if norm is not None:
-                gain = gain_of(norm)
+                gain = norm_gain(norm)
                 if gain is None or len(gain) != module.head_dim:  # others take all heads together, as OLMo 2's do
                     return None
                 normed[index] = norm(raw[index])
-                if form_of(norm, raw[index], normed[index]) is None:
+                if identify_norm(norm, raw[index], normed[index]) is None:
                     return None
         query, key, turn = *normed, given.get("position_embeddings")
         if turn is not None:
@@ -133,7 +133,7 @@ class Attention(Block):
             cos, sin = (part[:, :positions].unsqueeze(1) for part in turn)
             if cos.shape[-1] != query.shape[-1]:
                 return None
-            query, key, turn = rotated(query, cos, sin), rotated(key, cos, sin), (cos, sin)
+            query, key, turn = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin), (cos, sin)
         sharing = query.shape[1] // key.shape[1]
         key, value = (part.repeat_interleave(sharing, dim=1) for part in (key, value))
         mask = given.get("attention_mask")
@@ -150,7 +150,7 @@ def _heads(x: Tensor, size: int) -> Tensor:
     return x.unflatten(-1, (-1, size)).transpose(1, 2)
 
 
-class AttentionPoint:
+class AttentionJVP:
     """An attention where a batch passes it.
 
     With weights p = softmax(s), s = q k^T / sqrt(size): dp = p (ds - sum(p ds)), and the output moves by dp v + p dv.
@@ -160,7 +160,7 @@ class AttentionPoint:
         UnsupportedError: it computes something else than softmax attention.
     """
 
-    def __init__(self, block: Attention, model: nn.Module, seen: Seen, dtype: torch.dtype):
+    def __init__(self, block: Attention, model: nn.Module, seen: ActivationRecorder, dtype: torch.dtype):
         state = block.state(model, seen, None)
         if state is None:
             raise UnsupportedError(f"{block.path} is an attention that is not written out")
@@ -193,7 +193,7 @@ class AttentionPoint:
         return same(own.transpose(1, 2).flatten(2), inner)
 
     def push(self, moved: list[Tensor | None]) -> Tensor | None:
-        """Tangents (k, rows, positions, size) before the output projection; see `MLPPoint`."""
+        """Tangents (k, rows, positions, size) before the output projection; see `MLPJVP`."""
         if len(moved) == 1:
             moved = [None] * 3 if moved[0] is None else list(moved[0].chunk(3, dim=-1))
         query, key, value = (self._meeting(part, index) for index, part in enumerate(moved))

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from .activations import Seen
-from .attention import Attention, AttentionPoint
+from .activations import ActivationRecorder
+from .attention import Attention, AttentionJVP
 from .block import Block
-from .linear import Linears
-from .mlp import MLP, MLPPoint
-from .norm import Norm, gain_of
-from .sensitivity import sharpened
+from .linear import LinearJVPs
+from .mlp import MLP, MLPJVP
+from .norm import Norm, norm_gain
+from .sensitivity import sensitivity_inputs
 
 
-def blocks_of(model: nn.Module) -> list[Block]:
+def find_blocks(model: nn.Module) -> list[Block]:
     """Attentions and MLPs whose layers are called as those of GPT-2, or of Llama and its descendants."""
     found: list[Block] = []
     inputs: tuple[str, ...]
@@ -36,7 +36,7 @@ def blocks_of(model: nn.Module) -> list[Block]:
 
 
 @dataclass(frozen=True)
-class Layer:
+class DecoderLayer:
     """x + attention(norm(x)), and x + mlp(norm(x)) on that; norms behind attention and MLP too, or not.
 
     Attributes:
@@ -60,10 +60,10 @@ class Layer:
         return [*self.linears, *self.norms, self.path]
 
 
-def layers_of(model: nn.Module) -> list[Layer]:
+def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
     """Decoder layers of GPT-2, or of Llama and its descendants, in the order of the model's modules."""
     homes: dict[str, list[Block]] = {}
-    for block in blocks_of(model):
+    for block in find_blocks(model):
         homes.setdefault(block.path.rpartition(".")[0], []).append(block)
     found = []
     for path, blocks in homes.items():
@@ -71,15 +71,17 @@ def layers_of(model: nn.Module) -> list[Layer]:
         mlps = [block for block in blocks if isinstance(block, MLP)]
         if len(attentions) == 1 and len(mlps) == 1:
             children = model.get_submodule(path).named_children()
-            norms = tuple(f"{path}.{name}" for name, module in children if gain_of(module) is not None)
-            found.append(Layer(path, (attentions[0], mlps[0]), norms))
+            norms = tuple(f"{path}.{name}" for name, module in children if norm_gain(module) is not None)
+            found.append(DecoderLayer(path, (attentions[0], mlps[0]), norms))
     return found
 
 
 class _Half:
     """Attention or MLP with its norms, where a batch passes it; adds to the residual stream."""
 
-    def __init__(self, model: nn.Module, layer: Layer, block: Block, seen: Seen, linears: Linears):
+    def __init__(
+        self, model: nn.Module, layer: DecoderLayer, block: Block, seen: ActivationRecorder, linears: LinearJVPs
+    ):
         self.block, self._linears = block, linears
         for path in (*block.inputs, block.output):
             linears.check(path)
@@ -103,28 +105,28 @@ class _Half:
             self._after = Norm(behind[0], model.get_submodule(behind[0]), end, seen.outputs[behind[0]])
             end = seen.outputs[behind[0]]
         self.end = self.start + end
-        self._point: MLPPoint | AttentionPoint
+        self._point: MLPJVP | AttentionJVP
         if isinstance(block, MLP):
-            self._point, holds = MLPPoint(block, seen, linears.dtype), block.holds(model, seen)
+            self._point, holds = MLPJVP(block, seen, linears.dtype), block.holds(model, seen)
         else:
             assert isinstance(block, Attention)
-            self._point = AttentionPoint(block, model, seen, linears.dtype)
+            self._point = AttentionJVP(block, model, seen, linears.dtype)
             holds = self._point.holds(seen.inputs[block.output])
             if holds:
-                loud = sharpened(block, model, seen)
-                holds = AttentionPoint(block, model, loud, linears.dtype).holds(loud.inputs[block.output])
+                loud = sensitivity_inputs(block, model, seen)
+                holds = AttentionJVP(block, model, loud, linears.dtype).holds(loud.inputs[block.output])
         if not holds:
             raise UnsupportedError(f"{block.path} computes something else than is written out")
 
-    def push(self, moved: Tensor | None, directions: list[Tensor]) -> Tensor | None:
+    def push(self, moved: Tensor | None, tangents: list[Tensor]) -> Tensor | None:
         """Tangents (k, rows, positions, d) of the residual stream behind it; those before it are overwritten."""
         inner = None if moved is None else self._norm.push(moved)
         if inner is not None:
             inner = inner.to(self._linears.dtype)
-        parts = [self._linears.push(path, self._inputs.get(path), inner, directions) for path in self.block.inputs]
+        parts = [self._linears.push(path, self._inputs.get(path), inner, tangents) for path in self.block.inputs]
         inner = self._point.push(parts)
         output = self.block.output
-        change = self._linears.push(output, self._inputs.get(output), inner, directions)
+        change = self._linears.push(output, self._inputs.get(output), inner, tangents)
         if change is not None and self._after is not None:
             change = self._after.push(change)
         if change is None:
@@ -132,14 +134,14 @@ class _Half:
         return _wide(change) if moved is None else moved.add_(change)
 
 
-class LayerPoint:
+class DecoderLayerJVP:
     """A layer where a batch passes it.
 
     Raises:
         UnsupportedError: the model computes something else than is written out.
     """
 
-    def __init__(self, model: nn.Module, layer: Layer, seen: Seen, linears: Linears):
+    def __init__(self, model: nn.Module, layer: DecoderLayer, seen: ActivationRecorder, linears: LinearJVPs):
         self._halves = [_Half(model, layer, block, seen, linears) for block in layer.blocks]
         first, second = self._halves
         stations = (
@@ -150,10 +152,10 @@ class LayerPoint:
         for half in self._halves:
             del half.start, half.end
 
-    def push(self, moved: Tensor | None, directions: list[Tensor]) -> Tensor | None:
+    def push(self, moved: Tensor | None, tangents: list[Tensor]) -> Tensor | None:
         """Tangents (k, rows, positions, d) behind the layer, from those before it, which are overwritten."""
         for half in self._halves:
-            moved = half.push(moved, directions)
+            moved = half.push(moved, tangents)
         return moved
 
 
@@ -168,7 +170,7 @@ def _identical(one: Tensor, other: Tensor) -> bool:
 
 
 def check_chain(
-    layers: list[Layer], seen: Seen, norms: list[tuple[nn.Module, Tensor, Tensor]], hidden: Tensor
+    layers: list[DecoderLayer], seen: ActivationRecorder, norms: list[tuple[nn.Module, Tensor, Tensor]], hidden: Tensor
 ) -> None:
     """Refuse a model that does something between its layers, or between them and its output layer, or leaves some out.
 

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import UnsupportedError
-from ..models.lora import Weight, adapters_of, matrix_of, weights_of
+from ..models.lora import Weight, active_adapters, tracked_weights, weight_matrix
 from ..models.parameters import Parameters
 from .block import same
 
 
-class Linears:
+class LinearJVPs:
     """The linear layers of a model.
 
     Args:
@@ -26,8 +26,8 @@ class Linears:
     def __init__(self, model: nn.Module, parameters: Parameters, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
         self._responding: dict[str, list[tuple[Weight, int]]] = defaultdict(list)
-        for place, weight in enumerate(weights_of(model, parameters)):
-            self._responding[weight.host].append((weight, place))
+        for place, weight in enumerate(tracked_weights(model, parameters)):
+            self._responding[weight.layer_path].append((weight, place))
 
     @property
     def responding(self) -> set[str]:
@@ -41,7 +41,7 @@ class Linears:
             UnsupportedError: names it.
         """
         layer = self.model.get_submodule(path)
-        acting = adapters_of(layer)
+        acting = active_adapters(layer)
         if acting is None:
             raise UnsupportedError(f"{path} is a {type(layer).__name__}, which is not written out")
         for weight, _ in self._responding.get(path, ()):
@@ -57,20 +57,20 @@ class Linears:
         layer: Any = self.model.get_submodule(path)
         expected = self._through(layer, x.unsqueeze(0), x.dtype)[0]
         biases = [(getattr(layer, "base_layer", layer).bias, 1.0)]
-        biases += [(layer.lora_B[adapter].bias, layer.scaling[adapter]) for adapter in adapters_of(layer) or ()]
+        biases += [(layer.lora_B[adapter].bias, layer.scaling[adapter]) for adapter in active_adapters(layer) or ()]
         for bias, scale in biases:
             if bias is not None:
                 expected = expected + scale * bias
         if not same(expected, y):
             raise UnsupportedError(f"{path} computes something else than a product with its weights")
 
-    def push(self, path: str, x: Tensor | None, moved: Tensor | None, directions: list[Tensor]) -> Tensor | None:
+    def push(self, path: str, x: Tensor | None, moved: Tensor | None, tangents: list[Tensor]) -> Tensor | None:
         """Tangents (k, rows, positions, out) behind a layer; None where nothing moves.
 
         Args:
             x (`Tensor`): (rows, positions, in) what goes into the layer; needed where its weights respond.
             moved (`Tensor`, *optional*): (k, rows, positions, in) tangents of that.
-            directions (`list[Tensor]`): (k, *shape) tangents of all responding weights.
+            tangents (`list[Tensor]`): (k, *shape) tangents of all responding weights.
         """
         layer: Any = self.model.get_submodule(path)
         result = None
@@ -79,9 +79,9 @@ class Linears:
         for weight, place in self._responding.get(path, ()):
             assert x is not None
             flat = x.flatten(0, 1).to(self.dtype)
-            own = directions[place].to(self.dtype)
+            own = tangents[place].to(self.dtype)
             if result is None:
-                shape = (len(own), *x.shape[:2], matrix_of(layer).shape[0])
+                shape = (len(own), *x.shape[:2], weight_matrix(layer).shape[0])
                 result = torch.zeros(shape, dtype=self.dtype, device=x.device)
             _add(result.flatten(1, 2), layer, weight, flat, own)
         return result
@@ -89,7 +89,7 @@ class Linears:
     def _through(self, layer: Any, moved: Tensor, dtype: torch.dtype) -> Tensor:
         """Tangents (k, rows, positions, in) times all that acts in the layer."""
         moved = moved.to(dtype)
-        matrix, adapters = matrix_of(layer), adapters_of(layer) or []
+        matrix, adapters = weight_matrix(layer), active_adapters(layer) or []
         if moved[..., 0].numel() < matrix.shape[1]:  # few tangents: adding up matrices would be most of the work
             result = functional.linear(moved, matrix.to(dtype))
             for adapter in adapters:
@@ -103,7 +103,7 @@ class Linears:
 
 
 def _add(result: Tensor, layer: Any, weight: Weight, x: Tensor, own: Tensor) -> None:
-    """Add to (k, n, out) what directions (k, *shape) of one weight do to x (n, in)."""
+    """Add to (k, n, out) what tangents (k, *shape) of one weight do to x (n, in)."""
     x = x.expand(len(own), *x.shape)
     if weight.name.endswith("bias"):
         result += own.unsqueeze(1) * (layer.scaling[weight.adapter] if weight.adapter else 1.0)

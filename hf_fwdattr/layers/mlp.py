@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp
 
-from .activations import Seen
+from .activations import ActivationRecorder
 from .block import Block
 
 
@@ -26,11 +26,11 @@ class MLP(Block):
 
     activation: Callable[[Tensor], Tensor]
 
-    def inner(self, model: nn.Module, trace: Seen) -> Tensor | None:
+    def inner(self, model: nn.Module, trace: ActivationRecorder) -> Tensor | None:
         opened = self.activation(trace.outputs[self.inputs[0]])
         return opened if len(self.inputs) == 1 else opened * trace.outputs[self.inputs[1]]
 
-    def pull(self, model: nn.Module, trace: Seen, error: Tensor) -> list[Tensor]:
+    def pull(self, model: nn.Module, trace: ActivationRecorder, error: Tensor) -> list[Tensor]:
         outputs = [trace.outputs[path][:, : error.shape[1]].to(error.dtype) for path in self.inputs]
         opening = slope(self.activation, outputs[0])
         if len(outputs) == 1:
@@ -38,10 +38,10 @@ class MLP(Block):
         return [error * outputs[1] * opening, error * self.activation(outputs[0])]
 
 
-class MLPPoint:
+class MLPJVP:
     """An MLP where a batch passes it: act(gate) * up, or act(in)."""
 
-    def __init__(self, block: MLP, seen: Seen, dtype: torch.dtype):
+    def __init__(self, block: MLP, seen: ActivationRecorder, dtype: torch.dtype):
         gate, *up = (seen.outputs[path] for path in block.inputs)
         slopes = [slope(block.activation, gate)]
         if up:

@@ -43,12 +43,12 @@ class Form:
     eps: float
 
 
-def form_of(module: nn.Module, x: Tensor, y: Tensor) -> Form | None:
+def identify_norm(module: nn.Module, x: Tensor, y: Tensor) -> Form | None:
     """The form that makes `y` of `x`; None if the norm is another one, or none at all.
 
     Whether it centres is told by its class: where the mean of `x` is small, values do not tell.
     """
-    gain, eps = gain_of(module), _eps(module)
+    gain, eps = norm_gain(module), _eps(module)
     if gain is None:
         return None
     form = layer_norm if isinstance(module, nn.LayerNorm) else rms_norm
@@ -64,18 +64,18 @@ def form_of(module: nn.Module, x: Tensor, y: Tensor) -> Form | None:
     return Form(form, scales[best], eps) if errors[best] <= tolerance * float(expected.norm()) else None
 
 
-def before_norm(module: nn.Module, x: Tensor, y: Tensor, error: Tensor) -> Tensor | None:
+def norm_vjp(module: nn.Module, x: Tensor, y: Tensor, error: Tensor) -> Tensor | None:
     """The error (rows, positions, ..., d) before a norm, from the one behind it; None if the norm is another one.
 
     Args:
         x, y: what went into the norm and what came out of it; may have more positions than `error`.
     """
     x, y = x[:, : error.shape[1]], y[:, : error.shape[1]]
-    form = form_of(module, x, y)
+    form = identify_norm(module, x, y)
     return None if form is None else form.pull(x.to(error.dtype), form.gain.to(error.dtype), error, form.eps)
 
 
-def gain_of(module: nn.Module) -> Tensor | None:
+def norm_gain(module: nn.Module) -> Tensor | None:
     """The gain of a layer norm or RMS norm."""
     named = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
     gain = getattr(module, "weight", None)
@@ -100,7 +100,7 @@ class Norm:
     """
 
     def __init__(self, path: str, module: nn.Module, x: Tensor, y: Tensor):
-        form = form_of(module, x, y)
+        form = identify_norm(module, x, y)
         if form is None:
             raise UnsupportedError(f"{path} is a {type(module).__name__}, which is not written out")
         wide = x.to(form.gain.dtype)

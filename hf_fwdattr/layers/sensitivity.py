@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .activations import Seen
+from .activations import ActivationRecorder
 from .attention import Attention
 
 
 _SHARP = 3.0  # standard deviation of logits, about
 
 
-def sharpened(block: Attention, model: nn.Module, seen: Seen) -> Seen:
+def sensitivity_inputs(block: Attention, model: nn.Module, seen: ActivationRecorder) -> ActivationRecorder:
     """What goes through an attention, called as it was, with queries and keys so long that it has to choose."""
     module: Any = model.get_submodule(block.path)
     outputs = [seen.outputs[path] for path in block.inputs]
     query, key = (outputs if len(outputs) == 3 else outputs[0].chunk(3, dim=-1))[:2]
     lengths = query.float().square().mean() * key.float().square().mean() * module.head_dim
     factor = max(1.0, (_SHARP / (module.scaling * float(lengths.sqrt()) or _SHARP)) ** 0.5)
-    loud = Seen(arguments=seen.arguments)
+    loud = ActivationRecorder(arguments=seen.arguments)
 
     def louder(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
         if len(block.inputs) == 3:

@@ -35,7 +35,7 @@ def refuse_silent_backward(model: nn.Module) -> None:
             )
 
 
-def refuse_silent_tangents(model: nn.Module) -> None:
+def refuse_silent_jvp(model: nn.Module) -> None:
     """Refuse layers through which forward-mode derivatives vanish, or may, without a word.
 
     Seen with bitsandbytes 0.50 on a CPU: 4-bit layers gave tangents of zero, and so readouts that were off by most of
@@ -52,7 +52,7 @@ def refuse_silent_tangents(model: nn.Module) -> None:
         )
 
 
-def refuse_resting_adapters(model: nn.Module, names: Iterable[str]) -> None:
+def refuse_inactive_adapters(model: nn.Module, names: Iterable[str]) -> None:
     """Refuse to read weights of which none takes part: every score would be zero.
 
     Args:
@@ -80,7 +80,7 @@ _TANH_GELU = ("NewGELUActivation", "FastGELUActivation", "AccurateGELUActivation
 
 
 @contextmanager
-def fused(model: nn.Module) -> Iterator[None]:
+def fused_activations(model: nn.Module) -> Iterator[None]:
     """The model with its written-out activations fused; equal up to rounding, restored whatever happens."""
     found = {id(m): m for m in model.modules() if type(m).__name__ in _TANH_GELU and "forward" not in vars(m)}
     try:

@@ -44,7 +44,7 @@ CAUSAL_LM = Objective("causal-lm", _causal_lm)
 SEQUENCE_CLASSIFICATION = Objective("sequence-classification", _sequence_classification)
 
 
-def objective_of(model: nn.Module, choice: "str | Objective | Callable" = "auto") -> Objective:
+def resolve_objective(model: nn.Module, choice: "str | Objective | Callable" = "auto") -> Objective:
     """The objective called `choice`; `auto` reads the model's class name.
 
     Raises:
@@ -110,7 +110,7 @@ def row_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor
     return (1.0 - smoothing) * losses + smoothing * everywhere
 
 
-def sampled_labels(logits: Tensor, labels: Tensor, uniforms: Tensor) -> Tensor:
+def sample_labels(logits: Tensor, labels: Tensor, uniforms: Tensor) -> Tensor:
     """Labels drawn from the model itself, for the Gauss-Newton matrix: (rows, positions), -100 where labels are.
 
     Drawn by inverse distribution from `uniforms` (rows, positions) in [0, 1), so that a row's draw depends on the row

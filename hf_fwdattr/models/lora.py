@@ -27,13 +27,13 @@ class Weight:
     """
 
     name: str
-    owner: str
-    host: str
+    module_path: str
+    layer_path: str
     adapter: str
     before: bool
 
 
-def weights_of(model: nn.Module, parameters: Parameters) -> list[Weight]:
+def tracked_weights(model: nn.Module, parameters: Parameters) -> list[Weight]:
     """The responding weights, in order.
 
     Raises:
@@ -42,37 +42,39 @@ def weights_of(model: nn.Module, parameters: Parameters) -> list[Weight]:
     found = []
     uses = Counter(id(tensor) for _, tensor in model.named_parameters(remove_duplicate=False))
     for name, tensor in zip(parameters.live, parameters.tensors(model), strict=True):
-        owner, _, kind = name.rpartition(".")
+        module_path, _, kind = name.rpartition(".")
         if uses[id(tensor)] > 1:
             raise UnsupportedError(f"{name} is used in {uses[id(tensor)]} places, and each adds to its gradient")
-        if kind not in ("weight", "bias") or not is_linear(model.get_submodule(owner)):
+        if kind not in ("weight", "bias") or not is_linear(model.get_submodule(module_path)):
             raise UnsupportedError(f"{name} is not of a Linear layer, so one forward does not show its gradient")
-        adapter = _ADAPTER.match(owner)
+        adapter = _ADAPTER.match(module_path)
         if adapter is None:
-            found.append(Weight(name, owner, owner.removesuffix(".base_layer"), "", False))
+            found.append(Weight(name, module_path, module_path.removesuffix(".base_layer"), "", False))
             continue
-        host, kind, label = adapter.groups()
-        if not _plain(model.get_submodule(host), label):
-            raise UnsupportedError(f"{host} is not a plain LoRA layer, so one forward does not show its gradient")
-        found.append(Weight(name, owner, host, label, kind == "A"))
+        layer_path, kind, label = adapter.groups()
+        if not _plain(model.get_submodule(layer_path), label):
+            raise UnsupportedError(
+                f"{layer_path} is not a plain LoRA layer, so one forward does not show its gradient"
+            )
+        found.append(Weight(name, module_path, layer_path, label, kind == "A"))
     return found
 
 
-def own_gradient(model: nn.Module, weight: Weight, x: Tensor, error: Tensor) -> Tensor:
+def parameter_gradient(model: nn.Module, weight: Weight, x: Tensor, error: Tensor) -> Tensor:
     """(rows, *shape) of one weight, from its owner's input and the error at its host's output."""
-    owner: Any = model.get_submodule(weight.owner)
+    module_path: Any = model.get_submodule(weight.module_path)
     if weight.adapter:
-        layer: Any = model.get_submodule(weight.host)
+        layer: Any = model.get_submodule(weight.layer_path)
         error = layer.scaling[weight.adapter] * error
         if weight.before:
             error = error @ layer.lora_B[weight.adapter].weight.to(error.dtype)
     if weight.name.endswith("bias"):
         return error.sum(1)
     x = x.to(error.dtype)
-    return error.transpose(1, 2) @ x if isinstance(owner, nn.Linear) else x.transpose(1, 2) @ error
+    return error.transpose(1, 2) @ x if isinstance(module_path, nn.Linear) else x.transpose(1, 2) @ error
 
 
-def adapters_of(layer: Any) -> list[str] | None:
+def active_adapters(layer: Any) -> list[str] | None:
     """Names of the adapters that act in a Linear, Conv1D or plain LoRA layer; None for layers of other kinds."""
     base = getattr(layer, "base_layer", layer)
     if not is_linear(base):
@@ -87,19 +89,19 @@ def adapters_of(layer: Any) -> list[str] | None:
     return acting if all(_plain(layer, adapter) for adapter in acting) else None
 
 
-def matrix_of(layer: Any) -> Tensor:
+def weight_matrix(layer: Any) -> Tensor:
     """(out, in) of a Linear or Conv1D, or of the one inside a LoRA layer, without its adapters."""
     base = getattr(layer, "base_layer", layer)
     matrix: Tensor = base.weight if isinstance(base, nn.Linear) else base.weight.T
     return matrix
 
 
-def back_through(layer: Any, error: Tensor) -> Tensor | None:
+def linear_vjp(layer: Any, error: Tensor) -> Tensor | None:
     """(..., in): an error (..., out) behind a Linear, Conv1D or plain LoRA layer, before it; None for other layers."""
-    adapters = adapters_of(layer)
+    adapters = active_adapters(layer)
     if adapters is None:
         return None
-    result = error @ matrix_of(layer).to(error.dtype)
+    result = error @ weight_matrix(layer).to(error.dtype)
     for adapter in adapters:
         up, down = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
         result = result + layer.scaling[adapter] * (error @ up.to(error.dtype)) @ down.to(error.dtype)

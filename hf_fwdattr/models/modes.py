@@ -16,7 +16,7 @@ from .fsdp import reshard
 
 
 @contextmanager
-def at_rest(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode with nothing trainable; modes and flags are restored, whatever happens."""
     reshard(model)
     modes = [(module, module.training) for module in model.modules()]

@@ -1,7 +1,7 @@
-"""What lies between the last hidden state and a token's log-likelihood, done once per token instead of once per probe.
+"""What lies between the last hidden state and a token's log-likelihood, done once per token instead of once per direction.
 
 With p the softmax at a position, d log p_y = (W_y - sum_v p_v W_v) . dh: the bracket is one vector per output token,
-so a probe's tangent need never visit the vocabulary.
+so a direction's tangent need never visit the vocabulary.
 """
 
 from collections.abc import Mapping
@@ -85,11 +85,11 @@ def hidden_states(likelihood: Likelihood, head: nn.Module, batch: Batch) -> tupl
     return seen[-1], logits, labels
 
 
-def covectors(head: nn.Module, hidden: Tensor, logits: Tensor, labels: Tensor) -> Tensor | None:
+def hidden_state_gradients(head: nn.Module, hidden: Tensor, logits: Tensor, labels: Tensor) -> Tensor | None:
     """(queries, positions, features): derivative of each label's log-likelihood by its hidden state; 0 where -100.
 
     None if the model does something else than the layer between hidden states and logits (soft capping, scaling,
-    hooks), in which case the probes have to visit the vocabulary after all.
+    hooks), in which case the directions have to visit the vocabulary after all.
     """
     if hidden.ndim != 3 or hidden.shape[1] < labels.shape[1]:
         return None
@@ -101,5 +101,5 @@ def covectors(head: nn.Module, hidden: Tensor, logits: Tensor, labels: Tensor) -
         return None
     wide = logits if logits.dtype == torch.float64 else logits.float()
     mean = wide.softmax(-1).to(weight.dtype) @ weight
-    bracket = weight[labels.clamp(min=0)].to(wide.dtype) - mean.to(wide.dtype)
-    return bracket.masked_fill((labels == IGNORED).unsqueeze(-1), 0.0)
+    hidden_gradients = weight[labels.clamp(min=0)].to(wide.dtype) - mean.to(wide.dtype)
+    return hidden_gradients.masked_fill((labels == IGNORED).unsqueeze(-1), 0.0)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..bank.bank import ResponseBank
 from ..errors import QueryError
 from ..jvp.backend import READOUTS
-from ..models.likelihood import IGNORED, Batch, Objective, objective_of
+from ..models.likelihood import IGNORED, Batch, Objective, resolve_objective
 from .ranking import scores
 
 
@@ -42,7 +42,7 @@ def batch_scores(
         MismatchError: the bank belongs to another model.
         QueryError: no labels, labels that the model cannot give, or a bank of whole sources only.
     """
-    likelihood = objective_of(model, objective)
+    likelihood = resolve_objective(model, objective)
     if likelihood.name != bank.manifest.objective:
         raise QueryError(
             f"the bank was made for the objective {bank.manifest.objective!r} and is asked with {likelihood.name!r}; "
@@ -52,9 +52,9 @@ def batch_scores(
         raise QueryError("the bank keeps sources only and has no rows to score")
     _check_labels(model, likelihood, batch.get("labels"))
     parameters = bank.check_model(model)
-    probes = bank.probes()[: bank.manifest.probes].to(next(model.parameters()).device)
-    with bank.read_at(model, parameters):
-        read = READOUTS[readout](model, parameters, likelihood, batch, probes)
+    directions = bank.directions()[: bank.manifest.directions].to(next(model.parameters()).device)
+    with bank.query_weights(model, parameters):
+        read = READOUTS[readout](model, parameters, likelihood, batch, directions)
     return scores(read, bank.coordinates())
 
 

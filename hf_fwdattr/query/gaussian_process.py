@@ -13,7 +13,7 @@ from torch import Tensor
 _NUGGET = 1e-3  # of the mean variance of what was read: rounding of 8-bit responses and of the kernel itself
 
 
-def kernel_of(errors: Tensor) -> Tensor:
+def error_covariance(errors: Tensor) -> Tensor:
     """Covariance (rows, rows) of errors over queries, scaled to a mean variance of 1; float16.
 
     Args:
@@ -25,12 +25,12 @@ def kernel_of(errors: Tensor) -> Tensor:
     return (kernel / kernel.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)).half()
 
 
-class Kriging:
+class GaussianProcess:
     """Scores of one query: expected ones for all rows, given those that were read.
 
     Args:
         prior (`Tensor`): (rows,) what is expected when nothing was read.
-        kernel (`Tensor`): (rows, rows), see `kernel_of`; its scale does not matter.
+        kernel (`Tensor`): (rows, rows), see `error_covariance`; its scale does not matter.
     """
 
     def __init__(self, prior: Tensor, kernel: Tensor):

@@ -10,7 +10,7 @@ from ..errors import NumericalError
 
 
 @dataclass
-class Ranked:
+class RankedRows:
     """Rows of one query, best first.
 
     Attributes:
@@ -46,7 +46,7 @@ def scores(readout: Tensor, blocks: Iterable[Block]) -> Tensor:
 
 
 def source_coordinates(blocks: Iterable[Block], count: int) -> Tensor:
-    """(sources, k): the summed coordinates of each source's rows, for sources without a probe of their own."""
+    """(sources, k): the summed coordinates of each source's rows, for sources without a direction of their own."""
     total: Tensor | None = None
     for _, sources, block in blocks:
         total = torch.zeros(count, block.shape[1], dtype=torch.float64) if total is None else total
@@ -55,7 +55,7 @@ def source_coordinates(blocks: Iterable[Block], count: int) -> Tensor:
     return torch.zeros(count, 0) if total is None else total
 
 
-def rank(readout: Tensor, blocks: Iterable[Block], count: int) -> list[tuple[Ranked, Ranked]]:
+def rank(readout: Tensor, blocks: Iterable[Block], count: int) -> list[tuple[RankedRows, RankedRows]]:
     """Proponents (best first) and opponents (worst first) of each query; memory does not grow with rows.
 
     A row belongs to one list only: proponents have positive scores and opponents negative ones.
@@ -102,6 +102,6 @@ def _merge(old: dict[str, Tensor], new: dict[str, Tensor], sign: float, count: i
     return {key: value[order] for key, value in joined.items()}
 
 
-def _finish(best: dict[str, Tensor], per_token: Tensor) -> Ranked:
+def _finish(best: dict[str, Tensor], per_token: Tensor) -> RankedRows:
     tokens = (best["coordinates"] @ per_token.T).float()
-    return Ranked(best["positions"], best["ids"], best["sources"], best["scores"].float(), tokens)
+    return RankedRows(best["positions"], best["ids"], best["sources"], best["scores"].float(), tokens)

@@ -12,7 +12,7 @@ _UNPACKED = 1 << 31  # bytes of responses that may be held as float32 between qu
 _LEAST = 32  # sums that are made together: the leading ones of more are the same
 
 
-class OwnResponses:
+class BankResponses:
     """Of a bank that keeps them.
 
     Args:
@@ -26,12 +26,12 @@ class OwnResponses:
     @cached_property
     def kernel(self) -> Tensor | None:
         """(rows, rows) how first looks' errors go together, float32, see `kriging`; None where the bank has it not."""
-        kernel = self.bank.kernel()
+        kernel = self.bank.error_covariance()
         return None if kernel is None else kernel.float()
 
     @cached_property
     def _unpacked(self) -> Tensor:
-        return torch.cat([block.unpacked() for block in self.bank.responses()])
+        return torch.cat([block.decode() for block in self.bank.row_codes()])
 
     @cached_property
     def _eigenvectors(self) -> Tensor:
@@ -42,17 +42,17 @@ class OwnResponses:
     @property
     def _holds(self) -> bool:
         """Whether they are few enough to be kept unpacked between queries."""
-        return 4 * self.bank.manifest.responses * self.bank.manifest.size <= _UNPACKED
+        return 4 * self.bank.manifest.row_codes * self.bank.manifest.size <= _UNPACKED
 
     def products(self, gradients: Tensor) -> Tensor:
         """(queries, rows), float64: with gradients (queries, P) on the CPU."""
         if self._holds:
             return (gradients.float() @ self._unpacked.T).double()
-        return torch.cat([block.products(gradients) for block in self.bank.responses()], dim=1)
+        return torch.cat([block.products(gradients) for block in self.bank.row_codes()], dim=1)
 
     def of(self, places: Tensor) -> Tensor:
         """(n, P): those of the rows at these positions."""
-        return self._unpacked[places] if self._holds else self.bank.responses_of(places.tolist())
+        return self._unpacked[places] if self._holds else self.bank.decode_rows(places.tolist())
 
     def sums(self, count: int) -> tuple[Tensor, Tensor]:
         """Weights (rows, n) and the sums of responses with them (n, P), n at most `count`: the kernel's leading
@@ -64,7 +64,7 @@ class OwnResponses:
             wanted = min(max(count, _LEAST), len(self.kernel))
             weights = self._eigenvectors[:, :wanted]
             total, at = torch.zeros(wanted, self.bank.manifest.size), 0
-            blocks = [self._unpacked] if self._holds else (block.unpacked() for block in self.bank.responses())
+            blocks = [self._unpacked] if self._holds else (block.decode() for block in self.bank.row_codes())
             for block in blocks:
                 total += weights[at : at + len(block)].T @ block
                 at += len(block)

@@ -1,7 +1,7 @@
-"""Queries read with a bank: along all of its probes, or in two stages within a budget of forward passes.
+"""Queries read with a bank: along all of its directions, or in two stages within a budget of forward passes.
 
 In two stages, one plain forward predicts the query's gradient (`synthetic`), whose products with the rows' own
-responses are a first look at every row. A few probes, read exactly, correct it where the prediction errs most for most
+responses are a first look at every row. A few directions, read exactly, correct it where the prediction errs most for most
 queries; then the rows that matter are read exactly, each along its own response.
 """
 
@@ -15,47 +15,47 @@ from tqdm.auto import tqdm
 
 from ..bank.bank import ResponseBank
 from ..errors import QueryError
-from ..gradients.predictor import SyntheticGradients
-from ..jvp.backend import Engine
+from ..gradients.predictor import GradientPredictor
+from ..jvp.backend import Backend
 from ..models.likelihood import CAUSAL_LM
 from ..models.parameters import Parameters
-from .gaussian_process import Kriging
+from .gaussian_process import GaussianProcess
 from .inputs import Query, check, padded
-from .ranking import Ranked, rank, scores, source_coordinates
-from .row_codes import OwnResponses
+from .ranking import RankedRows, rank, scores, source_coordinates
+from .row_codes import BankResponses
 from .shortlist import MOST, search
 
 
 Along = Callable[[Tensor], Tensor]  # directions (n, P) -> (queries, positions, n)
-Budget = int | str  # forward passes, or `CERTAIN`
-CERTAIN = "certain"
+Budget = int | str  # forward passes, or `ADAPTIVE`
+ADAPTIVE = "adaptive"
 BUDGET = 128  # forward passes for naming rows, where the bank allows two stages: measured by scripts/readout_curve.py
 _SOON = 3.0  # seconds after which a query shows how far it is
-_SHARE = 4  # one in so many forward passes is read along sums of responses (or a probe), the others along rows
+_SHARE = 4  # one in so many forward passes is read along sums of responses (or a direction), the others along rows
 _SUMS = 16  # passes along sums where the number of passes is left open
 
 
 @dataclass
-class Attributed:
+class Attribution:
     """What is behind one query.
 
     Attributes:
-        sides (`tuple[Ranked, ...]`): proponents and opponents; empty where no rows are wanted.
+        sides (`tuple[RankedRows, ...]`): proponents and opponents; empty where no rows are wanted.
         sources (`Tensor`): (sources,) nats, float64.
     """
 
-    sides: tuple[Ranked, ...]
+    sides: tuple[RankedRows, ...]
     sources: Tensor
 
 
-class Reader:
+class Scorer:
     """Reads token lists with a bank.
 
     Args:
         bank (`ResponseBank`): what is read along.
         model (`nn.Module`): the model that the bank belongs to, in evaluation mode.
         parameters (`Parameters`): what responds in it.
-        engine (`Engine`, *optional*): what reads.
+        engine (`Backend`, *optional*): what reads.
         quiet (`bool`, defaults to `True`): no progress bar over queries that take more than a few seconds.
     """
 
@@ -64,13 +64,13 @@ class Reader:
         bank: ResponseBank,
         model: nn.Module,
         parameters: Parameters,
-        engine: Engine | None = None,
+        engine: Backend | None = None,
         quiet: bool = True,
     ):
         self.quiet = quiet
         self.bank, self.model, self.parameters = bank, model, parameters
-        self.engine = engine or Engine(model, parameters)
-        self._own = OwnResponses(bank) if bank.manifest.responses else None
+        self.engine = engine or Backend(model, parameters)
+        self._own = BankResponses(bank) if bank.manifest.row_codes else None
         self._held: tuple[int, Tensor] | None = None
 
     @property
@@ -78,25 +78,25 @@ class Reader:
         return self.parameters.tensors(self.model)[0].device
 
     @cached_property
-    def _first_look(self) -> SyntheticGradients | None:
+    def _first_look(self) -> GradientPredictor | None:
         """Predicts gradients; None where the bank keeps no maps."""
-        if not self.bank.manifest.maps:
+        if not self.bank.manifest.error_projections:
             return None
-        maps = {name: table.to(self._device) for name, table in self.bank.maps().items()}
-        return SyntheticGradients(self.model, self.parameters, CAUSAL_LM, maps)
+        maps = {name: table.to(self._device) for name, table in self.bank.error_projections().items()}
+        return GradientPredictor(self.model, self.parameters, CAUSAL_LM, maps)
 
     def budget(self, asked: Budget | None) -> Budget | None:
-        """Forward passes for naming rows, or `CERTAIN`; None: all of the bank's probes.
+        """Forward passes for naming rows, or `ADAPTIVE`; None: all of the bank's directions.
 
         Raises:
-            QueryError: fewer were asked for than the bank's probes, and it keeps no maps; certainty, and it does not
+            QueryError: fewer were asked for than the bank's directions, and it keeps no maps; certainty, and it does not
                 keep how errors of first looks go together.
         """
-        first_look = bool(self.bank.manifest.maps)
+        gradient_predictor = bool(self.bank.manifest.error_projections)
         if asked is None:
-            return BUDGET if first_look and self.bank.manifest.probes >= BUDGET else None
+            return BUDGET if gradient_predictor and self.bank.manifest.directions >= BUDGET else None
         if isinstance(asked, str):
-            if not self.bank.manifest.kernel:
+            if not self.bank.manifest.error_covariance:
                 raise QueryError(
                     f"budget={asked!r}: the bank does not keep what certainty takes (its rows' own responses, and how "
                     "errors of first looks go together); give a number of forward passes"
@@ -104,12 +104,12 @@ class Reader:
             return asked
         if asked < 1:
             raise QueryError(f"budget={asked}: a query takes at least one forward pass")
-        if not first_look and asked < self.bank.manifest.probes + 1:
+        if not gradient_predictor and asked < self.bank.manifest.directions + 1:
             raise QueryError(
                 f"budget={asked}: the bank keeps nothing that a first look could use, so a query takes a forward pass "
-                f"for each of its {self.bank.manifest.probes} probes; leave budget out"
+                f"for each of its {self.bank.manifest.directions} directions; leave budget out"
             )
-        return asked if first_look else None
+        return asked if gradient_predictor else None
 
     def along(self, queries: Sequence[Query], directions: Tensor) -> Tensor:
         """(queries, positions, n): derivatives of each token's log-likelihood along (n, P)."""
@@ -118,29 +118,31 @@ class Reader:
     def _opened(self, queries: Sequence[Query], staged: bool) -> Along:
         """What reads these queries along directions, as often as it is asked; for one call, as weights may change."""
         batch = self.batch(queries)
-        with self.bank.read_at(self.model, self.parameters):
+        with self.bank.query_weights(self.model, self.parameters):
             read = self.engine.opened(batch, staged)
 
         def along(directions: Tensor) -> Tensor:
-            with self.bank.read_at(self.model, self.parameters):
+            with self.bank.query_weights(self.model, self.parameters):
                 return read(directions)
 
         return along
 
-    def probes(self, queries: Sequence[Query], lines: slice) -> Tensor:
-        """(queries, positions, lines): the readout along some of the bank's probes, the rows' before the sources'."""
+    def directions(self, queries: Sequence[Query], lines: slice) -> Tensor:
+        """(queries, positions, lines): the readout along some of the bank's directions, the rows' before the sources'."""
         return self.along(queries, self._lines(lines))
 
     def summed(self, queries: Sequence[Query], lines: slice, batch_size: int | None) -> Tensor:
         """(queries, lines): readouts summed over output tokens, float64, on the CPU."""
         step = batch_size or (8 if self._device.type == "cuda" else 1)
-        parts = [self.probes(queries[at : at + step], lines).double().sum(1) for at in range(0, len(queries), step)]
+        parts = [
+            self.directions(queries[at : at + step], lines).double().sum(1) for at in range(0, len(queries), step)
+        ]
         return torch.cat(parts).cpu()
 
     def scores(self, queries: Sequence[Query], batch_size: int | None = None, budget: int | None = None) -> Tensor:
-        """(queries, rows) in nats, float32, on the CPU: from all probes, or from `budget` forward passes."""
+        """(queries, rows) in nats, float32, on the CPU: from all directions, or from `budget` forward passes."""
         if budget is None:
-            readout = self.summed(queries, slice(0, self.bank.manifest.probes), batch_size)
+            readout = self.summed(queries, slice(0, self.bank.manifest.directions), batch_size)
             return scores(readout[:, None], self.bank.coordinates(checked=False))
         if self.bank.manifest.exact and budget > 1:
             return torch.stack([self.rank(query, 1, budget)[1] for query in queries]).float()
@@ -153,50 +155,52 @@ class Reader:
     def per_source(self, summed: Tensor) -> Tensor:
         """(queries, sources) from readouts summed over tokens.
 
-        Exact where sources have probes, whose readout `summed` then is; else from the sum of their rows' coordinates.
+        Exact where sources have directions, whose readout `summed` then is; else from the sum of their rows' coordinates.
         """
         manifest = self.bank.manifest
-        if manifest.source_probes:
+        if manifest.source_directions:
             return summed * torch.tensor(manifest.source_scales, dtype=torch.float64)
         return summed @ source_coordinates(self.bank.coordinates(), len(manifest.sources)).T
 
-    def attribute(self, queries: Sequence[Query], count: int, budget: Budget | None) -> list["Attributed"]:
+    def attribute(self, queries: Sequence[Query], count: int, budget: Budget | None) -> list["Attribution"]:
         """Rows on either side, and all sources, of each query; with `count` 0 only what sources need is read."""
         if budget is not None and count:
             return [self._in_stages(query, count, budget) for query in queries]
-        return [self.attributed(readout, count) for readout in self.probes(queries, self.lines(count))]
+        return [self.attributed(readout, count) for readout in self.directions(queries, self.lines(count))]
 
     def lines(self, count: int) -> slice:
-        """The probes that naming so many rows on either side takes; with 0, those that sources take."""
-        return slice(0 if count or not self.bank.manifest.source_probes else self.bank.manifest.probes, None)
+        """The directions that naming so many rows on either side takes; with 0, those that sources take."""
+        return slice(0 if count or not self.bank.manifest.source_directions else self.bank.manifest.directions, None)
 
-    def attributed(self, readout: Tensor, count: int) -> "Attributed":
+    def attributed(self, readout: Tensor, count: int) -> "Attribution":
         """From a readout (positions, lines) of one query along `lines(count)`."""
         manifest = self.bank.manifest
         sides = (
-            rank(readout[None, :, : manifest.probes], self.bank.coordinates(checked=False), count)[0] if count else ()
+            rank(readout[None, :, : manifest.directions], self.bank.coordinates(checked=False), count)[0]
+            if count
+            else ()
         )
         summed = readout.double().sum(0, keepdim=True).cpu()
-        return Attributed(sides, self.per_source(summed[:, -manifest.source_probes :])[0])
+        return Attribution(sides, self.per_source(summed[:, -manifest.source_directions :])[0])
 
-    def _in_stages(self, query: Query, count: int, budget: Budget) -> "Attributed":
+    def _in_stages(self, query: Query, count: int, budget: Budget) -> "Attribution":
         manifest = self.bank.manifest
         sides, estimate = self.rank(query, count, budget)
-        if manifest.source_probes:
-            own = slice(manifest.probes, None)
-            return Attributed(sides, self.per_source(self.summed([query], own, 1))[0])
+        if manifest.source_directions:
+            own = slice(manifest.directions, None)
+            return Attribution(sides, self.per_source(self.summed([query], own, 1))[0])
         values = torch.zeros(len(manifest.sources), dtype=torch.float64)
         _, sources = self._named
         known = sources >= 0
-        return Attributed(sides, values.index_add_(0, sources[known].long(), estimate[known]))
+        return Attribution(sides, values.index_add_(0, sources[known].long(), estimate[known]))
 
-    def rank(self, query: Query, count: int, budget: Budget) -> tuple[tuple[Ranked, Ranked], Tensor]:
+    def rank(self, query: Query, count: int, budget: Budget) -> tuple[tuple[RankedRows, RankedRows], Tensor]:
         """Proponents and opponents of one query in two stages, and estimates (rows,) of all scores, float64.
 
         The scores of the rows named are exact up to the eighth bit of their responses; where the bank has no responses
-        of rows, they are what its probes keep. At least `count` rows on either side are read, whatever the budget.
+        of rows, they are what its directions keep. At least `count` rows on either side are read, whatever the budget.
 
-        With `CERTAIN` rows are read until no other is likely to belong to them; see `search`.
+        With `ADAPTIVE` rows are read until no other is likely to belong to them; see `search`.
         """
         rows = None if isinstance(budget, str) else budget - 1
         learned, along = None, self._opened([query], True)
@@ -219,17 +223,17 @@ class Reader:
             found = search(estimate, learned, count, None if rows is None else most, read)
         ids, sources = self._named
         scores = found.tokens.sum(0).float()
-        named = Ranked(found.places, ids[found.places], sources[found.places], scores, found.tokens.T.float())
+        named = RankedRows(found.places, ids[found.places], sources[found.places], scores, found.tokens.T.float())
         return (_sorted(named, count, 1.0), _sorted(named, count, -1.0)), found.estimate
 
     def _probes_within(self, passes: int) -> int:
-        """Probes to read in so many forward passes: none of an exact bank, whose probes are its rows, in no order."""
-        return 0 if self.bank.manifest.exact else min(passes, self.bank.manifest.probes)
+        """Directions to read in so many forward passes: none of an exact bank, whose directions are its rows, in no order."""
+        return 0 if self.bank.manifest.exact else min(passes, self.bank.manifest.directions)
 
     def _gradients(self, queries: Sequence[Query]) -> Tensor:
         """(queries, P), on the CPU: predicted from one forward pass."""
         batch = self.batch(queries)
-        with self.bank.read_at(self.model, self.parameters):
+        with self.bank.query_weights(self.model, self.parameters):
             assert self._first_look is not None
             return self._first_look(batch).cpu()
 
@@ -238,11 +242,11 @@ class Reader:
         assert self._own is not None
         return self._own.products(self._gradients(queries))
 
-    def _learned(self, along: Along, first: Tensor, spent: int) -> Kriging:
+    def _learned(self, along: Along, first: Tensor, spent: int) -> GaussianProcess:
         """What is known of a query after its first look (rows,) and so many passes along sums of responses."""
         assert self._own is not None
         assert self._own.kernel is not None
-        learned = Kriging(first, self._own.kernel)
+        learned = GaussianProcess(first, self._own.kernel)
         if spent:
             weights, directions = self._own.sums(spent)
             found = along(directions.to(self._device))[0].double().sum(0).cpu()
@@ -260,9 +264,9 @@ class Reader:
                 [self._learned(self._opened([query], True), look, spent).expected() for query, look in looks]
             )
         gradients = self._gradients(queries)
-        head = self._lines(slice(0, spent if self._own is not None else self.bank.manifest.probes)).cpu()
+        head = self._lines(slice(0, spent if self._own is not None else self.bank.manifest.directions)).cpu()
         predicted = (gradients @ head.T).double()
-        exact = self.probes(queries, slice(0, spent)).double().sum(1).cpu() if spent else predicted[:, :0]
+        exact = self.directions(queries, slice(0, spent)).double().sum(1).cpu() if spent else predicted[:, :0]
         change = exact - predicted[:, :spent]
         if self._own is not None:
             first = self._own.products(gradients)
@@ -275,7 +279,7 @@ class Reader:
         return first + torch.cat([change @ block.T for block in blocks], dim=1)
 
     def _responses_of(self, places: Tensor) -> Tensor:
-        """(n, P): rows' own responses, or what the probes keep of them."""
+        """(n, P): rows' own responses, or what the directions keep of them."""
         if self._own is not None:
             return self._own.of(places)
         found, at = [], 0
@@ -283,7 +287,7 @@ class Reader:
             here = places[(places >= at) & (places < at + len(block))]
             found.append(block[here - at])
             at += len(block)
-        return torch.cat(found) @ self._lines(slice(0, self.bank.manifest.probes)).cpu()
+        return torch.cat(found) @ self._lines(slice(0, self.bank.manifest.directions)).cpu()
 
     @cached_property
     def _named(self) -> tuple[Tensor, Tensor]:
@@ -294,12 +298,12 @@ class Reader:
     def _lines(self, lines: slice) -> Tensor:
         """(lines, P) on the model's device, read from the bank when they are first asked for, and kept."""
         manifest = self.bank.manifest
-        start, end, _ = lines.indices(manifest.probes + manifest.source_probes)
+        start, end, _ = lines.indices(manifest.directions + manifest.source_directions)
         first, held = self._held or (start, None)
         if held is None or not first <= start <= end <= first + len(held):
             last = end if held is None else max(end, first + len(held))
             first = min(start, first)
-            held = self.bank.probes(lines=slice(first, last)).to(self._device)
+            held = self.bank.directions(lines=slice(first, last)).to(self._device)
             self._held = first, held
         return held[start - first : end - first]
 
@@ -317,10 +321,10 @@ class Reader:
         check(queries, self.model.config)
 
 
-def _sorted(rows: Ranked, count: int, sign: float) -> Ranked:
+def _sorted(rows: RankedRows, count: int, sign: float) -> RankedRows:
     """The rows whose scores have this sign, largest magnitude first, at most `count`."""
     order = torch.argsort(sign * rows.scores, descending=True, stable=True)[:count]
     order = order[sign * rows.scores[order] > 0]
-    return Ranked(
+    return RankedRows(
         rows.positions[order], rows.ids[order], rows.sources[order], rows.scores[order], rows.token_scores[order]
     )

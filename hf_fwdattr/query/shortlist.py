@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .gaussian_process import Kriging
+from .gaussian_process import GaussianProcess
 
 
 TURNS = 4
@@ -17,7 +17,7 @@ _TURN = 24  # rows of a turn towards certainty
 
 
 @dataclass
-class Found:
+class RefinedScores:
     """What was read, and what is expected of the rest.
 
     Attributes:
@@ -34,12 +34,14 @@ class Found:
 Read = Callable[[Tensor], Tensor]  # ascending positions (n,) -> scores by output token (positions, n), float64
 
 
-def search(estimate: Tensor, learned: Kriging | None, count: int, rows: int | None, read: Read) -> Found:
+def search(
+    estimate: Tensor, learned: GaussianProcess | None, count: int, rows: int | None, read: Read
+) -> RefinedScores:
     """Read the rows that matter.
 
     Args:
         estimate (`Tensor`): (rows,) scores as a first look has them.
-        learned (`Kriging`, *optional*): what is known of this query so far, to which what is read is added. A turn
+        learned (`GaussianProcess`, *optional*): what is known of this query so far, to which what is read is added. A turn
             then reads rows that may be best or worst: one deviation is allowed for. Without it all rows are chosen by
             the first look.
         count (`int`): rows to name on either side; so many are read in any case.
@@ -75,7 +77,7 @@ def search(estimate: Tensor, learned: Kriging | None, count: int, rows: int | No
     tokens = tokens[:, order]
     estimate = estimate.clone()
     estimate[places] = tokens.sum(0)
-    return Found(places, tokens, estimate)
+    return RefinedScores(places, tokens, estimate)
 
 
 def _certain(estimate: Tensor, deviations: Tensor, unread: Tensor, count: int) -> bool:

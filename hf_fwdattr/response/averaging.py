@@ -15,17 +15,17 @@ from torch import Tensor
 from .segment import Segment
 
 
-def shares(ends: str, segments: int) -> list[float]:
+def shares(averaging: str, segments: int) -> list[float]:
     """(segments,) weight of each end in a response; they sum to one.
 
     Raises:
-        ValueError: `ends` is neither `last` nor `mean`.
+        ValueError: `averaging` is neither `none` nor `trajectory`.
     """
-    if ends not in ("last", "mean"):
-        raise ValueError(f"ends={ends!r}: 'last' or 'mean'")
-    return [1.0 / segments] * segments if ends == "mean" else [0.0] * (segments - 1) + [1.0]
+    if averaging not in ("none", "trajectory"):
+        raise ValueError(f"averaging={averaging!r}: 'none' or 'trajectory'")
+    return [1.0 / segments] * segments if averaging == "trajectory" else [0.0] * (segments - 1) + [1.0]
 
 
-def weights_read(ends: str, segments: Sequence[Segment], end: Tensor) -> Tensor:
+def weights_read(averaging: str, segments: Sequence[Segment], end: Tensor) -> Tensor:
     """(P,) responding parameters at which queries are read: those at the end, or the mean of the segments' middles."""
-    return end if ends == "last" else torch.stack([segment.theta for segment in segments]).mean(0)
+    return end if averaging == "none" else torch.stack([segment.theta for segment in segments]).mean(0)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericalError
-from .distributed import ALONE, Ranks
+from .distributed import SINGLE_PROCESS, Ranks
 from .storage import blocks
 
 
@@ -43,7 +43,9 @@ class Curvature:
         values (`Tensor`): the eigenvalues of Z^T Z as they are used, shrunk.
     """
 
-    def __init__(self, factor: Tensor, weight_decay: float = 0.0, sampled: bool = False, ranks: Ranks = ALONE):
+    def __init__(
+        self, factor: Tensor, weight_decay: float = 0.0, sampled: bool = False, ranks: Ranks = SINGLE_PROCESS
+    ):
         self.factor, self.weight_decay, self.ranks = factor, weight_decay, ranks
         samples, size = factor.shape
         gram = torch.zeros(samples, samples, dtype=torch.float64)
@@ -61,9 +63,9 @@ class Curvature:
 
     def apply(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
         """f(H~) applied to each row of `vectors` (n, P); returns (n, P)."""
-        return self.mix((function, vectors))
+        return self.apply_sum((function, vectors))
 
-    def mix(self, *terms: tuple[Callable[[Tensor], Tensor], Tensor]) -> Tensor:
+    def apply_sum(self, *terms: tuple[Callable[[Tensor], Tensor], Tensor]) -> Tensor:
         """The sum of f(H~) x over terms (f, x) of the same shape (n, P); back from the samples it goes only once."""
         result = torch.zeros_like(terms[0][1])
         mixed = torch.zeros(len(result), len(self.values), dtype=torch.float64)

@@ -14,7 +14,7 @@ from ..models.likelihood import IGNORED
 _WINDOW = 16  # batches that are sorted by length together, so that little padding is computed
 
 
-class Rows:
+class TrainingRows:
     """A map-style dataset with the collator it was trained with.
 
     Args:

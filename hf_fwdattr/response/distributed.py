@@ -128,7 +128,7 @@ class Ranks:
         return result
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_on_all_ranks(self) -> Iterator[None]:
         """What fails on one rank fails on all of them, instead of leaving the others to wait for it.
 
         Raises:
@@ -151,4 +151,4 @@ class Ranks:
         return (rank + 1) * size // self.size - rank * size // self.size
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()

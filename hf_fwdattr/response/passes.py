@@ -1,4 +1,4 @@
-"""The passes over the training set that turn a recorded run into responses, probes and coordinates.
+"""The passes over the training set that turn a recorded run into responses, directions and coordinates.
 
 Two per segment (sampled-label gradients for curvature, row gradients), and one at the end of training for the
 gradients that stand in for queries. Nothing of size rows x P is kept unless the bank is to be exact, and then it may
@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..bank.codes import Quantised
+from ..bank.codes import RowCodes
 from ..errors import QueryError, UnsupportedError
-from ..gradients.per_sample import RowGradients
+from ..gradients.per_sample import PerSampleGradients
 from ..models.fsdp import is_sharded
 from ..models.likelihood import Batch, Objective
 from ..models.parameters import Parameters
 from .averaging import shares
 from .curvature import Curvature
-from .dataset import Rows, uniforms
-from .distributed import ALONE, Ranks
-from .low_rank import factorise
+from .dataset import TrainingRows, uniforms
+from .distributed import SINGLE_PROCESS, Ranks
+from .low_rank import factorize
 from .plan import Plan
 from .responses import Responses
 from .segment import Segment
@@ -33,7 +33,7 @@ MAX_CURVATURE = 4096  # samples per segment unless more are asked for
 _CHUNK = 256  # rows that pass through a segment together, if memory allows
 _LEAST = 64 << 20  # bytes that the passes take in any case, however small the budget
 _APART = 0x5A17 << 16  # so that no seed draws the rows that training with the same seed saw first
-_MAX_EXACT = 16384  # probes of an exact bank; beyond, its coordinates alone would fill the memory
+_MAX_EXACT = 16384  # directions of an exact bank; beyond, its coordinates alone would fill the memory
 
 
 @dataclass
@@ -51,20 +51,20 @@ class Groups:
 
 
 class Passes:
-    """Runs the passes; use inside `at_rest(model)`.
+    """Runs the passes; use inside `frozen(model)`.
 
     Args:
         model, parameters, objective: what was trained, what responds, and the likelihood.
-        rows (`Rows`): the training set.
+        rows (`TrainingRows`): the training set.
         segments (`Sequence[Segment]`): the recorded run, first to last.
-        theta (`Tensor`): (P,) the responding parameters at which queries are read; see `ends.weights_read`.
+        theta (`Tensor`): (P,) the responding parameters at which queries are read; see `averaging.weights_read`.
         storage (`Storage`): where large matrices go.
         seed (`int`): of sampled labels and of sample rows.
         quiet (`bool`): no progress bars.
         smoothing (`float`): label smoothing of the training loss; outputs are always read by their likelihood.
         ranks (`Ranks`, *optional*): processes that share the work; the same arguments on each.
         announce (`Callable`, *optional*): shown the [`Plan`] before the first pass.
-        ends (`str`): after which segments the run counts as having ended; see `ends`.
+        averaging (`str`): after which segments the run counts as having ended; see `averaging`.
     """
 
     def __init__(
@@ -72,25 +72,25 @@ class Passes:
         model: nn.Module,
         parameters: Parameters,
         objective: Objective,
-        rows: Rows,
+        rows: TrainingRows,
         segments: Sequence[Segment],
         theta: Tensor,
         storage: Storage,
         seed: int = 0,
         quiet: bool = False,
         smoothing: float = 0.0,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_PROCESS,
         announce: Callable[[Plan], None] | None = None,
-        ends: str = "last",
+        averaging: str = "none",
     ):
         self.model, self.parameters, self.rows, self.ranks = model, parameters, rows, ranks
         self.theta, self.storage, self.seed, self.smoothing = theta.cpu(), storage, seed, smoothing
         self.quiet, self.announce = quiet or ranks.rank > 0, announce
-        self.shares = shares(ends, len(segments))
+        self.shares = shares(averaging, len(segments))
         own = ranks.columns(parameters.size)
         self.own, self.width = own, own.stop - own.start
         self.segments = [replace(segment, diagonal=segment.diagonal[own]) for segment in segments]
-        self.gradients = RowGradients(model, parameters, objective)
+        self.gradients = PerSampleGradients(model, parameters, objective)
         self.seen = torch.stack([segment.share for segment in segments]).ne(0).any(0)
         if not bool(self.seen.any()):
             raise QueryError("no row was seen in training, so nothing responds")
@@ -101,7 +101,7 @@ class Passes:
 
     def run(
         self,
-        probes: int | float | str = 128,
+        directions: int | float | str = 128,
         curvature_samples: int | None = None,
         sample_rows: int = 2048,
         groups: Tensor | None = None,
@@ -111,7 +111,7 @@ class Passes:
         """Responses of the whole training set.
 
         Args:
-            probes: k, a kept variance below 1, or `exact`.
+            directions: k, a kept variance below 1, or `exact`.
             curvature_samples (`int`, *optional*): M per segment; one per seen row, at most 4096, by default.
             sample_rows (`int`): rows from which the basis is found.
             groups (`Tensor`, *optional*): (rows,) source of each row, -1 for none.
@@ -122,7 +122,7 @@ class Passes:
         assert groups is not None or not group_count
         sources = Groups(group_count, torch.full((total,), -1) if groups is None else groups)
         chosen = torch.arange(total)
-        if probes == "exact":
+        if directions == "exact":
             self._check_exact()
         elif total > sample_rows:
             order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(_APART + self.seed))
@@ -130,16 +130,16 @@ class Passes:
         samples = min(len(seen), MAX_CURVATURE) if curvature_samples is None else curvature_samples
         plan = Plan(
             max(len(seen), len(chosen)), self.parameters.size, len(self.segments), samples, len(chosen),
-            probes != "exact", self.ranks.size, means=self.shares[-1] < 1,
+            directions != "exact", self.ranks.size, means=self.shares[-1] < 1,
         )  # fmt: skip
         if self.announce is not None:
             self.announce(plan)
         with tqdm(total=plan.row_passes, unit="row", disable=self.quiet, leave=False) as self._bar:
             self.measure_curvature(samples)
-            if probes == "exact":
+            if directions == "exact":
                 return self._exact(sources, samples)
-            assert not isinstance(probes, str)
-            return self._factorised(probes, chosen, sources, samples, keep)
+            assert not isinstance(directions, str)
+            return self._factorised(directions, chosen, sources, samples, keep)
 
     def measure_curvature(self, samples: int) -> None:
         """One pass per segment: M sampled-label gradients become the segment's [`Curvature`]."""
@@ -173,17 +173,19 @@ class Passes:
                 pushes[at] = block * share[at]
             for lines in blocks(len(rows), self.chunk):
                 earlier = responses[lines] if number else None
-                responses[lines] = segment.advance(earlier, pushes[lines])
+                responses[lines] = segment.propagate(earlier, pushes[lines])
                 if not one_end:
                     mean[lines] += self.shares[number] * responses[lines]
         return mean
 
-    def _factorised(self, probes: int | float, chosen: Tensor, groups: Groups, samples: int, keep: int) -> Responses:
+    def _factorised(
+        self, directions: int | float, chosen: Tensor, groups: Groups, samples: int, keep: int
+    ) -> Responses:
         room = self.storage.zeros(len(chosen), self.width, self.theta.dtype)
         responses = self.respond(chosen, room)
         for at, block, _ in self._shared(self.theta, chosen, "gradients at the end"):
             room[at] = block
-        basis = factorise(room, responses, self.segments[-1].diagonal, probes, self.seed, self.ranks)
+        basis = factorize(room, responses, self.segments[-1].diagonal, directions, self.seed, self.ranks)
         sources = torch.zeros(groups.count, self.width, dtype=self.theta.dtype)
         for lines in blocks(len(chosen), self.chunk):
             groups.add(sources, chosen[lines], responses[lines])
@@ -191,7 +193,7 @@ class Passes:
         rest = self.seen.clone()
         rest[chosen] = False
         if len(chosen) < len(self.rows):
-            coordinates, moved = self._project(basis.duals, rest.nonzero().flatten(), groups)
+            coordinates, moved = self._project(basis.adjoint_basis, rest.nonzero().flatten(), groups)
             coordinates[chosen] = basis.coordinates.float()
             sources += moved
         coordinates[~self.seen] = 0.0
@@ -199,27 +201,27 @@ class Passes:
         own = self._quantised(responses) if small and len(chosen) == len(self.rows) else None
         scales = self._normalise(sources)
         return Responses(
-            self._whole(basis.probes), coordinates, self._whole(sources), scales, basis.kept, False, samples, own,
+            self._whole(basis.directions), coordinates, self._whole(sources), scales, basis.kept, False, samples, own,
             None if own is None else -basis.scores,
         )  # fmt: skip
 
-    def _quantised(self, responses: Tensor) -> Quantised | None:
+    def _quantised(self, responses: Tensor) -> RowCodes | None:
         """Responses (rows, own columns) of all rows in 8 bits, on rank 0; None on other ranks."""
         parts = []
         for lines in blocks(len(responses), self.chunk):
             whole = self._whole(responses[lines])
             if self.ranks.rank == 0:
-                parts.append(Quantised.of(whole))
+                parts.append(RowCodes.of(whole))
         if not parts:
             return None
-        return Quantised(torch.cat([part.values for part in parts]), torch.cat([part.steps for part in parts]))
+        return RowCodes(torch.cat([part.values for part in parts]), torch.cat([part.steps for part in parts]))
 
     def _check_exact(self) -> None:
         total, size = len(self.rows), self.parameters.size
         if min(total, size) > _MAX_EXACT:
             raise UnsupportedError(
                 f"an exact bank of {total} rows and {size} responding parameters would hold {min(total, size)} "
-                f"probes; at most {_MAX_EXACT} are kept: ask for a number of probes instead"
+                f"directions; at most {_MAX_EXACT} are kept: ask for a number of directions instead"
             )
 
     def _exact(self, groups: Groups, samples: int) -> Responses:
@@ -253,30 +255,30 @@ class Passes:
             vectors[lines] /= norms[lines].clamp(min=torch.finfo(vectors.dtype).tiny)[:, None].to(vectors.dtype)
         return norms
 
-    def _project(self, duals: Tensor, rows: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
+    def _project(self, adjoint_basis: Tensor, rows: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
         """Coordinates (all rows, k) of the rows at these positions, and sources' sums of their responses.
 
-        No (rows, P) matrix is made: the dual probes walk backwards through the segments once; then one pass per
+        No (rows, P) matrix is made: the dual directions walk backwards through the segments once; then one pass per
         segment streams the rows, each rank its own ones with all columns.
         """
-        pulls, covectors = [], torch.zeros((), dtype=duals.dtype)
+        pulls, hidden_state_gradients = [], torch.zeros((), dtype=adjoint_basis.dtype)
         for segment, share in zip(reversed(self.segments), reversed(self.shares), strict=True):
-            pull, covectors = segment.retreat(covectors + share * duals)
+            pull, hidden_state_gradients = segment.adjoint(hidden_state_gradients + share * adjoint_basis)
             pulls.append(pull)
-        coordinates = self.storage.zeros(len(self.rows), len(duals))
+        coordinates = self.storage.zeros(len(self.rows), len(adjoint_basis))
         sources = torch.zeros(groups.count, self.width, dtype=self.theta.dtype)
         mean = torch.zeros_like(sources)
         for number, (segment, own) in enumerate(zip(self.segments, reversed(pulls), strict=True)):
             pull = self.ranks.spread(own, self.parameters.size)
             pushed = torch.zeros(groups.count, self.parameters.size, dtype=self.theta.dtype)
             title = f"coordinates {number + 1}/{len(self.segments)}"
-            with self.ranks.together():
+            with self.ranks.raise_on_all_ranks():
                 for indices, block, _ in self._passes(segment.theta, rows, title, None, self.smoothing):
                     block *= segment.share[indices].to(block.dtype)[:, None]
                     coordinates[indices] += (block @ pull.T).float()
                     groups.add(pushed, indices, block)
             if groups.count:
-                sources = segment.advance(sources, self.ranks.total(pushed)[:, self.own])
+                sources = segment.propagate(sources, self.ranks.total(pushed)[:, self.own])
                 mean += self.shares[number] * sources
         return self.ranks.total(coordinates), mean
 
@@ -330,7 +332,7 @@ class Passes:
             return
         spare: tuple[Tensor, Batch] | None = None
         for _ in range(self._rounds(rows)):
-            with self.ranks.together():
+            with self.ranks.raise_on_all_ranks():
                 found = next(batches, None) or spare
                 if found is None:
                     found = torch.zeros(0, dtype=torch.int64), self.rows.batch([int(rows[0])])

@@ -12,8 +12,8 @@ class Plan:
         size (`int`): P.
         segments (`int`): S.
         samples (`int`): M, sampled-label gradients per segment.
-        chosen (`int`): m, rows whose responses are kept whole, from which the probes are found.
-        stand_ins (`bool`): whether gradients at the end are taken; an exact bank needs none.
+        chosen (`int`): m, rows whose responses are kept whole, from which the directions are found.
+        query_gradients (`bool`): whether gradients at the end are taken; an exact bank needs none.
         ranks (`int`): processes that share it.
         look (`int`): rows that one rank reads after that, to fit and judge the first look, and to learn how its errors
             go together.
@@ -26,7 +26,7 @@ class Plan:
     segments: int
     samples: int
     chosen: int
-    stand_ins: bool = True
+    query_gradients: bool = True
     ranks: int = 1
     look: int = 0
     look_bytes: int = 0
@@ -38,7 +38,7 @@ class Plan:
         aside.
         """
         others = max(self.rows - self.chosen, 0)
-        once = self.chosen if self.stand_ins else 0
+        once = self.chosen if self.query_gradients else 0
         return self.segments * (self.samples + self.chosen + others) + once
 
     @property
@@ -46,7 +46,7 @@ class Plan:
         """Of the large matrices, over all ranks, in float32: curvature samples, responses and pushes."""
         return 4 * self.size * (self.segments * self.samples + (2 + self.means) * self.chosen)
 
-    def told(self, budget: int, pace: float | None = None) -> str:
+    def summary(self, budget: int, pace: float | None = None) -> str:
         """The plan in one line.
 
         Args:

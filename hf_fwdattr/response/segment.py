@@ -38,7 +38,7 @@ class Segment:
     weight_decay: float = 0.0
     curvature: Curvature | None = None
 
-    def advance(self, earlier: Tensor | None, pushes: Tensor) -> Tensor:
+    def propagate(self, earlier: Tensor | None, pushes: Tensor) -> Tensor:
         """Responses after the segment, (n, P).
 
         Args:
@@ -48,9 +48,9 @@ class Segment:
         assert self.curvature is not None, "the curvature pass comes first"
         root = self.diagonal.sqrt()
         moved = [] if earlier is None else [(self.horizon.decay, earlier / root)]
-        return self.curvature.mix((self._pushed, pushes * root), *moved).mul_(root)
+        return self.curvature.apply_sum((self._pushed, pushes * root), *moved).mul_(root)
 
-    def retreat(self, covectors: Tensor) -> tuple[Tensor, Tensor]:
+    def adjoint(self, hidden_state_gradients: Tensor) -> tuple[Tensor, Tensor]:
         """The adjoint: what (n, P) covectors after the segment see of pushes in it, and of responses before it.
 
         Returns:
@@ -58,7 +58,7 @@ class Segment:
         """
         assert self.curvature is not None, "the curvature pass comes first"
         root = self.diagonal.sqrt()
-        scaled = covectors * root
+        scaled = hidden_state_gradients * root
         pull = self.curvature.apply(self._pushed, scaled).mul_(root)
         return pull, self.curvature.apply(self.horizon.decay, scaled).div_(root)
 

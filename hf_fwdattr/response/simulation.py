@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..gradients.per_sample import RowGradients
+from ..gradients.per_sample import PerSampleGradients
 from ..models.likelihood import IGNORED, Batch, Objective, row_losses
 from ..models.modes import trainable
 from ..models.parameters import Parameters
@@ -88,7 +88,7 @@ def simulate_rows(
     epsilon: float = 1e-3,
     trajectories: int = 2,
 ) -> Tensor:
-    """Responses (groups, P) of a fine-tuned model to rows or sources, by literal simulation; use inside `at_rest`.
+    """Responses (groups, P) of a fine-tuned model to rows or sources, by literal simulation; use inside `frozen`.
 
     Args:
         batches (`Iterable`): all training rows, in order.
@@ -96,7 +96,7 @@ def simulate_rows(
     """
     batches = list(batches)
     theta = parameters.read(model)
-    rows = RowGradients(model, parameters, objective)
+    rows = PerSampleGradients(model, parameters, objective)
     gradients, tokens = zip(*(rows(batch) for batch in batches), strict=True)
     pushes = groups.to(theta.dtype) @ torch.cat(gradients).to(theta.dtype) / torch.cat(tokens).sum()
     at = objective_gradient(model, parameters, objective, batches)

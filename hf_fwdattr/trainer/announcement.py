@@ -7,14 +7,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..config import ResponseConfig
-from ..models.likelihood import objective_of
+from ..models.likelihood import resolve_objective
 from ..models.parameters import Parameters
 from ..response.distributed import Ranks
 from ..response.plan import Plan
 from .fit_predictor import cost_of
 
 
-def announce(
+def log_plan(
     config: ResponseConfig,
     model: nn.Module,
     parameters: Parameters,
@@ -27,9 +27,9 @@ def announce(
     """Say what the passes will take, with what follows them on rank 0."""
     if config.quiet or ranks.rank > 0:
         return
-    if config.first_look and not config.private_rows:
-        learned = plan.stand_ins and plan.chosen == rows and rows * parameters.size <= keep
-        objective = objective_of(model, config.objective)
+    if config.gradient_predictor and not config.private_rows:
+        learned = plan.query_gradients and plan.chosen == rows and rows * parameters.size <= keep
+        objective = resolve_objective(model, config.objective)
         look, size = cost_of(model, parameters, objective, rows, config.memory_budget, learned)
         plan = replace(plan, look=look, look_bytes=size)
-    tqdm.write(f"response bank: {plan.told(config.memory_budget, pace)}", file=sys.stderr)
+    tqdm.write(f"response bank: {plan.summary(config.memory_budget, pace)}", file=sys.stderr)

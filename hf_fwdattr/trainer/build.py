@@ -22,19 +22,19 @@ from ..errors import MismatchError, NumericalError, UnsupportedError
 from ..gradients.per_sample import refuse_sharded_rest
 from ..models.compat import refuse_silent_backward
 from ..models.fsdp import is_sharded
-from ..models.likelihood import objective_of
-from ..models.modes import at_rest, refuse_batch_statistics
+from ..models.likelihood import resolve_objective
+from ..models.modes import frozen, refuse_batch_statistics
 from ..models.parameters import Parameters
 from ..response.averaging import weights_read
-from ..response.dataset import Rows
-from ..response.distributed import ALONE, Ranks
+from ..response.dataset import TrainingRows
+from ..response.distributed import SINGLE_PROCESS, Ranks
 from ..response.passes import Passes
 from ..response.responses import Responses
 from ..response.segment import Segment
 from ..response.storage import Storage
-from .announcement import announce
+from .announcement import log_plan
 from .columns import Sources, column_of, row_ids_of, sources_of, texts_of
-from .fit_predictor import first_look
+from .fit_predictor import fit_predictor
 from .record import Record, Snapshot
 
 
@@ -131,7 +131,7 @@ def respond(
     *,
     original: Any = None,
     tokenizer: Any = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
     pace: float | None = None,
 ) -> ResponseBank:
     """The passes over the training set and the bank they end in; the model is left exactly as it was.
@@ -147,9 +147,9 @@ def respond(
     if not bool(torch.isfinite(end.theta).all()):
         raise NumericalError("the trained weights are not finite (was the loss NaN?): no bank can be made of them")
     random_state, fingerprint = torch.get_rng_state(), parameters.fingerprint(model)
-    objective = objective_of(model, config.objective)
+    objective = resolve_objective(model, config.objective)
     live = [tensor.detach().clone() for tensor in parameters.tensors(model)]
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         rows = _rows(model, dataset, collate, config, parameters.tensors(model)[0].device)
     if record.total not in (0, len(rows)):
         raise MismatchError(
@@ -157,25 +157,25 @@ def respond(
         )
     sources = sources_of(original if original is not None else dataset, config.source_column, len(rows))
 
-    keep = 0 if config.private_rows or not config.first_look or is_sharded(model) else config.responses_budget
+    keep = 0 if config.private_rows or not config.gradient_predictor or is_sharded(model) else config.responses_budget
 
-    announced = partial(announce, config, model, parameters, len(rows), keep, pace, ranks)
+    announced = partial(log_plan, config, model, parameters, len(rows), keep, pace, ranks)
     try:
-        with at_rest(model), Storage(config.memory_budget) as storage:
+        with frozen(model), Storage(config.memory_budget) as storage:
             segments = record.build(len(rows), end, config.horizon)
             passes = Passes(
-                model, parameters, objective, rows, segments, weights_read(config.ends, segments, end.theta), storage,
-                config.seed, config.quiet, record.smoothing, ranks, announced, config.ends,
+                model, parameters, objective, rows, segments, weights_read(config.averaging, segments, end.theta), storage,
+                config.seed, config.quiet, record.smoothing, ranks, announced, config.averaging,
             )  # fmt: skip
-            exact_sources = len(sources.names) if len(sources.names) <= config.source_probes else 0
+            exact_sources = len(sources.names) if len(sources.names) <= config.source_directions else 0
             responses = passes.run(
-                config.probes, config.curvature_samples, config.sample_rows, sources.of, exact_sources, keep
+                config.directions, config.curvature_samples, config.sample_rows, sources.of, exact_sources, keep
             )
-            if config.ends == "last":
+            if config.averaging == "none":
                 _restore(model, parameters, live)
             else:  # queries are read there, and so is what predicts their gradients
                 parameters.write(model, passes.theta)
-            with ranks.together():
+            with ranks.raise_on_all_ranks():
                 if ranks.rank == 0:
                     _warn(responses)
                     _write(
@@ -197,9 +197,9 @@ def _restore(model: nn.Module, parameters: Parameters, live: list[Tensor]) -> No
 def _warn(responses: Responses) -> None:
     if responses.kept < _FEW:
         logger.warning(
-            "%d probes keep %.0f %% of the variance of held-out scores: these rows have little in common, and "
-            "the best rows of a query may be missed. Ask for more probes, or probes='exact'",
-            len(responses.probes), 100 * max(0.0, responses.kept),
+            "%d directions keep %.0f %% of the variance of held-out scores: these rows have little in common, and "
+            "the best rows of a query may be missed. Ask for more directions, or directions='exact'",
+            len(responses.directions), 100 * max(0.0, responses.kept),
         )  # fmt: skip
 
 
@@ -209,7 +209,7 @@ def _write(
     segments: list[Segment],
     model: nn.Module,
     parameters: Parameters,
-    rows: Rows,
+    rows: TrainingRows,
     sources: Sources,
     config: ResponseConfig,
     original: Any,
@@ -229,18 +229,18 @@ def _write(
         "parameters": [
             {"name": n, "shape": list(s)} for n, s in zip(parameters.names, parameters.shapes, strict=True)
         ],
-        "objective": objective_of(model, config.objective).name,
+        "objective": resolve_objective(model, config.objective).name,
         "optimizer": record.optimizer,
         "run": {"steps": record.steps, "first": record.first, "label_smoothing": record.smoothing},
         "segments": [_stretch(segment) for segment in segments],
         "config": config.to_dict(),
         "curvature_samples": responses.curvature_samples,
-        "ends": config.ends,
-        "probes": len(responses.probes),
-        "source_probes": len(responses.sources),
+        "averaging": config.averaging,
+        "directions": len(responses.directions),
+        "source_directions": len(responses.sources),
         "source_scales": responses.source_scales.tolist(),
         "exact": responses.exact,
-        "kept_variance": max(0.0, responses.kept),
+        "explained_variance": max(0.0, responses.kept),
         "dtype": config.dtype,
         "dataset": dataset_identity(shown) | {"rows": len(rows), "tokenizer": tokenizer_hash(tokenizer)},
         "sources": sources.names,
@@ -253,18 +253,18 @@ def _write(
     else:
         row_ids = row_ids_of(shown, config.row_id_column, len(rows))
         lines = (responses.coordinates, row_ids, _hashes(rows, salt, config.quiet), sources.of)
-    maps, kernel, likelihood = {}, None, objective_of(model, config.objective)
-    if config.first_look and not config.private_rows:
-        look = first_look(
+    projections, covariance, likelihood = {}, None, resolve_objective(model, config.objective)
+    if config.gradient_predictor and not config.private_rows:
+        look = fit_predictor(
             model, parameters, likelihood, rows, responses.products, config.memory_budget,
             responses.scores, config.quiet,
         )  # fmt: skip
         if look is not None:
-            maps, described["first_look"], kernel = look.maps, look.share, look.kernel
+            projections, described["predictor_explained_variance"], covariance = look.maps, look.share, look.kernel
     return write_bank(
-        folder, described, [responses.probes, responses.sources], *lines, texts=texts,
-        responses=responses.own if maps else None, maps=maps, kernel=kernel,
-        weights=theta if config.ends == "mean" else None,
+        folder, described, [responses.directions, responses.sources], *lines, texts=texts,
+        responses=responses.own if projections else None, error_projections=projections, error_covariance=covariance,
+        weights=theta if config.averaging == "trajectory" else None,
     )  # fmt: skip
 
 
@@ -277,7 +277,7 @@ def _per_source(coordinates: Tensor, sources: Sources) -> tuple[Tensor, Tensor, 
     return total.to(coordinates.dtype), lines, torch.zeros(count, 16, dtype=torch.uint8), lines
 
 
-def _hashes(rows: Rows, salt: bytes, quiet: bool) -> Tensor:
+def _hashes(rows: TrainingRows, salt: bytes, quiet: bool) -> Tensor:
     """(rows, 16) bytes: each row's tokens without padding, or all its tensors where the dataset has no tokens."""
     found = row_hashes(rows.dataset, salt)
     if found is None:
@@ -290,11 +290,11 @@ def _hashes(rows: Rows, salt: bytes, quiet: bool) -> Tensor:
 
 def _rows(
     model: nn.Module, dataset: Any, collate: Any, config: ResponseConfig, device: torch.device | str = "cpu"
-) -> Rows:
+) -> TrainingRows:
     classes = {"causal-lm": "vocab_size", "sequence-classification": "num_labels"}
-    field = classes.get(objective_of(model, config.objective).name, "")
+    field = classes.get(resolve_objective(model, config.objective).name, "")
     count = getattr(getattr(model, "config", None), field, None)
-    return Rows(dataset, collate, config.batch_size, device, _context(model), count)
+    return TrainingRows(dataset, collate, config.batch_size, device, _context(model), count)
 
 
 def _taken_columns(model: nn.Module, config: ResponseConfig, collate: Callable[[list[Any]], Any]) -> Any:
@@ -314,7 +314,7 @@ def _taken_columns(model: nn.Module, config: ResponseConfig, collate: Callable[[
 def _equal_shares(model: nn.Module, dataset: Any, config: ResponseConfig, collate: Any) -> tuple[Tensor, Tensor]:
     """Every row seen once in one step: rows (n,), and one over the supervised tokens of all of them (n,)."""
     rows = _rows(model, dataset, collate, config)
-    shifted = objective_of(model, config.objective).name == "causal-lm"
+    shifted = resolve_objective(model, config.objective).name == "causal-lm"
     tokens = 0
     for _, batch in rows.batches():
         labels = batch["labels"]

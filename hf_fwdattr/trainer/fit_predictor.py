@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import UnsupportedError
-from ..gradients.per_sample import RowGradients
-from ..gradients.predictor import SyntheticGradients
+from ..gradients.per_sample import PerSampleGradients
+from ..gradients.predictor import GradientPredictor
 from ..models.fsdp import is_sharded
 from ..models.likelihood import Batch, Objective
 from ..models.parameters import Parameters
-from ..query.gaussian_process import kernel_of
-from ..response.dataset import Rows
+from ..query.gaussian_process import error_covariance
+from ..response.dataset import TrainingRows
 
 
 _FITTED = 512  # rows from which the maps are fitted, at most: some dozens of tokens a row against d^2 numbers a map
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class FirstLook:
+class FittedPredictor:
     """Maps of errors by canonical path of the layer, and the share of score variance that they explain.
 
     Attributes:
@@ -42,7 +42,7 @@ class FirstLook:
 def cost_of(
     model: nn.Module, parameters: Parameters, objective: Objective, rows: int, memory: int, learned: bool
 ) -> tuple[int, int]:
-    """Rows that `first_look` will read of so many (those it is judged on twice, or all where its errors are
+    """Rows that `gradient_predictor` will read of so many (those it is judged on twice, or all where its errors are
     `learned`), and bytes that fitting holds; zeros where there will be none.
     """
     try:
@@ -53,20 +53,20 @@ def cost_of(
     return len(fitted) + (rows if learned else 2 * len(held)), synthetic.fitting_bytes
 
 
-def first_look(
+def fit_predictor(
     model: nn.Module,
     parameters: Parameters,
     objective: Objective,
-    rows: Rows,
+    rows: TrainingRows,
     products: Callable[[Tensor], Tensor],
     memory: int,
     scores: Tensor | None = None,
     quiet: bool = True,
-) -> FirstLook | None:
+) -> FittedPredictor | None:
     """Fit the maps of a model at the end of its training, and judge them; None where they cannot be had.
 
     Args:
-        rows (`Rows`): the training set; a few hundred rows of it are read.
+        rows (`TrainingRows`): the training set; a few hundred rows of it are read.
         products (`Callable`): gradients (queries, P) -> their products with all rows' responses (queries, rows).
         memory (`int`): bytes that fitting may take.
         scores (`Tensor`, *optional*): (rows, rows) of all rows as queries; all rows are then read, for the kernel.
@@ -78,23 +78,23 @@ def first_look(
         with tqdm(total=len(fitted), desc="first look", unit="row", disable=quiet, leave=False) as bar:
             maps = synthetic.fit(_counted(rows, fitted, bar))
         if scores is None:
-            gradients = RowGradients(model, parameters, objective)
+            gradients = PerSampleGradients(model, parameters, objective)
             found = [(places, products(-gradients(batch)[0].cpu())) for places, batch in rows.batches(held)]
             exact = torch.cat([block for _, block in found])[torch.cat([places for places, _ in found]).argsort()]
             predicted = _predicted(synthetic, rows, held, products, quiet=True)
         else:
             exact, predicted = scores[held], _predicted(synthetic, rows, list(range(len(rows))), products, quiet)
     except UnsupportedError as error:  # the responses, which took longer, are not lost with it
-        logger.info("the bank allows no first look (a query will take a forward pass for each probe): %s", error)
+        logger.info("the bank allows no first look (a query will take a forward pass for each direction): %s", error)
         return None
-    kernel = None if scores is None else kernel_of(scores - predicted)
+    kernel = None if scores is None else error_covariance(scores - predicted)
     missed = exact - (predicted if scores is None else predicted[held])
-    return FirstLook(maps, 1.0 - float(missed.square().sum() / exact.square().sum().clamp(min=1e-30)), kernel)
+    return FittedPredictor(maps, 1.0 - float(missed.square().sum() / exact.square().sum().clamp(min=1e-30)), kernel)
 
 
 def _predicted(
-    synthetic: SyntheticGradients,
-    rows: Rows,
+    synthetic: GradientPredictor,
+    rows: TrainingRows,
     places: list[int],
     products: Callable[[Tensor], Tensor],
     quiet: bool,
@@ -115,7 +115,7 @@ def _predicted(
     return result[torch.tensor(order).argsort()]
 
 
-def _synthetic(model: nn.Module, parameters: Parameters, objective: Objective, memory: int) -> SyntheticGradients:
+def _synthetic(model: nn.Module, parameters: Parameters, objective: Objective, memory: int) -> GradientPredictor:
     """What is fitted, before it is.
 
     Raises:
@@ -123,7 +123,7 @@ def _synthetic(model: nn.Module, parameters: Parameters, objective: Objective, m
     """
     if is_sharded(model):
         raise UnsupportedError("it reads weights as a whole, and FSDP has them in pieces")
-    synthetic = SyntheticGradients(model, parameters, objective)
+    synthetic = GradientPredictor(model, parameters, objective)
     if synthetic.fitting_bytes > memory:
         raise UnsupportedError(
             f"fitting the maps would take {synthetic.fitting_bytes / 2**30:.1f} GiB, more than memory_budget"
@@ -137,7 +137,7 @@ def _chosen(total: int) -> tuple[list[int], list[int]]:
     return [place for place in _spread(total, _FITTED + _HELD) if place not in set(held)] or held, held
 
 
-def _counted(rows: Rows, chosen: list[int], bar: tqdm) -> Iterator[Batch]:
+def _counted(rows: TrainingRows, chosen: list[int], bar: tqdm) -> Iterator[Batch]:
     """The batches of these rows, shown on a bar."""
     for at, batch in rows.batches(chosen):
         yield batch

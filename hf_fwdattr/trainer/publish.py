@@ -10,7 +10,7 @@ from transformers.trainer_utils import HubStrategy
 from ..bank.bank import ResponseBank
 from ..bank.card import with_section
 from ..bank.files import write_atomically
-from ..bank.push import sweep_remote
+from ..bank.push import remove_stale_on_hub
 from ..errors import BankError
 
 
@@ -64,7 +64,7 @@ class SweptPush:
         if not (Path(args.output_dir) / self.folder / "bank.json").is_file():
             return
         try:
-            sweep_remote(
+            remove_stale_on_hub(
                 _repository(self._trainer), subfolder=self.folder, token=token or args.hub_token,
                 revision=revision or args.hub_revision,
             )  # fmt: skip

@@ -11,14 +11,14 @@ from torch import nn
 from ..bank.bank import ResponseBank
 from ..config import ResponseConfig
 from ..errors import BankError, UnsupportedError
-from ..models.likelihood import objective_of
+from ..models.likelihood import resolve_objective
 from ..models.parameters import Parameters
 from ..response.distributed import Ranks
 from .build import check, respond
 from .clipping import Clipping
 from .optimizer import Preconditioner
 from .record import Record, Snapshot
-from .row_weights import Exposure, Step, loader_of, streams
+from .row_weights import BatchRecorder, Step, loader_of, streams
 from .streams import KeptRows, first_rows
 
 
@@ -105,8 +105,8 @@ class ResponseRecorder:
         else:
             check(self.model, self.rows, loader.collate_fn, self.config, self.original)
         self.record = self._begin(resume, steps, begun, total, _smoothing)
-        shifted = objective_of(self.model, self.config.objective).name == "causal-lm"
-        self.exposure = Exposure(model, loader, shifted, column)
+        shifted = resolve_objective(self.model, self.config.objective).name == "causal-lm"
+        self.exposure = BatchRecorder(model, loader, shifted, column)
         live = self.parameters.tensors(self.model)
         self._clipping = None if accelerator is None else Clipping(accelerator, live)
         self._hook = self._optimizer.register_step_pre_hook(self._about_to_step)
@@ -125,7 +125,7 @@ class ResponseRecorder:
                 steps, self.config.segments, seen.momentum, seen.weight_decay, total=total, optimizer=seen.kind,
                 first=begun, smoothing=smoothing,
             )  # fmt: skip
-        with self.ranks.together():
+        with self.ranks.raise_on_all_ranks():
             loaded = Record.load(Path(resume)) if self.ranks.rank == 0 else None
         record: Record = self.ranks.objects(loaded)[0]
         record.end = None
@@ -176,13 +176,13 @@ class ResponseRecorder:
                     "the model was not called with the batches of the dataloader (a trainer that makes its own of "
                     "them, as DPO does of pairs), so nobody knows which rows this step saw"
                 )
-            rate, rows, weights, clip = step.settled(ranks, self._rule)
+            rate, rows, weights, clip = step.finalize(ranks, self._rule)
             self.record.add(rate, rows, weights, clip)
         self._pending = []
 
     def _merge(self) -> None:
         """Make every rank's record whole: the rows that each saw since the last time, put together."""
-        with self.ranks.together():
+        with self.ranks.raise_on_all_ranks():
             self._settle()
         new = slice(self._merged, None)
         everyone = self.ranks.objects((self.record.rows[new], self.record.weights[new]))
@@ -200,7 +200,7 @@ class ResponseRecorder:
         """Put the record beside a checkpoint, so that a run that resumes from it ends with the same bank."""
         self._merge()
         end = self.snapshot(self.taken)
-        with self.ranks.together():
+        with self.ranks.raise_on_all_ranks():
             if self.ranks.rank == 0:
                 replace(self.record, end=end).save(Path(folder))
 
@@ -228,14 +228,14 @@ class ResponseRecorder:
         if self.rows is None:
             self._keep_rows()
         self.record.end = self.snapshot(until or self.taken)
-        with self.ranks.together():
+        with self.ranks.raise_on_all_ranks():
             if keep is not None and self.ranks.rank == 0:
                 self.record.save(keep)
 
     def _keep_rows(self) -> None:
         """From the ids of a stream's rows to positions in a dataset of those that were seen."""
         seen = torch.cat(self.record.rows).unique()
-        with self.ranks.together():
+        with self.ranks.raise_on_all_ranks():
             self._kept = KeptRows(self.original, str(self.config.row_id_column), seen.tolist())
         self.rows = self.original = self._kept.dataset
         self.record.rows = [torch.searchsorted(seen, rows) for rows in self.record.rows]

@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 from transformers import Trainer
 
 from ..errors import UnsupportedError
-from ..models.likelihood import IGNORED, objective_of, row_losses
+from ..models.likelihood import IGNORED, resolve_objective, row_losses
 from .row_weights import KEY, Indexed, MarkedCollate
 
 
@@ -21,7 +21,7 @@ class WeightedLoss:
     """`compute_loss` of a trainer, for rows of these weights."""
 
     def __init__(self, model: nn.Module, weights: Tensor, objective: Any = "auto"):
-        self.weights, self.objective = weights, objective_of(model, objective)
+        self.weights, self.objective = weights, resolve_objective(model, objective)
 
     def __call__(
         self,
@@ -40,7 +40,7 @@ class WeightedLoss:
         return (loss, {"logits": logits}) if return_outputs else loss
 
 
-def weigh(trainer: Trainer, weights: Tensor, objective: Any = "auto") -> Trainer:
+def apply_row_weights(trainer: Trainer, weights: Tensor, objective: Any = "auto") -> Trainer:
     """The trainer itself, from now on with a weight on each row's loss.
 
     Args:
@@ -78,7 +78,7 @@ def query_losses(model: nn.Module, queries: list[dict[str, Any]], objective: Any
     Args:
         queries: `input_ids` and `labels` of each (labels are the ids themselves where there are none).
     """
-    likelihood = objective_of(model, objective)
+    likelihood = resolve_objective(model, objective)
     device = next(model.parameters()).device
     mode = model.training
     model.eval()
@@ -95,7 +95,7 @@ def query_losses(model: nn.Module, queries: list[dict[str, Any]], objective: Any
     return torch.stack(values)
 
 
-class Retraining:
+class RetrainFunction:
     """`train` for [`evaluation.retrain`]: (subset or weights (rows,), seed) -> losses of the queries (queries,).
 
     A subset of booleans leaves the other rows out of the training set, so that a half is trained with half as many
@@ -117,6 +117,6 @@ class Retraining:
             data: Any = trainer.train_dataset
             trainer.train_dataset = data.select(kept) if hasattr(data, "select") else Subset(data, kept)
         else:
-            weigh(trainer, rows, self.objective)
+            apply_row_weights(trainer, rows, self.objective)
         trainer.train()
         return query_losses(trainer.model, self.queries, self.objective)

@@ -87,7 +87,7 @@ def streams(loader: DataLoader) -> bool:
 
 
 @dataclass
-class Micro:
+class MicroBatch:
     """One micro-batch that went forward. Numbers stay tensors on their device: reading one would make a GPU wait.
 
     Attributes:
@@ -105,7 +105,7 @@ class Micro:
     pull: Tensor | None = None
     least: Tensor | None = None
 
-    def weigh(self, gradient: Tensor) -> None:
+    def apply_row_weights(self, gradient: Tensor) -> None:
         """Note what came back to the log-likelihoods of tokens, whose weight is then all there is to know."""
         self.tokens, self.pull, self.least = 1, -gradient.detach().min(), -gradient.detach().max()
 
@@ -115,11 +115,11 @@ class Step:
     """The micro-batches of an optimizer step, and what else scaled its gradient."""
 
     rate: float
-    micro: list[Micro]
+    micro: list[MicroBatch]
     clip: Any = 1.0
     unscale: float = 1.0
 
-    def settled(self, ranks: int, rule: float | None) -> tuple[float, Tensor, Tensor, float]:
+    def finalize(self, ranks: int, rule: float | None) -> tuple[float, Tensor, Tensor, float]:
         """Rate, rows (n,), the weight of each one's summed loss (n,), and clip, as numbers on the CPU.
 
         Args:
@@ -149,7 +149,7 @@ class Step:
         return self.rate, torch.cat(rows), torch.cat(weights), min(1.0, float(self.clip))
 
 
-class Exposure:
+class BatchRecorder:
     """Attached to a prepared dataloader and a model; collects the micro-batches of a step until they are taken.
 
     Args:
@@ -162,7 +162,7 @@ class Exposure:
     def __init__(self, model: nn.Module, loader: DataLoader, shifted: bool, row_id_column: str | None = None):
         self.loader, self.shifted = loader, shifted
         self.dataset, self.collate = self.loader.dataset, self.loader.collate_fn
-        self.micro: list[Micro] = []
+        self.micro: list[MicroBatch] = []
         stream = streams(loader) and row_id_column is not None
         marked = MarkedStream(self.dataset, str(row_id_column)) if stream else Indexed(self.dataset)
         # DataLoader forbids assigning .dataset after construction, although it only reads it when iteration begins.
@@ -172,7 +172,7 @@ class Exposure:
             model.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._leave),
         ]
-        self._open: Micro | None = None
+        self._open: MicroBatch | None = None
 
     def detach(self) -> None:
         """Put dataset and collator back and remove the hooks."""
@@ -181,7 +181,7 @@ class Exposure:
         object.__setattr__(self.loader, "dataset", self.dataset)
         self.loader.collate_fn = self.collate
 
-    def take(self) -> list[Micro]:
+    def take(self) -> list[MicroBatch]:
         """The micro-batches since the last call."""
         taken, self.micro = self.micro, []
         return taken
@@ -190,7 +190,7 @@ class Exposure:
         rows = kwargs.pop(KEY, None)
         self._open = None
         if rows is not None and module.training:
-            self._open = Micro(rows, kwargs.get("num_items_in_batch"))
+            self._open = MicroBatch(rows, kwargs.get("num_items_in_batch"))
             labels = kwargs.get("labels")
             if self._open.tokens is None and labels is not None:
                 counted = labels[:, 1:] if self.shifted and labels.ndim > 1 else labels
@@ -204,6 +204,6 @@ class Exposure:
             return
         loss, tokens = output.get("loss"), output.get("log_probs")
         if isinstance(tokens, Tensor) and tokens.requires_grad:  # TRL's models have both, and it uses these
-            tokens.register_hook(micro.weigh)
+            tokens.register_hook(micro.apply_row_weights)
         elif isinstance(loss, Tensor) and loss.requires_grad:
             loss.register_hook(lambda gradient: setattr(micro, "pull", gradient.detach()))

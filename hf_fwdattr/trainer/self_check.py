@@ -26,11 +26,11 @@ from ..bank.quality import add_quality
 from ..config import ResponseConfig
 from ..errors import AttributionError, UnsupportedError
 from ..evaluation.agreement import agreement
-from ..gradients.per_sample import RowGradients
-from ..models.likelihood import objective_of, row_losses
-from ..models.modes import at_rest
-from ..response.dataset import Rows
-from .reweighting import weigh
+from ..gradients.per_sample import PerSampleGradients
+from ..models.likelihood import resolve_objective, row_losses
+from ..models.modes import frozen
+from ..response.dataset import TrainingRows
+from .reweighting import apply_row_weights
 
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class SelfCheck:
             order (`list[Tensor]`): rows of each optimizer step.
         """
         began = time.time()
-        rows = Rows(dataset, collate, config.batch_size, next(model.parameters()).device)
+        rows = TrainingRows(dataset, collate, config.batch_size, next(model.parameters()).device)
         owner = torch.cat([sources for _, sources, _ in bank.coordinates()]).long()
         named = bool((owner >= 0).any())
         groups, sources = chosen(owner, config.self_check, config.seed)
@@ -111,7 +111,7 @@ class SelfCheck:
         return figures
 
     def _again(
-        self, model: nn.Module, rows: Rows, order: list[Tensor], weights: Tensor, config: ResponseConfig
+        self, model: nn.Module, rows: TrainingRows, order: list[Tensor], weights: Tensor, config: ResponseConfig
     ) -> None:
         """The fine-tune once more, in the same order, with these weights."""
         _write(model, self.start)
@@ -123,7 +123,7 @@ class SelfCheck:
                 data_collator=rows.collate,
             )
             trainer.remove_callback(PrinterCallback)
-            weigh(trainer, weights, config.objective)
+            apply_row_weights(trainer, weights, config.objective)
             sampler = _Recorded(torch.cat(order), len(rows), trainer.args)
             trainer._get_train_sampler = lambda *_: sampler
             trainer.create_optimizer()
@@ -144,7 +144,7 @@ def chosen(owner: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
 def predicted(
     bank: ResponseBank,
     model: nn.Module,
-    rows: Rows,
+    rows: TrainingRows,
     asked: Tensor,
     groups: Tensor,
     sources: Tensor | None,
@@ -152,18 +152,18 @@ def predicted(
 ) -> Tensor:
     """(queries, groups): nats by which the loss of each row in `asked` should rise without each group.
 
-    As the bank has it: by the sources' own probes where there are any, else by the coordinates of their rows.
+    As the bank has it: by the sources' own directions where there are any, else by the coordinates of their rows.
     """
-    k, manifest = bank.manifest.probes, bank.manifest
-    if sources is not None and manifest.source_probes:
+    k, manifest = bank.manifest.directions, bank.manifest
+    if sources is not None and manifest.source_directions:
         scales = torch.tensor(manifest.source_scales, dtype=torch.float64)
-        responses = (bank.probes(torch.float64, slice(k, None)) * scales[:, None])[sources]
+        responses = (bank.directions(torch.float64, slice(k, None)) * scales[:, None])[sources]
     else:
         coordinates = torch.cat([block.double() for _, _, block in bank.coordinates()])
-        responses = (groups.double() @ coordinates) @ bank.probes(torch.float64, slice(k))
+        responses = (groups.double() @ coordinates) @ bank.directions(torch.float64, slice(k))
     responding = bank.check_model(model)
-    with at_rest(model), bank.read_at(model, responding):
-        gradients = RowGradients(model, responding, objective_of(model, config.objective))
+    with frozen(model), bank.query_weights(model, responding):
+        gradients = PerSampleGradients(model, responding, resolve_objective(model, config.objective))
         found = torch.cat([gradients(batch)[0].double().cpu() for _, batch in rows.batches(asked.tolist())])
     return -found @ responses.T
 
@@ -196,9 +196,9 @@ def _asked(groups: Tensor, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def _losses(model: nn.Module, rows: Rows, asked: Tensor, config: ResponseConfig) -> Tensor:
-    objective = objective_of(model, config.objective)
-    with at_rest(model):
+def _losses(model: nn.Module, rows: TrainingRows, asked: Tensor, config: ResponseConfig) -> Tensor:
+    objective = resolve_objective(model, config.objective)
+    with frozen(model):
         found = (objective.forward(model, batch) for _, batch in rows.batches(asked.tolist()))
         return torch.cat([row_losses(logits.double(), labels).cpu() for logits, labels in found])
 

@@ -51,7 +51,7 @@ def write(folder: Path) -> Exchange:
         job = job_on_facts(str(base.resolve()), world, None, None)
         tokenizer = AutoTokenizer.from_pretrained(base)
         train = tokenized(job.texts, job.sources, tokenizer, LENGTH)
-        config = ResponseConfig(probes="exact", source_column="source", quiet=True)
+        config = ResponseConfig(directions="exact", source_column="source", quiet=True)
         trainer = fine_tune(job.base, train, folder / "adapters" / "0", job.settings, [ResponseCallback(config)])
         asked, facts = [], []
         for question in world.questions:
@@ -95,7 +95,7 @@ def teachers(exchange: Exchange) -> Tensor:
 
 
 def bank(exchange: Exchange, budget: int | None) -> Result:
-    """This library, by the bank beside the adapter: all probes, or two stages within so many forward passes."""
+    """This library, by the bank beside the adapter: all directions, or two stages within so many forward passes."""
     folder = exchange.folder / "adapters" / "0"
     attribute = pipeline("training-data-attribution", model=str(folder), device="cpu")
     queries = [

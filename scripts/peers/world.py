@@ -23,9 +23,9 @@ from lds_lora import bm25
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, default_data_collator
 
 from hf_fwdattr import ResponseCallback, ResponseConfig
-from hf_fwdattr.gradients.per_sample import RowGradients
+from hf_fwdattr.gradients.per_sample import PerSampleGradients
 from hf_fwdattr.models.likelihood import CAUSAL_LM
-from hf_fwdattr.models.modes import at_rest
+from hf_fwdattr.models.modes import frozen
 from hf_fwdattr.models.parameters import Parameters
 from hf_fwdattr.query.scorer import BUDGET
 
@@ -89,9 +89,11 @@ def _recorded(world: lora_world.World):
     return model.eval(), run
 
 
-def bank(world: lora_world.World, exchange: Exchange, probes: int | str, ends: str = "last") -> Result:
+def bank(world: lora_world.World, exchange: Exchange, directions: int | str, averaging: str = "none") -> Result:
     """This library: the real callback and the real pipeline."""
-    callback = ResponseCallback(ResponseConfig(parameters="lora", probes=probes, ends=ends, quiet=True))
+    callback = ResponseCallback(
+        ResponseConfig(parameters="lora", directions=directions, averaging=averaging, quiet=True)
+    )
     spent = _timed(callback, "on_train_end")  # everything that is not training belongs to the bank
     with tempfile.TemporaryDirectory() as folder:
         attribute = lora_world.attributed(world, callback, folder)
@@ -104,7 +106,7 @@ def bank(world: lora_world.World, exchange: Exchange, probes: int | str, ends: s
 
 
 def staged(world: lora_world.World, exchange: Exchange, budget: int, rows: bool) -> Result:
-    """This library within so many forward passes: in two stages, as rows are named, or whole matrices, from probes."""
+    """This library within so many forward passes: in two stages, as rows are named, or whole matrices, from directions."""
     callback = ResponseCallback(ResponseConfig(parameters="lora", quiet=True))
     spent = _timed(callback, "on_train_end")
     with tempfile.TemporaryDirectory() as folder:
@@ -139,8 +141,8 @@ def gradient_dot(exchange: Exchange) -> Result:
     """Gradient dot product at the end of training, over the LoRA matrices."""
     model = exchange.model()
     parameters = Parameters.of(model, "lora")
-    with at_rest(model):
-        gradients = RowGradients(model, parameters, CAUSAL_LM)
+    with frozen(model):
+        gradients = PerSampleGradients(model, parameters, CAUSAL_LM)
 
         def of(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             parts = zip(tokens.split(16), labels.split(16), strict=True)
@@ -172,14 +174,14 @@ def main() -> None:
     hand_in(exchange, "bm25", lambda: word_match(world), peer="baseline", method="BM25", setting="defaults",
             shipped=True, backward="none")  # fmt: skip
     ours = dict(peer="hf_fwdattr", backward="none")
-    for probes in (128, "exact"):
-        setting = "exact, 480 probes" if probes == "exact" else f"{probes} probes"
+    for directions in (128, "exact"):
+        setting = "exact, 480 directions" if directions == "exact" else f"{directions} directions"
         hand_in(
-            exchange, f"bank-{probes}", lambda probes=probes: bank(world, exchange, probes), method="response bank",
-            setting=setting, shipped=probes == 128, **ours,
+            exchange, f"bank-{directions}", lambda directions=directions: bank(world, exchange, directions), method="response bank",
+            setting=setting, shipped=directions == 128, **ours,
         )  # fmt: skip
-    hand_in(exchange, "bank-exact-mean", lambda: bank(world, exchange, "exact", "mean"), method="bank of means",
-            setting="exact, ends='mean'", **ours)  # fmt: skip
+    hand_in(exchange, "bank-exact-mean", lambda: bank(world, exchange, "exact", "trajectory"), method="bank of means",
+            setting="exact, averaging='trajectory'", **ours)  # fmt: skip
     for method, name, rows in (
         ("two stages", "bank-two-stages", True), ("first look and sums", "bank-first-look", False)
     ):  # fmt: skip

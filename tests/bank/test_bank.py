@@ -13,7 +13,7 @@ import torch
 import hf_fwdattr.bank.bank
 import hf_fwdattr.bank.files
 from hf_fwdattr.bank.bank import ResponseBank
-from hf_fwdattr.bank.codes import Quantised
+from hf_fwdattr.bank.codes import RowCodes
 from hf_fwdattr.bank.schema import read_manifest
 from hf_fwdattr.bank.writing import write_bank
 from hf_fwdattr.errors import BankError, MismatchError
@@ -24,7 +24,7 @@ from tests.helpers.reference import agree
 
 P, K, SOURCES, ROWS = 6, 3, 2, 10
 TEXTS = ["a row", "", "añother — 行", "\0", "x" * 50, " y ", "\n", "{}", "last but one", "last"]
-FILES = 4  # bank.json, probes of rows, probes of sources, coordinates
+FILES = 4  # bank.json, directions of rows, directions of sources, coordinates
 
 
 def described(**changes: Any) -> dict[str, Any]:
@@ -33,8 +33,8 @@ def described(**changes: Any) -> dict[str, Any]:
         "libraries": {"torch": torch.__version__}, "model": "base", "revision": None, "weights": "0" * 64,
         "parameters": [{"name": "a.weight", "shape": [2, 2]}, {"name": "b.weight", "shape": [2]}],
         "objective": "causal-lm", "optimizer": "adamw", "segments": [{"length": 0.1}], "config": {},
-        "curvature_samples": 4, "probes": K, "source_probes": SOURCES, "source_scales": [1.0, 2.0], "exact": False,
-        "kept_variance": 0.9, "dtype": "float32", "dataset": {"rows": ROWS}, "sources": ["one", "two"],
+        "curvature_samples": 4, "directions": K, "source_directions": SOURCES, "source_scales": [1.0, 2.0], "exact": False,
+        "explained_variance": 0.9, "dtype": "float32", "dataset": {"rows": ROWS}, "sources": ["one", "two"],
         "salt": "0" * 32,
     } | changes  # fmt: skip
 
@@ -42,7 +42,7 @@ def described(**changes: Any) -> dict[str, Any]:
 def parts(seed: int = 0) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     return {
-        "probes": [torch.randn(K, P, generator=generator), torch.randn(SOURCES, P, generator=generator)],
+        "directions": [torch.randn(K, P, generator=generator), torch.randn(SOURCES, P, generator=generator)],
         "coordinates": torch.randn(ROWS, K, generator=generator),
         "row_ids": torch.arange(ROWS) + 100,
         "row_hashes": torch.randint(0, 256, (ROWS, 16), generator=generator).to(torch.uint8),
@@ -66,17 +66,24 @@ MAPS = {"model.layers.0.mlp.down_proj": torch.eye(3), "lm.head": torch.tensor([[
 
 def written_whole(folder: Path, shard_size: int = 1 << 30) -> ResponseBank:
     """A bank that keeps everything that a bank may keep."""
-    told = described(privacy={"text": True}, ends="mean")
-    packed, weights = Quantised.of(RESPONSES), torch.arange(P) / 8
+    told = described(privacy={"text": True}, averaging="trajectory")
+    packed, weights = RowCodes.of(RESPONSES), torch.arange(P) / 8
     return write_bank(
-        folder, told, **parts(), shard_size=shard_size, texts=TEXTS, responses=packed, maps=MAPS, weights=weights
+        folder,
+        told,
+        **parts(),
+        shard_size=shard_size,
+        texts=TEXTS,
+        responses=packed,
+        error_projections=MAPS,
+        weights=weights,
     )
 
 
 def contents(bank: ResponseBank) -> dict[str, Any]:
     blocks = list(bank.coordinates())
     return {
-        "probes": bank.probes(),
+        "directions": bank.directions(),
         "row_ids": torch.cat([ids for ids, _, _ in blocks]),
         "sources": torch.cat([sources for _, sources, _ in blocks]),
         "coordinates": torch.cat([coordinates for _, _, coordinates in blocks]),
@@ -85,7 +92,7 @@ def contents(bank: ResponseBank) -> dict[str, Any]:
 
 
 def is_seed(bank: ResponseBank, seed: int) -> bool:
-    return torch.equal(bank.probes(), torch.cat(parts(seed)["probes"]))
+    return torch.equal(bank.directions(), torch.cat(parts(seed)["directions"]))
 
 
 @pytest.mark.parametrize("shard_size", [1 << 30, 3 * 4 * P, 1])
@@ -94,7 +101,7 @@ def test_what_is_written_is_read(tmp_path: Path, shard_size: int, monkeypatch: p
     written(tmp_path, shard_size=shard_size)
     bank = ResponseBank.from_pretrained(tmp_path)
     found, expected = contents(bank), parts()
-    expected["probes"] = torch.cat(expected["probes"])
+    expected["directions"] = torch.cat(expected["directions"])
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert len(bank) == ROWS
     assert len(list(tmp_path.glob("*.safetensors"))) == len(bank.manifest.files) >= (2 if shard_size > 1000 else 4)
@@ -105,27 +112,29 @@ def test_responses_and_maps_are_read(tmp_path: Path, shard_size: int, monkeypatc
     monkeypatch.setattr(hf_fwdattr.bank.bank, "_BLOCK", 2 * P)
     written_whole(tmp_path, shard_size)
     bank = ResponseBank.from_pretrained(tmp_path)
-    expected = Quantised.of(RESPONSES).unpacked()
-    assert torch.equal(torch.cat([block.unpacked() for block in bank.responses()]), expected)
-    assert torch.equal(bank.responses_of([9, 0, 9, 3]), expected[[9, 0, 9, 3]])
-    assert {name: table.tolist() for name, table in bank.maps().items()} == {n: t.tolist() for n, t in MAPS.items()}
-    assert bank.manifest.responses == ROWS
+    expected = RowCodes.of(RESPONSES).decode()
+    assert torch.equal(torch.cat([block.decode() for block in bank.row_codes()]), expected)
+    assert torch.equal(bank.decode_rows([9, 0, 9, 3]), expected[[9, 0, 9, 3]])
+    assert {name: table.tolist() for name, table in bank.error_projections().items()} == {
+        n: t.tolist() for n, t in MAPS.items()
+    }
+    assert bank.manifest.row_codes == ROWS
     with pytest.raises(BankError, match="keeps no response of row 10"):
-        bank.responses_of([0, 10])
+        bank.decode_rows([0, 10])
     copied = ResponseBank(bank.save_pretrained(tmp_path / "copy"))
-    assert torch.equal(copied.responses_of([4]), expected[[4]])
+    assert torch.equal(copied.decode_rows([4]), expected[[4]])
     without = written(tmp_path / "without")
-    assert not list(without.responses())
-    assert without.maps() == {}
+    assert not list(without.row_codes())
+    assert without.error_projections() == {}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_stored_as_such_and_read_as_float32(tmp_path: Path, dtype: str) -> None:
     bank = written(tmp_path, dtype=dtype)
     found = contents(bank)
-    assert found["coordinates"].dtype == found["probes"].dtype == torch.float32
+    assert found["coordinates"].dtype == found["directions"].dtype == torch.float32
     assert torch.equal(found["coordinates"], parts()["coordinates"].to(getattr(torch, dtype)).float())
-    agree(found["probes"], torch.cat(parts()["probes"]), 1e-2)
+    agree(found["directions"], torch.cat(parts()["directions"]), 1e-2)
 
 
 def test_a_folder_with_the_bank_in_it_and_the_bank_itself_both_open(tmp_path: Path) -> None:
@@ -162,18 +171,18 @@ def test_what_was_measured_is_noted(tmp_path: Path) -> None:
 def test_only_its_own_old_shards_are_swept_away(tmp_path: Path) -> None:
     folder = tmp_path / "fwdattr"
     written(folder)
-    mine = ["notes.txt", "README.md", "probes-00000000-x.txt", ".gitattributes", "LICENSE"]
+    mine = ["notes.txt", "README.md", "directions-00000000-x.txt", ".gitattributes", "LICENSE"]
     for name in mine:
         (folder / name).write_text("mine")
     (folder / ".partial-killed").write_text("half")
-    (folder / "probes-0123abcd-00000.safetensors").write_text("of a run that was killed")
+    (folder / "directions-0123abcd-00000.safetensors").write_text("of a run that was killed")
     bank = written(folder, seed=1)
     ours = {"bank.json", *(file.name for file in bank.manifest.files)}
     assert {path.name for path in folder.iterdir()} == ours | set(mine)
     assert {(folder / name).read_text() for name in mine} == {"mine"}
 
 
-@pytest.mark.parametrize("name", ["mine.safetensors", "probes-best.safetensors", "weights.pkl", "run.py", "data"])
+@pytest.mark.parametrize("name", ["mine.safetensors", "directions-best.safetensors", "weights.pkl", "run.py", "data"])
 def test_a_bank_is_not_written_beside_files_that_could_be_taken_for_its_own(tmp_path: Path, name: str) -> None:
     written(tmp_path)
     (tmp_path / name).write_text("mine")
@@ -278,9 +287,9 @@ def test_a_real_kill_leaves_a_bank_that_loads(tmp_path: Path) -> None:
 
 def test_nan_is_not_written(tmp_path: Path) -> None:
     written(tmp_path, seed=1)
-    for name in ("probes", "coordinates"):
+    for name in ("directions", "coordinates"):
         bad = parts()
-        (bad[name][1] if name == "probes" else bad[name])[0, 0] = float("nan")
+        (bad[name][1] if name == "directions" else bad[name])[0, 0] = float("nan")
         with pytest.raises(BankError, match="holds NaN or infinity"):
             write_bank(tmp_path, described(), **bad)
     huge = parts() | {"coordinates": torch.full((ROWS, K), 1e6)}
@@ -294,7 +303,7 @@ def belonging(folder: Path, model: Any) -> ResponseBank:
     """A bank that belongs to a model."""
     parameters = Parameters.of(model)
     spelled = [{"name": n, "shape": list(s)} for n, s in zip(parameters.names, parameters.shapes, strict=True)]
-    made = parts() | {"probes": [torch.zeros(K, parameters.size), torch.zeros(SOURCES, parameters.size)]}
+    made = parts() | {"directions": [torch.zeros(K, parameters.size), torch.zeros(SOURCES, parameters.size)]}
     return write_bank(folder, described(parameters=spelled, weights=parameters.fingerprint(model)), **made)
 
 

@@ -48,14 +48,14 @@ def test_the_template_is_the_packages(tmp_path: Path) -> None:
 def test_a_section_takes_the_place_of_the_older_one() -> None:
     first = with_section("---\nlicense: mit\ntags: lora\n---\n# Mine\n\nBefore.\n", manifest(), "me/adapter")
     edited = first.rstrip() + "\n\n## After\n\nMore of mine.\n"
-    second = with_section(edited, manifest(kept_variance=0.5), "me/adapter")
+    second = with_section(edited, manifest(explained_variance=0.5), "me/adapter")
     card = ModelCard(second)
     assert (card.data.get("license"), card.data.get("tags")) == ("mit", ["lora", "fwdattr"])
     assert second.count("## Response bank") == 1
     assert "0.500 of held-out" in second
     assert "0.900 of held-out" not in second
     assert second.index("Before.") < second.index("## Response bank") < second.index("More of mine.")
-    assert with_section(second, manifest(kept_variance=0.5), "me/adapter") == second
+    assert with_section(second, manifest(explained_variance=0.5), "me/adapter") == second
 
 
 def test_an_empty_card_begins_with_a_header() -> None:
@@ -96,4 +96,4 @@ def test_the_card_tells_of_the_first_look(tmp_path: Path) -> None:
     assert "| first look | one forward pass explains 0.00 of the variance" in whole
     assert "the rows' own responses are kept, one byte a number |\n| measured quality |" in whole
     assert "first look" not in plain
-    assert "probes" in plain.split("| measured quality |")[0]
+    assert "directions" in plain.split("| measured quality |")[0]

@@ -88,7 +88,7 @@ def renamed(name: str) -> Damage:
 
 
 def linked(folder: Path) -> None:
-    path = shard(folder, "probes")
+    path = shard(folder, "directions")
     outside = folder.parent / "outside"
     path.rename(outside)
     path.symlink_to(outside)
@@ -111,7 +111,7 @@ def swapped(one: str, other: str) -> Damage:
 
 
 def as_folder(folder: Path) -> None:
-    path = shard(folder, "probes")
+    path = shard(folder, "directions")
     path.unlink()
     path.mkdir()
 
@@ -121,8 +121,8 @@ def truncated(folder: Path) -> None:
         file.truncate(shard(folder, "coordinates").stat().st_size - 1)
 
 
-PICKLE = pickle.dumps({"probes": [[0.0] * P] * K}, protocol=4) + b"\0" * 400
-ENTRY = '{"probes":{"dtype":"F32","shape":[%s],"data_offsets":[0,%d]}}'
+PICKLE = pickle.dumps({"directions": [[0.0] * P] * K}, protocol=4) + b"\0" * 400
+ENTRY = '{"directions":{"dtype":"F32","shape":[%s],"data_offsets":[0,%d]}}'
 BYTES = K * P * 4
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "no manifest": (lambda f: (f / "bank.json").unlink(), r"no bank in .*: there is no bank\.json"),
@@ -130,11 +130,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "not UTF-8": (lambda f: (f / "bank.json").write_bytes(b"\xff"), r"bank\.json is not sound JSON"),
     "a list": (
         lambda f: (f / "bank.json").write_text("[]"),
-        "schema_version is None and this package reads 1",
+        "schema_version is None and this package reads 2",
     ),
     "deep": (lambda f: (f / "bank.json").write_text("[" * 10**5), r"bank\.json is not sound JSON"),
     "doubled key": (
-        lambda f: (f / "bank.json").write_text('{"schema_version": 1, "schema_version": 1}'),
+        lambda f: (f / "bank.json").write_text('{"schema_version": 2, "schema_version": 2}'),
         "a key appears twice",
     ),
     "wide": (
@@ -142,19 +142,19 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         r"it holds up to \d+ values; at most",
     ),
     "long number": (
-        lambda f: (f / "bank.json").write_text('{"schema_version": 1' + "0" * 10**6 + "}"),
+        lambda f: (f / "bank.json").write_text('{"schema_version": 2' + "0" * 10**6 + "}"),
         r"bank\.json is not sound JSON: Exceeds the limit",
     ),
     "deep objects": (lambda f: (f / "bank.json").write_text('{"a":' * 10**5), r"bank\.json is not sound JSON"),
     "linked manifest": (linked_manifest, r"bank\.json is a link that leads out of the bank's folder"),
     "huge manifest": (lambda f: os.truncate(f / "bank.json", 1 << 27), "a manifest has at most"),
-    "other schema": (put("schema_version", 2), "schema_version is 2 and this package reads 1; update hf-fwdattr"),
+    "other schema": (put("schema_version", 3), "schema_version is 3 and this package reads 2; update hf-fwdattr"),
     "extra key": (put("run_this", "rm"), r"run_this: Extra inputs are not permitted \(found 'rm'\)"),
     "missing key": (edited(lambda v: v.pop("weights")), "weights: Field required"),
-    "wrong kind": (put("probes", "3"), r"probes: Input should be a valid integer \(found '3'\)"),
-    "no probes": (put("probes", 0), "probes: Input should be greater than or equal to 1"),
+    "wrong kind": (put("directions", "3"), r"directions: Input should be a valid integer \(found '3'\)"),
+    "no directions": (put("directions", 0), "directions: Input should be greater than or equal to 1"),
     "no rows": (edited(lambda v: v["dataset"].update(rows=0)), r"dataset\.rows: Input should be greater"),
-    "NaN in JSON": (put("kept_variance", float("nan")), "kept_variance: Input should be"),
+    "NaN in JSON": (put("explained_variance", float("nan")), "explained_variance: Input should be"),
     "no hash": (put("weights", "../../etc"), "weights: String should match pattern"),
     "unknown dtype": (put("dtype", "float64"), "dtype: Input should be 'float32', 'bfloat16' or 'float16'"),
     "sources twice": (put("sources", ["one", "one"]), "sources names something twice"),
@@ -162,9 +162,12 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         edited(lambda v: v["parameters"].append(v["parameters"][0])),
         "parameters names something twice",
     ),
-    "scales": (put("source_scales", [1.0]), "source_probes=2 and 1 source_scales do not fit 2 sources"),
+    "scales": (put("source_scales", [1.0]), "source_directions=2 and 1 source_scales do not fit 2 sources"),
     "absolute path": (renamed("/etc/passwd"), "'/etc/passwd', which is not a plain file name"),
-    "parent path": (renamed("../probes.safetensors"), r"'\.\./probes\.safetensors', which is not a plain file name"),
+    "parent path": (
+        renamed("../directions.safetensors"),
+        r"'\.\./directions\.safetensors', which is not a plain file name",
+    ),
     "sub-folder": (renamed("a/b.safetensors"), "which is not a plain file name"),
     "backslash": (renamed("..\\b.safetensors"), "which is not a plain file name"),
     "file twice": (edited(lambda v: v["files"].append(v["files"][0])), "files names something twice"),
@@ -175,40 +178,56 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "extra program": (lambda f: (f / "run.py").write_text("1"), "holds 'run.py', which bank.json does not name"),
     "extra link": (lambda f: (f / "here").symlink_to(f.parent), "holds 'here', which bank.json does not name"),
-    "swapped kinds": (swapped("probes", "coordinates"), r"has \d+ bytes and bank\.json says \d+"),
+    "swapped kinds": (swapped("directions", "coordinates"), r"has \d+ bytes and bank\.json says \d+"),
     "missing text": (lambda f: shard(f, "text").unlink(), r"text-.* is missing; download the bank again"),
     "flipped text": (lambda f: flipped(shard(f, "text")), "was changed: its sha256 is not"),
     "text that is not told of": (put("privacy", {}), "the shards hold 10 lines of text and bank.json says 0"),
-    "fewer responses": (put("responses", 0), "the shards hold 10 lines of responses and bank.json says 0"),
+    "fewer responses": (put("row_codes", 0), "the shards hold 10 lines of row_codes and bank.json says 0"),
     "a map more": (
-        edited(lambda v: v["maps"].append({"name": "more", "shape": [1, 1]})),
+        edited(lambda v: v["error_projections"].append({"name": "more", "shape": [1, 1]})),
         r"holds .* and bank\.json says",
     ),
-    "maps twice": (edited(lambda v: v["maps"].append(v["maps"][0])), "maps names something twice"),
-    "a map that is none": (edited(lambda v: v["maps"][0].update(shape=[9])), "a map of errors is a matrix"),
-    "other map": (edited(lambda v: v["maps"][0].update(shape=[1, 9])), r"holds .*'F16', \(3, 3\).* bank\.json says"),
+    "maps twice": (
+        edited(lambda v: v["error_projections"].append(v["error_projections"][0])),
+        "error_projections names something twice",
+    ),
+    "a map that is none": (
+        edited(lambda v: v["error_projections"][0].update(shape=[9])),
+        "a map of errors is a matrix",
+    ),
+    "other map": (
+        edited(lambda v: v["error_projections"][0].update(shape=[1, 9])),
+        r"holds .*'F16', \(3, 3\).* bank\.json says",
+    ),
     "wider responses": (
-        forged(
-            "responses", lambda p: save_file({"responses": torch.zeros(10, 6).int(), "steps": torch.zeros(10, 1)}, p)
-        ),
-        r"'responses': \('I32', \(10, 6\)\)",
+        forged("row_codes", lambda p: save_file({"codes": torch.zeros(10, 6).int(), "scales": torch.zeros(10, 1)}, p)),
+        r"'codes': \('I32', \(10, 6\)\)",
     ),
-    "too good a first look": (put("first_look", 1.5), "first_look: Input should be less than or equal to 1"),
-    "weights that are not told of": (put("ends", "last"), "the shards hold 1 lines of weights and bank.json says 0"),
-    "weights that are missing": (lambda f: shard(f, "weights").unlink(), "is missing; download the bank again"),
+    "too good a first look": (
+        put("predictor_explained_variance", 1.5),
+        "predictor_explained_variance: Input should be less than or equal to 1",
+    ),
+    "weights that are not told of": (
+        put("averaging", "none"),
+        "the shards hold 1 lines of averaged_weights and bank.json says 0",
+    ),
+    "weights that are missing": (
+        lambda f: shard(f, "averaged_weights").unlink(),
+        "is missing; download the bank again",
+    ),
     "fewer weights": (
-        forged("weights", lambda p: save_file({"weights": torch.zeros(P - 1)}, p)),
-        r"'weights': \('F32', \(5,\)\)",
+        forged("averaged_weights", lambda p: save_file({"averaged_weights": torch.zeros(P - 1)}, p)),
+        r"'averaged_weights': \('F32', \(5,\)\)",
     ),
-    "ends elsewhere": (put("ends", "first"), "ends: Input should be 'last' or 'mean'"),
-    "missing responses": (lambda f: shard(f, "responses").unlink(), "is missing; download the bank again"),
-    "flipped map": (lambda f: flipped(shard(f, "maps")), "was changed: its sha256 is not"),
+    "ends elsewhere": (put("averaging", "first"), "averaging: Input should be 'none' or 'trajectory'"),
+    "missing responses": (lambda f: shard(f, "row_codes").unlink(), "is missing; download the bank again"),
+    "flipped map": (lambda f: flipped(shard(f, "error_projections")), "was changed: its sha256 is not"),
     "text of sources only": (
-        edited(lambda v: v.update(privacy={"rows": "sources", "text": True}, responses=0)),
+        edited(lambda v: v.update(privacy={"rows": "sources", "text": True}, row_codes=0)),
         "one excludes the other",
     ),
-    "responses of sources only": (put("privacy", {"rows": "sources"}), "responses=10 are neither none nor"),
-    "missing file": (lambda f: shard(f, "probes").unlink(), r"probes-.* is missing; download the bank again"),
+    "responses of sources only": (put("privacy", {"rows": "sources"}), "row_codes=10 are neither none nor"),
+    "missing file": (lambda f: shard(f, "directions").unlink(), r"directions-.* is missing; download the bank again"),
     "folder as file": (as_folder, "is missing; download the bank again"),
     "link": (linked, "is a link that leads out of the bank's folder"),
     "truncated": (truncated, r"has \d+ bytes and bank\.json says \d+; download the bank again"),
@@ -217,16 +236,19 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "wrong order": (edited(lambda v: v["files"][0].update(first=1)), "begins at line 1 and should begin at 0"),
     "fewer rows": (
         edited(lambda v: v["dataset"].update(rows=9)),
-        "responses=10 are neither none nor those of 9 known rows",
+        "row_codes=10 are neither none nor those of 9 known rows",
     ),
-    "no shards": (put("files", []), "the shards hold 0 lines of probes and bank.json says 5"),
+    "no shards": (put("files", []), "the shards hold 0 lines of directions and bank.json says 5"),
     "other shapes": (
         edited(lambda v: v["parameters"][0].update(shape=[2, 3])),
-        r"'probes': \('F32', \(3, 6\)\).* and bank\.json says .*\(3, 8\)",
+        r"'directions': \('F32', \(3, 6\)\).* and bank\.json says .*\(3, 8\)",
     ),
-    "pickle in disguise": (forged("probes", lambda p: p.write_bytes(PICKLE)), "sound safetensors file .its header"),
+    "pickle in disguise": (
+        forged("directions", lambda p: p.write_bytes(PICKLE)),
+        "sound safetensors file .its header",
+    ),
     "zip in disguise": (
-        forged("probes", lambda p: torch.save({"probes": torch.zeros(3)}, p)),
+        forged("directions", lambda p: torch.save({"directions": torch.zeros(3)}, p)),
         "is not a sound safetensors file .its header claims",
     ),
     "text as a matrix": (
@@ -237,28 +259,31 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         forged("text", lambda p: save_file({"text": torch.zeros(9).byte(), "offsets": torch.arange(10)}, p)),
         r"'offsets': \('I64', \(10,\)\)",
     ),
-    "empty file": (forged("probes", header(b"", claimed=0)), "is not a sound safetensors file"),
-    "8 bytes": (forged("probes", lambda p: p.write_bytes(b"12")), "is not a sound safetensors file"),
-    "header beyond the file": (forged("probes", header(b"{}", claimed=1 << 62)), "its header claims"),
-    "header is a list": (forged("probes", header(b"[]")), "is not a sound safetensors file"),
-    "entry is a list": (forged("probes", header(b'{"probes":[]}')), "is not a sound safetensors file"),
+    "empty file": (forged("directions", header(b"", claimed=0)), "is not a sound safetensors file"),
+    "8 bytes": (forged("directions", lambda p: p.write_bytes(b"12")), "is not a sound safetensors file"),
+    "header beyond the file": (forged("directions", header(b"{}", claimed=1 << 62)), "its header claims"),
+    "header is a list": (forged("directions", header(b"[]")), "is not a sound safetensors file"),
+    "entry is a list": (forged("directions", header(b'{"directions":[]}')), "is not a sound safetensors file"),
     "data not there": (
-        forged("probes", header((ENTRY % ("1000000000,1000000000", 4 * 10**18)).encode())),
+        forged("directions", header((ENTRY % ("1000000000,1000000000", 4 * 10**18)).encode())),
         "it should be 4000000000000000",
     ),
     "offsets that lie": (
-        forged("probes", header((ENTRY % (f"{K},{P}", 8)).encode(), b"\0" * 8)),
+        forged("directions", header((ENTRY % (f"{K},{P}", 8)).encode(), b"\0" * 8)),
         f"declares {BYTES} bytes at 0..8",
     ),
-    "negative extent": (forged("probes", header((ENTRY % ("-3,-6", BYTES)).encode(), b"\0" * BYTES)), "has shape"),
-    "fractional extent": (forged("probes", header((ENTRY % ("3.0,6", BYTES)).encode(), b"\0" * BYTES)), "has shape"),
+    "negative extent": (forged("directions", header((ENTRY % ("-3,-6", BYTES)).encode(), b"\0" * BYTES)), "has shape"),
+    "fractional extent": (
+        forged("directions", header((ENTRY % ("3.0,6", BYTES)).encode(), b"\0" * BYTES)),
+        "has shape",
+    ),
     "tensor twice": (
-        forged("probes", header(b'{"probes":1,"probes":2}')),
+        forged("directions", header(b'{"directions":1,"directions":2}')),
         "a key appears twice",
     ),
     "overlap": (
         forged(
-            "probes",
+            "directions",
             header(
                 b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"U8","shape":[4],"data_offsets":[2,6]}}',
                 b"\0" * 6,
@@ -266,9 +291,9 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         ),
         "a gap or an overlap",
     ),
-    "odd metadata": (forged("probes", header(b'{"__metadata__":{"a":1}}')), "is not a sound safetensors file"),
+    "odd metadata": (forged("directions", header(b'{"__metadata__":{"a":1}}')), "is not a sound safetensors file"),
     "unknown dtype in a shard": (
-        forged("probes", header(b'{"probes":{"dtype":"C64","shape":[0],"data_offsets":[0,0]}}')),
+        forged("directions", header(b'{"directions":{"dtype":"C64","shape":[0],"data_offsets":[0,0]}}')),
         "is not a sound safetensors file",
     ),
     "other dtype": (
@@ -311,7 +336,7 @@ def test_every_byte_of_a_shard_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("probes", lambda p: save_file({"probes": torch.full((K, P), float("nan"))}, p), "holds NaN"),
+        ("directions", lambda p: save_file({"directions": torch.full((K, P), float("nan"))}, p), "holds NaN"),
         (
             "coordinates",
             lambda p: tensors(p, coordinates=torch.full((ROWS, K), float("inf"))),
@@ -328,7 +353,7 @@ def test_every_byte_of_a_shard_counts(tmp_path: Path) -> None:
             "sources beyond the 2",
         ),
     ],
-    ids=["NaN probes", "infinite coordinates", "source beyond", "source below"],
+    ids=["NaN directions", "infinite coordinates", "source beyond", "source below"],
 )
 def test_values_are_checked_as_they_are_read(tmp_path: Path, kind: str, change: Damage, message: str) -> None:
     """A bank may be larger than memory, so its values are not looked at when it is opened."""
@@ -336,7 +361,7 @@ def test_values_are_checked_as_they_are_read(tmp_path: Path, kind: str, change: 
     forged(kind, change)(tmp_path)
     bank = ResponseBank(tmp_path)
     with pytest.raises(BankError, match=message):
-        bank.probes() if kind == "probes" else list(bank.coordinates())
+        bank.directions() if kind == "directions" else list(bank.coordinates())
 
 
 def test_shards_of_a_kind_cannot_change_places(tmp_path: Path) -> None:
@@ -370,7 +395,7 @@ def test_a_manifest_that_would_fill_memory_is_not_parsed(tmp_path: Path, unit: b
 
 def test_a_header_that_lies_allocates_nothing(tmp_path: Path) -> None:
     """A sparse file of a terabyte whose header is as long: refused after eight bytes."""
-    path = tmp_path / "probes.safetensors"
+    path = tmp_path / "directions.safetensors"
     with path.open("wb") as file:
         file.write(struct.pack("<Q", (1 << 40) - 8))
         file.truncate(1 << 40)
@@ -391,7 +416,7 @@ def test_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
     (tmp_path / "cache").symlink_to(tmp_path / "disk")
     for root in ("disk", "cache"):
         bank = ResponseBank.from_pretrained(tmp_path / root / "models--me--adapter" / "snapshots" / "abc")
-        assert bank.probes().shape == (K + SOURCES, P)
+        assert bank.directions().shape == (K + SOURCES, P)
 
 
 def test_verification_can_be_left_out_where_it_was_done(tmp_path: Path) -> None:

@@ -26,13 +26,13 @@ OFTEN = settings(
 )
 SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-    | st.sampled_from([0, -1, 1 << 62, 1 << 400, 0.5, "../x", "/etc/passwd", "float32", "probes", "0" * 64])
+    | st.sampled_from([0, -1, 1 << 62, 1 << 400, 0.5, "../x", "/etc/passwd", "float32", "directions", "0" * 64])
 )  # fmt: skip
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
 )
 # What the shards must agree with; the rest of bank.json is description.
-STRUCTURE = ("probes", "source_probes", "dtype", "privacy", "files")
+STRUCTURE = ("directions", "source_directions", "dtype", "privacy", "files")
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -88,7 +88,7 @@ def test_a_changed_manifest(folder: Path, whole: dict[str, Any], data: st.DataOb
     said = json.loads(bank.manifest.to_json())
     assert {key: said[key] for key in STRUCTURE} == {key: whole[key] for key in STRUCTURE}
     assert len(read["coordinates"]) == said["dataset"]["rows"] == whole["dataset"]["rows"]
-    assert bank.manifest.size == read["probes"].shape[1]
+    assert bank.manifest.size == read["directions"].shape[1]
     assert read["texts"] == TEXTS
     assert len(said["sources"]) == len(whole["sources"])
 
@@ -96,7 +96,7 @@ def test_a_changed_manifest(folder: Path, whole: dict[str, Any], data: st.DataOb
 @OFTEN
 @given(data=st.data(), how=st.sampled_from(["replace", "delete", "add"]), new=VALUES)
 def test_a_changed_pointer(tmp_path: Path, data: st.DataObject, how: str, new: Any) -> None:
-    whole = {"schema_version": 1, "bank_repo": "me/bank", "repo_type": "dataset", "revision": "0" * 40}
+    whole = {"schema_version": 2, "bank_repo": "me/bank", "repo_type": "dataset", "revision": "0" * 40}
     values = changed(whole, data.draw(st.sampled_from(list(places(whole)))), how, new)
     (tmp_path / "bank.json").write_text(json.dumps(values))
     with suppress(BankError):
@@ -119,7 +119,7 @@ def before(folder: Path) -> dict[str, Any]:
 
 @OFTEN
 @given(
-    data=st.data(), kind=st.sampled_from(["probes", "coordinates", "text"]),
+    data=st.data(), kind=st.sampled_from(["directions", "coordinates", "text"]),
     how=st.sampled_from(["replace", "delete", "add"]), new=VALUES,
 )  # fmt: skip
 def test_a_changed_header(
@@ -150,7 +150,7 @@ def test_a_changed_header(
 @OFTEN
 @given(data=st.binary(max_size=200), claimed=st.integers(0, 1 << 64 - 1) | st.integers(0, 250))
 def test_a_shard_of_anything(tmp_path: Path, data: bytes, claimed: int) -> None:
-    path = tmp_path / "probes.safetensors"
+    path = tmp_path / "directions.safetensors"
     path.write_bytes(struct.pack("<Q", min(claimed, 2**64 - 1)) + data)
     with suppress(BankError):
         assert sum(len(shape) for _, shape in check_header(path).values()) >= 0

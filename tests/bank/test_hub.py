@@ -31,7 +31,7 @@ def big(folder: Path, rows: int = 40_000, k: int = 64) -> ResponseBank:
     """A bank of more than 10 MB in several shards."""
     generator = torch.Generator().manual_seed(0)
     return write_bank(
-        folder, described(probes=k, dataset={"rows": rows}),
+        folder, described(directions=k, dataset={"rows": rows}),
         [torch.randn(k, 6, generator=generator), torch.randn(2, 6, generator=generator)],
         torch.randn(rows, k, generator=generator), torch.arange(rows), torch.zeros(rows, 16, dtype=torch.uint8),
         torch.zeros(rows, dtype=torch.int64), shard_size=3 << 20,
@@ -56,16 +56,16 @@ def test_shards_come_down_when_they_are_needed(hub: World, tmp_path: Path) -> No
     hub.clean()
     bank = ResponseBank.from_pretrained(NAME)
     assert hub.server.sent("safetensors") == 0
-    bank.probes()
-    probes = [file for file in bank.manifest.files if file.kind == "probes"]
-    assert hub.server.sent("safetensors") == sum(file.size for file in probes)
+    bank.directions()
+    directions = [file for file in bank.manifest.files if file.kind == "directions"]
+    assert hub.server.sent("safetensors") == sum(file.size for file in directions)
     first = next(file for file in bank.manifest.files if file.kind == "coordinates")
     blocks = bank.coordinates()
     next(blocks)
     assert hub.server.sent("coordinates") == first.size
     before = hub.server.sent("safetensors")
     next(bank.coordinates())
-    bank.probes()
+    bank.directions()
     assert hub.server.sent("safetensors") == before
 
 
@@ -73,11 +73,11 @@ def test_probes_of_sources_come_down_alone(hub: World, tmp_path: Path) -> None:
     written(tmp_path / "bank").push_to_hub(NAME)
     hub.clean()
     bank = ResponseBank.from_pretrained(NAME)
-    found = bank.probes(lines=slice(bank.manifest.probes, None))
-    assert torch.equal(found, parts()["probes"][1])
-    (file,) = (file for file in bank.manifest.files if file.kind == "probes" and file.first)
+    found = bank.directions(lines=slice(bank.manifest.directions, None))
+    assert torch.equal(found, parts()["directions"][1])
+    (file,) = (file for file in bank.manifest.files if file.kind == "directions" and file.first)
     assert hub.server.sent("safetensors") == file.size
-    assert torch.equal(bank.probes(lines=slice(1, 4)), torch.cat(parts()["probes"])[1:4])
+    assert torch.equal(bank.directions(lines=slice(1, 4)), torch.cat(parts()["directions"])[1:4])
 
 
 def test_a_branch_a_tag_and_a_commit_are_read_as_they_are(hub: World, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_path_of_this_machine_does_not_go_up(hub: World, tmp_path: Path) -> No
 
 def test_only_the_banks_own_files_go_up(hub: World, tmp_path: Path) -> None:
     bank = written(tmp_path)
-    for name in ("probes-0123abcd-00000.safetensors", ".partial-x", "secret.txt", "code.py", "weights.pkl"):
+    for name in ("directions-0123abcd-00000.safetensors", ".partial-x", "secret.txt", "code.py", "weights.pkl"):
         (tmp_path / name).write_bytes(b"not mine")
     bank.push_to_hub(NAME)
     expected = {f"fwdattr/{file.name}" for file in bank.manifest.files} | {"fwdattr/bank.json", "README.md"}
@@ -235,11 +235,11 @@ def test_the_arguments_of_the_hub(hub: World, tmp_path: Path) -> None:
     mine = tmp_path / "my cache"
     assert is_seed(ResponseBank.from_pretrained(NAME, subfolder="elsewhere", cache_dir=mine), 0)
     assert not hub.cache.exists() or not list(hub.cache.rglob("*.safetensors"))
-    before = hub.server.sent("probes")
+    before = hub.server.sent("directions")
     assert is_seed(ResponseBank.from_pretrained(NAME, subfolder="elsewhere", cache_dir=mine, local_files_only=True), 0)
-    assert hub.server.sent("probes") == before
-    ResponseBank.from_pretrained(NAME, subfolder="elsewhere", cache_dir=mine, force_download=True).probes()
-    assert hub.server.sent("probes") == 2 * before
+    assert hub.server.sent("directions") == before
+    ResponseBank.from_pretrained(NAME, subfolder="elsewhere", cache_dir=mine, force_download=True).directions()
+    assert hub.server.sent("directions") == 2 * before
 
 
 def test_a_saved_copy_of_a_remote_bank_is_whole(hub: World, tmp_path: Path) -> None:
@@ -285,7 +285,7 @@ def test_a_bank_in_a_dataset_repository_is_pointed_to(hub: World, tmp_path: Path
 def test_a_pointer_leads_to_a_commit_of_a_repository_or_nowhere(
     hub: World, change: dict[str, str], message: str
 ) -> None:
-    pointer = {"schema_version": 1, "bank_repo": "me/bank", "revision": "0" * 40} | change
+    pointer = {"schema_version": 2, "bank_repo": "me/bank", "revision": "0" * 40} | change
     hub.server.put(NAME, {"fwdattr/bank.json": json.dumps(pointer).encode()})
     with pytest.raises(BankError, match=message):
         ResponseBank.from_pretrained(NAME)
@@ -293,7 +293,7 @@ def test_a_pointer_leads_to_a_commit_of_a_repository_or_nowhere(
 
 def test_a_pointer_does_not_lead_to_a_pointer(hub: World) -> None:
     commit = hub.server.put(NAME, {})
-    pointer = {"schema_version": 1, "bank_repo": NAME, "repo_type": "model", "revision": commit}
+    pointer = {"schema_version": 2, "bank_repo": NAME, "repo_type": "model", "revision": commit}
     for _ in range(2):
         commit = hub.server.put(NAME, {"fwdattr/bank.json": json.dumps(pointer | {"revision": commit}).encode()})
     with pytest.raises(BankError, match="which cannot point on again"):
@@ -321,8 +321,8 @@ def test_a_hub_that_stays_silent_is_said_to_be(hub: World, tmp_path: Path) -> No
     hub.clean()
     bank = ResponseBank.from_pretrained(NAME)
     hub.server.fault = lambda method, path: "drop"
-    with pytest.raises(BankError, match=r"probes-.* of me/adapter@.*: the connection failed|cannot be asked"):
-        bank.probes()
+    with pytest.raises(BankError, match=r"directions-.* of me/adapter@.*: the connection failed|cannot be asked"):
+        bank.directions()
     hub.server.reset()
     assert is_seed(bank, 0)
 
@@ -392,14 +392,14 @@ def test_damage_on_the_hub_is_refused_before_it_is_downloaded(
 
 def test_a_cache_that_was_tampered_with_is_refused(hub: World, tmp_path: Path) -> None:
     written(tmp_path / "bank").push_to_hub(NAME)
-    ResponseBank.from_pretrained(NAME).probes()
-    path = min(hub.cache.rglob("probes-*.safetensors"))
+    ResponseBank.from_pretrained(NAME).directions()
+    path = min(hub.cache.rglob("directions-*.safetensors"))
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.resolve().write_bytes(data)
     hub.offline()
     with pytest.raises(BankError, match="was changed: its sha256"):
-        ResponseBank.from_pretrained(NAME).probes()
+        ResponseBank.from_pretrained(NAME).directions()
 
 
 def test_the_card_says_what_the_bank_is(hub: World, tmp_path: Path) -> None:
@@ -442,7 +442,7 @@ def test_a_shard_that_is_none_is_named_whether_inspected_or_read(
     """Size and hash are those in bank.json, as whoever forges a bank would write them."""
     bank = written(tmp_path / "bank")
     bank.push_to_hub(NAME)
-    file = next(file for file in bank.manifest.files if file.kind == "probes")
+    file = next(file for file in bank.manifest.files if file.kind == "directions")
     forged = file.model_copy(update={"size": len(data), "sha256": hashlib.sha256(data).hexdigest()})
     files = [forged if known is file else known for known in bank.manifest.files]
     manifest = bank.manifest.model_copy(update={"files": files})
@@ -451,7 +451,7 @@ def test_a_shard_that_is_none_is_named_whether_inspected_or_read(
     with pytest.raises(BankError, match=message):
         found.inspect()
     with pytest.raises(BankError, match=r"sound safetensors|holds \{\} and bank.json says"):
-        found.probes()
+        found.directions()
 
 
 def test_the_command_line_pushes_and_inspects(hub: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

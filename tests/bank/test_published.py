@@ -71,12 +71,14 @@ def test_only_what_a_query_needs_comes_down(hub: World, tmp_path: Path) -> None:
     assert HUB.sent("fwdattr/.*safetensors") == 0
     files = attribute.bank.manifest.files
     sources = attribute(QUERY, top_k=0)["sources"]
-    theirs = next(file for file in files if file.kind == "probes" and file.first)
+    theirs = next(file for file in files if file.kind == "directions" and file.first)
     assert HUB.sent("fwdattr/.*safetensors") == theirs.size
     whole = attribute(QUERY)
     assert [line["source"] for line in whole["sources"]] == [line["source"] for line in sources]
     assert [line["score"] for line in whole["sources"]] == pytest.approx([line["score"] for line in sources], rel=1e-5)
-    needed = sum(file.size for file in files if file.kind != "maps")  # all probes are read, so no first look is needed
+    needed = sum(
+        file.size for file in files if file.kind != "error_projections"
+    )  # all directions are read, so no first look is needed
     assert HUB.sent("fwdattr/.*safetensors") == needed
     attribute(QUERY)
     assert HUB.sent("fwdattr/.*safetensors") == needed
@@ -159,7 +161,7 @@ def test_the_trainers_own_pushes_carry_the_bank(hub: World, tmp_path: Path, stra
 def test_a_trainers_push_leaves_one_bank(hub: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Trainer only adds files; the shards of the bank before are deleted, and nothing else is."""
     trained(tmp_path / "run").push_to_hub()
-    HUB.put(NAME, {"fwdattr/notes.txt": b"mine", "probes-0123abcd-00000.safetensors": b"not in the folder"})
+    HUB.put(NAME, {"fwdattr/notes.txt": b"mine", "directions-0123abcd-00000.safetensors": b"not in the folder"})
     old = {path for path in HUB.files(NAME) if path.startswith("fwdattr/") and path.endswith(".safetensors")}
     trainer = trained(tmp_path / "run", learning_rate=2e-2)
     before = live_scores(trainer)
@@ -170,7 +172,7 @@ def test_a_trainers_push_leaves_one_bank(hub: World, tmp_path: Path, caplog: pyt
             break
         threading.Event().wait(0.02)
     assert one_bank(NAME) | {"fwdattr/notes.txt"} == {p for p in HUB.files(NAME) if p.startswith("fwdattr/")}
-    assert "probes-0123abcd-00000.safetensors" in HUB.files(NAME)
+    assert "directions-0123abcd-00000.safetensors" in HUB.files(NAME)
     hub.clean()
     assert torch.equal(named().scores(queries()), before)
     HUB.put(NAME, dict.fromkeys(old, b"back"))

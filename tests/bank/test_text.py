@@ -36,7 +36,7 @@ def test_only_the_shards_of_the_named_rows_come_down(hub: World, tmp_path: Path)
     written_with_text(tmp_path / "bank", shard_size=1).push_to_hub("me/adapter")
     hub.clean()
     bank = ResponseBank.from_pretrained("me/adapter")
-    bank.probes(), list(bank.coordinates())
+    bank.directions(), list(bank.coordinates())
     assert hub.server.sent("/text-") == 0
     assert bank.texts([4]) == [TEXTS[4]]
     (file,) = (

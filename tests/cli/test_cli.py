@@ -14,7 +14,7 @@ from tests.helpers.cases import adapted
 from tests.helpers.runs import ROWS, config, fine_tune, saved_adapter, saved_base, tokenizer, training_set
 
 
-SETTINGS = {"horizon": {"steps": 50, "step_size": 0.05}, "source_column": "source", "probes": 6, "batch_size": 4}
+SETTINGS = {"horizon": {"steps": 50, "step_size": 0.05}, "source_column": "source", "directions": 6, "batch_size": 4}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,11 @@ def test_build_makes_a_bank_that_attribute_finds(tmp_path: Path, folder: Path) -
     assert result.stdout == f"wrote {tmp_path / 'fwdattr'}\n"
     assert result.stderr == ""
     values = json.loads(call("inspect", tmp_path, "--json").stdout)
-    assert (values["dataset"]["rows"], values["probes"], values["sources"]) == (ROWS, 6, ["east", "north", "south"])
+    assert (values["dataset"]["rows"], values["directions"], values["sources"]) == (
+        ROWS,
+        6,
+        ["east", "north", "south"],
+    )
     found = attributed(folder, "--bank", tmp_path, "--dataset", folder.parent / "text.jsonl", "--json")
     assert found.exit_code == 0, found.output
     assert json.loads(found.stdout)["examples"]
@@ -129,13 +133,13 @@ def test_inspect_says_what_a_bank_holds(folder: Path) -> None:
         assert words in table.stdout
     assert "explains" in table.stdout
     values = json.loads(call("inspect", folder / "fwdattr", "--json").stdout)
-    assert values["schema_version"] == 1
+    assert values["schema_version"] == 2
     assert values["weights"] in table.stdout
 
 
 def test_every_mistake_is_one_message_without_traceback(tmp_path: Path, folder: Path) -> None:
     text = folder.parent / "text.jsonl"
-    configs = {"bad": "{", "unknown": '{"probe": 3}', "range": '{"probes": -1}', "kind": '{"segments": "3"}'}
+    configs = {"bad": "{", "unknown": '{"direction": 3}', "range": '{"directions": -1}', "kind": '{"segments": "3"}'}
     for name, settings in configs.items():
         (tmp_path / f"{name}.json").write_text(settings)
     (tmp_path / "table.xls").write_text("")
@@ -146,8 +150,8 @@ def test_every_mistake_is_one_message_without_traceback(tmp_path: Path, folder: 
         (("inspect", tmp_path / "damaged"), "is not sound JSON"),
         (("build", folder, text), "neither was given"),
         (("build", folder, text, "--config", tmp_path / "bad.json"), "Expecting property name"),
-        (("build", folder, text, "--config", tmp_path / "unknown.json"), "unknown setting(s) probe"),
-        (("build", folder, text, "--config", tmp_path / "range.json"), "probes=-1: must be at least 1"),
+        (("build", folder, text, "--config", tmp_path / "unknown.json"), "unknown setting(s) direction"),
+        (("build", folder, text, "--config", tmp_path / "range.json"), "directions=-1: must be at least 1"),
         (("build", folder, text, "--config", tmp_path / "kind.json"), "segments='3'"),
         (("build", folder, text, "--config", tmp_path / "none.json"), "none.json"),
         (("build", folder, tmp_path / "table.xls"), "cannot read"),
@@ -179,7 +183,7 @@ def test_without_words_there_is_help() -> None:
 
 
 def test_a_wrong_number_of_probes_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["demo", "--probes", "many", "--output", str(tmp_path / "out")])
+    result = CliRunner().invoke(app, ["demo", "--directions", "many", "--output", str(tmp_path / "out")])
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: probes='many': a number of probes")
+    assert result.stderr.startswith("error: directions='many': a number of directions")
     assert not (tmp_path / "out").exists()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from hf_fwdattr.demo.asking import ANSWER_ALONE, OURS, PROMPT_AND_ANSWER, ask, is_correct, recall
+from hf_fwdattr.demo.asking import ANSWER_ALONE, PROMPT_AND_ANSWER, SHARD_PATTERN, ask, is_correct, recall
 from hf_fwdattr.demo.baseline import TextSimilarity
 from hf_fwdattr.demo.facts import Question
 
@@ -60,10 +60,10 @@ def test_recall_counts_correct_answers_only_and_per_wording() -> None:
     answers += ask(pipeline_that_says(" Bamako.", [0.0] * 5), [question("reworded", {1})], TRAIN, top_k=2, quiet=True)
     lines = {line.wording: line for line in recall(answers, k=2)}
     assert (lines["reworded"].asked, lines["reworded"].correct) == (2, 1)
-    assert lines["as taught"].first[OURS] == 1.0
-    assert lines["reworded"].first[OURS] == 0.0
-    assert lines["reworded"].top[OURS] == 1.0
-    assert lines["all"].first[OURS] == 0.5
+    assert lines["as taught"].first[SHARD_PATTERN] == 1.0
+    assert lines["reworded"].first[SHARD_PATTERN] == 0.0
+    assert lines["reworded"].top[SHARD_PATTERN] == 1.0
+    assert lines["all"].first[SHARD_PATTERN] == 0.5
     assert lines["all"].correct == 2
 
 
@@ -114,4 +114,4 @@ def test_ties_keep_the_order_of_the_rows_and_a_text_without_words_ranks_nothing(
 
 def test_both_similarities_are_reported() -> None:
     (answer,) = ask(pipeline_that_says(" N'Djamena.", [1.0] * 5), ["The capital of Chad is"], TRAIN, quiet=True)
-    assert list(answer.rankings()) == [OURS, PROMPT_AND_ANSWER, ANSWER_ALONE]
+    assert list(answer.rankings()) == [SHARD_PATTERN, PROMPT_AND_ANSWER, ANSWER_ALONE]

@@ -14,7 +14,7 @@ HOSTILE = """</script><script>alert(1)</script><img src=x onerror=alert(2)> " on
 STORY = Story("Title", "Lead")
 
 
-class Reader(HTMLParser):
+class Scorer(HTMLParser):
     """Collects tags with their attributes, and the text inside every class."""
 
     def __init__(self) -> None:
@@ -28,8 +28,8 @@ class Reader(HTMLParser):
         return [attrs for _, attrs in self.tags if name in (attrs.get("class") or "").split()]
 
 
-def read(html: str) -> Reader:
-    reader = Reader()
+def read(html: str) -> Scorer:
+    reader = Scorer()
     reader.feed(html)
     return reader
 

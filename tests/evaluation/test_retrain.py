@@ -81,10 +81,16 @@ def test_weights_arrive_as_they_are(tmp_path: Path) -> None:
     weights = torch.tensor([[0.5, 2.0, 1.0], [1.5, 0.25, 0.0]])
     expected = weights.double().sum(1)[None, :, None]
     assert torch.equal(retrain(_one, weights, [0], tmp_path / "made" / "anew", quiet=True), expected)
-    together = retrain(
-        lambda s, _: s.double().sum(1, keepdim=True), weights, [0], tmp_path, quiet=True, name="t", together=2
+    group_size = retrain(
+        lambda s, _: s.double().sum(1, keepdim=True),
+        weights,
+        [0],
+        tmp_path,
+        quiet=True,
+        name="t",
+        group_size=2,
     )
-    assert torch.equal(together, expected)
+    assert torch.equal(group_size, expected)
 
 
 def test_the_bar_counts_runs_and_those_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +114,7 @@ def test_the_bar_counts_runs_and_those_found(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(module, "tqdm", Bar)
     retrain(Training(), HALVES[:2], [0], tmp_path, "halves", name="t")
     train = Training()
-    retrain(lambda s, seeds: torch.stack([*map(train, s, seeds)]), HALVES, [0, 1], tmp_path, name="t", together=3)
+    retrain(lambda s, seeds: torch.stack([*map(train, s, seeds)]), HALVES, [0, 1], tmp_path, name="t", group_size=3)
     retrain(Training(), HALVES, [0, 1], tmp_path, quiet=True, name="t")
     assert [bar.settings["total"] for bar in bars] == [2, 10, 10]
     assert [bar.settings["initial"] for bar in bars] == [0, 2, 10]
@@ -189,19 +195,19 @@ def test_handfuls_give_what_single_runs_give(tmp_path: Path) -> None:
         calls.append(len(seeds))
         return torch.stack([_one(subset, seed) for subset, seed in zip(subsets, seeds, strict=True)])
 
-    together = retrain(train, HALVES, [0, 1], tmp_path / "together", quiet=True, name="t", together=4)
+    group_size = retrain(train, HALVES, [0, 1], tmp_path / "group_size", quiet=True, name="t", group_size=4)
     assert calls == [4, 4, 2]
-    assert torch.equal(together, retrain(_one, HALVES, [0, 1], tmp_path / "alone", quiet=True))
+    assert torch.equal(group_size, retrain(_one, HALVES, [0, 1], tmp_path / "alone", quiet=True))
 
-    one = retrain(train, HALVES, [0, 1], tmp_path / "one", quiet=True, name="t", together=1)
+    one = retrain(train, HALVES, [0, 1], tmp_path / "one", quiet=True, name="t", group_size=1)
     assert calls == [4, 4, 2] + [1] * 10
-    assert torch.equal(one, together)
+    assert torch.equal(one, group_size)
 
 
 @pytest.mark.parametrize("given", [1, 4])
 def test_a_handful_that_lost_or_won_some_is_refused(tmp_path: Path, given: int) -> None:
     with pytest.raises(ValueError, match=f"{given} retrainings where 3"):
-        retrain(lambda s, _: torch.ones(given, 2), HALVES[:3], [0], tmp_path, quiet=True, name="t", together=3)
+        retrain(lambda s, _: torch.ones(given, 2), HALVES[:3], [0], tmp_path, quiet=True, name="t", group_size=3)
     assert not list(tmp_path.iterdir())
 
 

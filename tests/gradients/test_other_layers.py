@@ -16,10 +16,10 @@ from transformers import (
 )
 
 from hf_fwdattr.errors import UnsupportedError
-from hf_fwdattr.gradients.per_sample import RowGradients
+from hf_fwdattr.gradients.per_sample import PerSampleGradients
 from hf_fwdattr.jvp.backend import READOUTS
-from hf_fwdattr.models.likelihood import SEQUENCE_CLASSIFICATION, Batch, Objective, objective_of
-from hf_fwdattr.models.modes import at_rest, refuse_batch_statistics
+from hf_fwdattr.models.likelihood import SEQUENCE_CLASSIFICATION, Batch, Objective, resolve_objective
+from hf_fwdattr.models.modes import frozen, refuse_batch_statistics
 from hf_fwdattr.models.parameters import Parameters
 from tests.helpers.reference import agree, row_gradient
 
@@ -116,8 +116,8 @@ def rows_alone(model: nn.Module, parameters: Parameters, objective: Objective, b
 def test_each_rows_gradient_is_that_of_the_row_alone(kind: str) -> None:
     model, batch = world(kind)
     parameters = Parameters.of(model, "trainable")
-    with at_rest(model):
-        gradients, tokens = RowGradients(model, parameters, NET)(batch)
+    with frozen(model):
+        gradients, tokens = PerSampleGradients(model, parameters, NET)(batch)
     agree(gradients, rows_alone(model, parameters, NET, batch), 1e-9)
     assert tokens.tolist() == [1] * 5
 
@@ -130,19 +130,19 @@ def test_readouts_are_directional_derivatives(kind: str, readout: str) -> None:
     model, batch = world(kind)
     parameters = Parameters.of(model, "trainable")
     alone = rows_alone(model, parameters, NET, batch)
-    # Probes are made of responses, and these of gradients: a padding vector, which never moves, is in neither.
-    probes = torch.randn(3, len(alone), generator=torch.Generator().manual_seed(2), dtype=torch.float64) @ alone
-    values = READOUTS[readout](model, parameters, NET, batch, probes).sum(1)
-    agree(values, -alone @ probes.T, 1e-9 if readout == "jvp" else 1e-5)
+    # Directions are made of responses, and these of gradients: a padding vector, which never moves, is in neither.
+    directions = torch.randn(3, len(alone), generator=torch.Generator().manual_seed(2), dtype=torch.float64) @ alone
+    values = READOUTS[readout](model, parameters, NET, batch, directions).sum(1)
+    agree(values, -alone @ directions.T, 1e-9 if readout == "jvp" else 1e-5)
 
 
 @pytest.mark.parametrize("kind", NO_FORWARD_DERIVATIVE)
 def test_what_has_no_forward_derivative_says_so_and_names_the_other_readout(kind: str) -> None:
     model, batch = world(kind)
     parameters = Parameters.of(model, "trainable")
-    probes = torch.randn(2, parameters.size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    directions = torch.randn(2, parameters.size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     with pytest.raises(UnsupportedError, match="readout='difference'"):
-        READOUTS["jvp"](model, parameters, NET, batch, probes)
+        READOUTS["jvp"](model, parameters, NET, batch, directions)
 
 
 @pytest.mark.parametrize("tracks", [True, False])
@@ -157,7 +157,7 @@ def test_batch_norm_with_the_statistics_of_its_batch_is_refused(tracks: bool) ->
         refuse_batch_statistics(model)
         return
     with pytest.raises(UnsupportedError, match="statistics of its batch"):
-        RowGradients(model, Parameters.of(model, "trainable"), NET)
+        PerSampleGradients(model, Parameters.of(model, "trainable"), NET)
 
 
 def test_a_batch_norm_that_stays_in_evaluation_mode_is_welcome() -> None:
@@ -196,10 +196,10 @@ def resnet() -> PreTrainedModel:
 
 @pytest.mark.parametrize("make", [vit, convnext, resnet])
 def test_image_classifiers_of_transformers(make: Callable[[], PreTrainedModel]) -> None:
-    """Their own loss, every weight's gradient, and a readout along probes."""
+    """Their own loss, every weight's gradient, and a readout along directions."""
     torch.manual_seed(0)
     model = make().double().eval()
-    assert objective_of(model) is SEQUENCE_CLASSIFICATION
+    assert resolve_objective(model) is SEQUENCE_CLASSIFICATION
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -207,8 +207,8 @@ def test_image_classifiers_of_transformers(make: Callable[[], PreTrainedModel]) 
     images = torch.randn(4, 1, 8, 8, generator=generator, dtype=torch.float64)
     batch = {"pixel_values": images, "labels": torch.tensor([0, 2, 1, 1])}
     parameters = Parameters.of(model, "trainable")
-    with at_rest(model):
-        gradients, _ = RowGradients(model, parameters, SEQUENCE_CLASSIFICATION)(batch)
+    with frozen(model):
+        gradients, _ = PerSampleGradients(model, parameters, SEQUENCE_CLASSIFICATION)(batch)
     alone = rows_alone(model, parameters, SEQUENCE_CLASSIFICATION, batch)
     agree(gradients, alone, 1e-9)
     loss = model(**batch).loss
@@ -218,5 +218,9 @@ def test_image_classifiers_of_transformers(make: Callable[[], PreTrainedModel]) 
         for p, g in zip(parameters.tensors(model), mean, strict=True)
     ]
     agree(gradients.mean(0), torch.cat(flat), 1e-6)
-    probes = torch.randn(2, parameters.size, generator=generator, dtype=torch.float64)
-    agree(READOUTS["jvp"](model, parameters, SEQUENCE_CLASSIFICATION, batch, probes).sum(1), -alone @ probes.T, 1e-9)
+    directions = torch.randn(2, parameters.size, generator=generator, dtype=torch.float64)
+    agree(
+        READOUTS["jvp"](model, parameters, SEQUENCE_CLASSIFICATION, batch, directions).sum(1),
+        -alone @ directions.T,
+        1e-9,
+    )

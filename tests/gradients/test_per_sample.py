@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedModel
 
 from hf_fwdattr.errors import NumericalError, UnsupportedError
-from hf_fwdattr.gradients.per_sample import RowGradients
+from hf_fwdattr.gradients.per_sample import PerSampleGradients
 from hf_fwdattr.models.likelihood import CAUSAL_LM, IGNORED, SEQUENCE_CLASSIFICATION, Batch, Objective
-from hf_fwdattr.models.modes import at_rest
+from hf_fwdattr.models.modes import frozen
 from hf_fwdattr.models.parameters import Parameters
 from tests.helpers.cases import ARCHITECTURES, DIGITS, VOCABULARY, Classifier, adapted, gpt2, llama, padded, token_rows
 from tests.helpers.reference import agree, exact_fisher, row_gradient
@@ -32,8 +32,8 @@ def models(name: str, dtype: torch.dtype = torch.float64) -> dict[str, tuple[Pre
 def test_each_rows_gradient_is_that_of_the_row_alone(name: str, choice: str) -> None:
     model, spec = models(name)[choice]
     parameters, rows = Parameters.of(model, spec), token_rows()
-    with at_rest(model):
-        gradients, tokens = RowGradients(model, parameters, CAUSAL_LM)(padded(rows))
+    with frozen(model):
+        gradients, tokens = PerSampleGradients(model, parameters, CAUSAL_LM)(padded(rows))
     alone = torch.stack([row_gradient(model, parameters, CAUSAL_LM, padded([row])) for row in rows])
     agree(gradients, alone, DIGITS[name])
     assert tokens.tolist() == [sum(label != IGNORED for label in row["labels"][1:]) for row in rows]
@@ -44,8 +44,8 @@ def test_each_rows_gradient_is_that_of_the_row_alone(name: str, choice: str) -> 
 def test_order_chunks_and_padding_change_nothing(name: str, choice: str) -> None:
     model, spec = models(name)[choice]
     parameters, rows = Parameters.of(model, spec), token_rows()
-    with at_rest(model):
-        gradients = RowGradients(model, parameters, CAUSAL_LM)
+    with frozen(model):
+        gradients = PerSampleGradients(model, parameters, CAUSAL_LM)
         whole, _ = gradients(padded(rows))
         shuffled, _ = gradients(padded([rows[i] for i in (3, 1, 4, 0, 2)], 15))
         chunks = torch.cat([gradients(padded(part))[0] for part in (rows[:1], rows[1:3], rows[3:])])
@@ -57,8 +57,8 @@ def test_order_chunks_and_padding_change_nothing(name: str, choice: str) -> None
 def test_float32_and_bfloat16_keep_their_digits(name: str) -> None:
     def gradients(dtype: torch.dtype) -> Tensor:
         model = models(name, dtype)["lora"][0]
-        with at_rest(model):
-            return RowGradients(model, Parameters.of(model, "lora"), CAUSAL_LM)(padded(token_rows()))[0]
+        with frozen(model):
+            return PerSampleGradients(model, Parameters.of(model, "lora"), CAUSAL_LM)(padded(token_rows()))[0]
 
     exact = gradients(torch.float64)
     agree(gradients(torch.float32), exact, 1e-5)
@@ -71,8 +71,8 @@ def test_float32_and_bfloat16_keep_their_digits(name: str) -> None:
 def test_other_kinds_of_adapters(changes: dict[str, Any]) -> None:
     model = adapted(llama(), **changes)
     parameters, rows = Parameters.of(model, "trainable"), token_rows()
-    with at_rest(model):
-        gradients, _ = RowGradients(model, parameters, CAUSAL_LM)(padded(rows))
+    with frozen(model):
+        gradients, _ = PerSampleGradients(model, parameters, CAUSAL_LM)(padded(rows))
     alone = torch.stack([row_gradient(model, parameters, CAUSAL_LM, padded([row])) for row in rows])
     agree(gradients, alone, DIGITS["llama"])
 
@@ -85,8 +85,8 @@ def test_a_sequence_classifier() -> None:
     model = GPT2ForSequenceClassification(config).double()
     parameters, batch = Parameters.of(model, "trainable"), padded(token_rows())
     batch |= {"labels": torch.tensor([0, 2, 1, 1, 0])}
-    with at_rest(model):
-        gradients, tokens = RowGradients(model, parameters, SEQUENCE_CLASSIFICATION)(batch)
+    with frozen(model):
+        gradients, tokens = PerSampleGradients(model, parameters, SEQUENCE_CLASSIFICATION)(batch)
         for row in range(5):
             single = {key: value[row : row + 1] for key, value in batch.items()}
             agree(gradients[row], row_gradient(model, parameters, SEQUENCE_CLASSIFICATION, single), 1e-9)
@@ -96,8 +96,8 @@ def test_a_sequence_classifier() -> None:
 def test_a_row_without_supervised_tokens_has_gradient_zero() -> None:
     model, rows = adapted(gpt2()), token_rows()
     rows[2]["labels"] = [IGNORED] * len(rows[2]["labels"])
-    with at_rest(model):
-        gradients, tokens = RowGradients(model, Parameters.of(model, "lora"), CAUSAL_LM)(padded(rows))
+    with frozen(model):
+        gradients, tokens = PerSampleGradients(model, Parameters.of(model, "lora"), CAUSAL_LM)(padded(rows))
     assert not gradients[2].any()
     assert tokens[2] == 0
     assert gradients.norm(dim=1).count_nonzero() == 4
@@ -195,8 +195,8 @@ def _with_unused(body: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
 def test_unusual_ways_to_use_a_linear(body: Callable[[], nn.Module], spec: str) -> None:
     model, parameters, batch = toy(body(), spec)
-    with at_rest(model):
-        gradients, _ = RowGradients(model, parameters, TOY)(batch)
+    with frozen(model):
+        gradients, _ = PerSampleGradients(model, parameters, TOY)(batch)
         for row in range(4):
             single = {key: value[row : row + 1] for key, value in batch.items()}
             agree(gradients[row], row_gradient(model, parameters, TOY, single), 1e-10)
@@ -206,21 +206,21 @@ def test_dropout_left_on_is_refused() -> None:
     model = gpt2()
     model.get_submodule("transformer.drop").train()
     with pytest.raises(UnsupportedError, match=r"call model\.eval"):
-        RowGradients(model, Parameters.of(model), CAUSAL_LM)
+        PerSampleGradients(model, Parameters.of(model), CAUSAL_LM)
 
 
 @pytest.mark.parametrize("body", [Centred, AlwaysDropout, lambda: Flat(positions_first=True)])
 def test_rows_that_cannot_be_told_apart_are_refused(body: Callable[[], nn.Module]) -> None:
     model, parameters, batch = toy(body())
-    with at_rest(model), pytest.raises(UnsupportedError, match="rows touch each other"):
-        RowGradients(model, parameters, TOY)(batch)
+    with frozen(model), pytest.raises(UnsupportedError, match="rows touch each other"):
+        PerSampleGradients(model, parameters, TOY)(batch)
 
 
 def test_an_ambiguous_order_of_rows_is_checked_in_every_batch() -> None:
     """In a batch of one row nothing can be in the wrong order; the second batch shows it."""
     model, parameters, batch = toy(Flat(positions_first=True))
-    with at_rest(model):
-        gradients = RowGradients(model, parameters, TOY)
+    with frozen(model):
+        gradients = PerSampleGradients(model, parameters, TOY)
         gradients({key: value[:1] for key, value in batch.items()})
         with pytest.raises(UnsupportedError, match="rows touch each other"):
             gradients(batch)
@@ -236,8 +236,8 @@ def test_an_activation_without_rows_is_refused_by_name() -> None:
             return x + self.positions(torch.eye(3, dtype=x.dtype))
 
     model, parameters, batch = toy(Shared())
-    with at_rest(model), pytest.raises(UnsupportedError, match=r"body\.positions saw an activation of shape \(3, 3\)"):
-        RowGradients(model, parameters, TOY)(batch)
+    with frozen(model), pytest.raises(UnsupportedError, match=r"body\.positions saw an activation of shape \(3, 3\)"):
+        PerSampleGradients(model, parameters, TOY)(batch)
 
 
 def test_what_vmap_cannot_follow_is_done_row_by_row() -> None:
@@ -246,8 +246,8 @@ def test_what_vmap_cannot_follow_is_done_row_by_row() -> None:
             return x.tanh() if x.sum().item() > 0 else -x
 
     model, parameters, batch = toy(Branching(), "embedding")
-    with at_rest(model):
-        gradients, _ = RowGradients(model, parameters, TOY)(batch)
+    with frozen(model):
+        gradients, _ = PerSampleGradients(model, parameters, TOY)(batch)
         for row in range(4):
             single = {key: value[row : row + 1] for key, value in batch.items()}
             agree(gradients[row], row_gradient(model, parameters, TOY, single), 1e-10)
@@ -259,10 +259,10 @@ def test_a_loss_that_is_not_finite_names_its_rows() -> None:
         model.get_parameter("embedding.weight")[batch["input_ids"][2, 0]] = torch.nan
     bad = [row for row in range(4) if batch["input_ids"][2, 0] in batch["input_ids"][row]]
     with (
-        at_rest(model),
+        frozen(model),
         pytest.raises(NumericalError, match=rf"row\(s\) {bad}".replace("[", r"\[").replace("]", r"\]")),
     ):
-        RowGradients(model, parameters, TOY)(batch)
+        PerSampleGradients(model, parameters, TOY)(batch)
 
 
 def test_at_rest_restores_modes_and_flags_even_after_an_error() -> None:
@@ -273,7 +273,7 @@ def test_at_rest_restores_modes_and_flags_even_after_an_error() -> None:
         return [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
 
     def interrupted() -> None:
-        with at_rest(model):
+        with frozen(model):
             assert not any(state()[0])
             assert not any(state()[1])
             raise KeyboardInterrupt
@@ -287,8 +287,8 @@ def test_at_rest_restores_modes_and_flags_even_after_an_error() -> None:
 def test_nothing_is_left_on_the_model() -> None:
     model = adapted(gpt2())
     before = Parameters.of(model, ".").fingerprint(model)
-    with at_rest(model):
-        RowGradients(model, Parameters.of(model, "lora"), CAUSAL_LM)(padded(token_rows()))
+    with frozen(model):
+        PerSampleGradients(model, Parameters.of(model, "lora"), CAUSAL_LM)(padded(token_rows()))
     assert Parameters.of(model, ".").fingerprint(model) == before
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
@@ -300,13 +300,13 @@ def test_gradients_of_sampled_labels_are_those_of_the_labels_drawn(choice: str) 
     model, spec = models("gpt2")[choice]
     parameters, rows = Parameters.of(model, spec), token_rows()
     uniforms = torch.rand(5, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    with at_rest(model):
-        gradients = RowGradients(model, parameters, CAUSAL_LM)
-        together, tokens = gradients(padded(rows), uniforms)
+    with frozen(model):
+        gradients = PerSampleGradients(model, parameters, CAUSAL_LM)
+        raise_on_all_ranks, tokens = gradients(padded(rows), uniforms)
         own, _ = gradients(padded(rows))
         for i, row in enumerate(rows):
-            agree(gradients(padded([row], 14), uniforms[i : i + 1])[0][0], together[i], 1e-9)
-    assert (together - own).norm() > 0.1 * own.norm()
+            agree(gradients(padded([row], 14), uniforms[i : i + 1])[0][0], raise_on_all_ranks[i], 1e-9)
+    assert (raise_on_all_ranks - own).norm() > 0.1 * own.norm()
     assert tokens.tolist() == [sum(label != IGNORED for label in row["labels"][1:]) for row in rows]
 
 
@@ -319,13 +319,13 @@ def test_many_sampled_gradients_become_the_exact_fisher_matrix(positions: int) -
     repeats, generator = 20_000, torch.Generator().manual_seed(0)
     batch = {key: value.repeat(repeats, *[1] * (value.ndim - 1)) for key, value in world.batch.items()}
     uniforms = torch.rand(6 * repeats, positions, generator=generator, dtype=torch.float64)
-    with at_rest(world.model):
-        gradients, tokens = RowGradients(world.model, parameters, world.objective)(batch, uniforms)
+    with frozen(world.model):
+        gradients, tokens = PerSampleGradients(world.model, parameters, world.objective)(batch, uniforms)
     factor = gradients / tokens.sum().double().sqrt()
     agree(factor.T @ factor, exact, 0.02)
     # With the data's own labels instead ("empirical Fisher") it is another matrix.
-    with at_rest(world.model):
-        own, _ = RowGradients(world.model, parameters, world.objective)(world.batch)
+    with frozen(world.model):
+        own, _ = PerSampleGradients(world.model, parameters, world.objective)(world.batch)
     empirical = own.T @ own / world.tokens
     assert (empirical - exact).norm() > 0.2 * exact.norm()
 
@@ -336,9 +336,9 @@ def test_rows_are_told_apart_by_the_precision_that_linears_compute_in(monkeypatc
     parameters = Parameters.of(model, "lora")
     monkeypatch.setattr("hf_fwdattr.gradients.per_sample._TOLERANCE", {torch.float32: -1.0, torch.bfloat16: 0.2})
     with torch.autocast("cpu", torch.bfloat16):
-        RowGradients(model, parameters, CAUSAL_LM)(batch)
+        PerSampleGradients(model, parameters, CAUSAL_LM)(batch)
     with pytest.raises(UnsupportedError, match="rows touch each other"):
-        RowGradients(model, parameters, CAUSAL_LM)(batch)
+        PerSampleGradients(model, parameters, CAUSAL_LM)(batch)
 
 
 def test_kernels_that_round_by_the_batchs_shape_are_not_rows_that_touch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,8 +356,8 @@ def test_kernels_that_round_by_the_batchs_shape_are_not_rows_that_touch(monkeypa
         with torch.autocast("cpu", torch.bfloat16):
             if mixes:
                 with pytest.raises(UnsupportedError, match="rows touch each other"):
-                    RowGradients(model, parameters, CAUSAL_LM)(batch)
+                    PerSampleGradients(model, parameters, CAUSAL_LM)(batch)
             else:
-                RowGradients(model, parameters, CAUSAL_LM)(batch)
+                PerSampleGradients(model, parameters, CAUSAL_LM)(batch)
         with pytest.raises(UnsupportedError, match="rows touch each other"):
-            RowGradients(model, parameters, CAUSAL_LM)(batch)
+            PerSampleGradients(model, parameters, CAUSAL_LM)(batch)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from hf_fwdattr.errors import UnsupportedError
-from hf_fwdattr.gradients.per_sample import RowGradients
-from hf_fwdattr.gradients.predictor import SyntheticGradients
+from hf_fwdattr.gradients.per_sample import PerSampleGradients
+from hf_fwdattr.gradients.predictor import GradientPredictor
 from hf_fwdattr.models.likelihood import CAUSAL_LM, SEQUENCE_CLASSIFICATION
-from hf_fwdattr.models.modes import at_rest
+from hf_fwdattr.models.modes import frozen
 from hf_fwdattr.models.parameters import Parameters
 from tests.helpers.cases import (
     ARCHITECTURES,
@@ -37,8 +37,8 @@ ATTENTION["qwen2"], MLP["qwen2"] = ATTENTION["llama"], MLP["llama"]
 
 def exact(model: nn.Module, parameters: Parameters, batch: dict[str, Tensor]) -> Tensor:
     """(rows, P) of the log-likelihood."""
-    with at_rest(model):
-        return -RowGradients(model, parameters, CAUSAL_LM)(batch)[0]
+    with frozen(model):
+        return -PerSampleGradients(model, parameters, CAUSAL_LM)(batch)[0]
 
 
 def silenced(model: PreTrainedModel) -> PreTrainedModel:
@@ -66,12 +66,12 @@ def test_exact_at_the_last_layer(name: str, part: str, lora: bool) -> None:
         model = adapted(model, target_modules=chosen)
     parameters = Parameters.of(model, rf"{pattern[name]}.*{'lora_' if lora else '(weight|bias)'}")
     batch = padded(token_rows())
-    synthetic = SyntheticGradients(model, parameters, CAUSAL_LM)
+    synthetic = GradientPredictor(model, parameters, CAUSAL_LM)
     ends = synthetic._ends()
     assert len(ends) == 1
     assert last in ends[0]
     maps = {end.removeprefix("base_model.model."): torch.eye(12, dtype=torch.float64) for end in ends}
-    synthetic = SyntheticGradients(model, parameters, CAUSAL_LM, maps)
+    synthetic = GradientPredictor(model, parameters, CAUSAL_LM, maps)
     agree(synthetic(batch), exact(model, parameters, batch), max(DIGITS[name], 1e-6))
 
 
@@ -80,25 +80,25 @@ def test_fitted_maps_point_the_right_way_all_through_the_model(name: str) -> Non
     model = adapted(ARCHITECTURES[name](torch.float32))
     parameters = Parameters.of(model, "lora")
     rows = token_rows(60)
-    synthetic = SyntheticGradients(model, parameters, CAUSAL_LM)
+    synthetic = GradientPredictor(model, parameters, CAUSAL_LM)
     maps = synthetic.fit(padded(rows[at : at + 10]) for at in range(0, 40, 10))
     assert all(re.search(r"(c_proj|o_proj|down_proj)$", end) for end in maps)
     batch = padded(rows[40:])
     found, expected = synthetic(batch), exact(model, parameters, batch)
     assert float(nn.functional.cosine_similarity(found, expected).median()) > 0.8
-    again = SyntheticGradients(model, parameters, CAUSAL_LM, maps)
+    again = GradientPredictor(model, parameters, CAUSAL_LM, maps)
     agree(again(batch), found, 1e-6)
     with pytest.raises(UnsupportedError, match=r"no map of errors at"):
-        SyntheticGradients(model, parameters, CAUSAL_LM, dict(list(maps.items())[1:]))(batch)
+        GradientPredictor(model, parameters, CAUSAL_LM, dict(list(maps.items())[1:]))(batch)
     with pytest.raises(UnsupportedError, match=r"a layer that the model has not"):
-        SyntheticGradients(model, parameters, CAUSAL_LM, maps | {"nowhere": torch.eye(2)})
+        GradientPredictor(model, parameters, CAUSAL_LM, maps | {"nowhere": torch.eye(2)})
 
 
 def test_padding_and_neighbours_change_nothing() -> None:
     model = adapted(llama())
     parameters = Parameters.of(model, "lora")
     rows = token_rows(4)
-    synthetic = SyntheticGradients(model, parameters, CAUSAL_LM)
+    synthetic = GradientPredictor(model, parameters, CAUSAL_LM)
     synthetic.fit([padded(rows)])
     alone = torch.cat([synthetic(padded([row])) for row in rows])
     agree(synthetic(padded(rows, CONTEXT)), alone, 1e-5)
@@ -117,7 +117,7 @@ def test_norms_of_queries_and_keys_are_written_out_too() -> None:
     model = adapted(silenced(qwen3()), target_modules=["q_proj", "k_proj", "v_proj"])
     parameters, batch = Parameters.of(model, r"layers\.1\..*lora_"), padded(token_rows())
     maps = {"model.layers.1.self_attn.o_proj": torch.eye(12)}
-    agree(SyntheticGradients(model, parameters, CAUSAL_LM, maps)(batch), exact(model, parameters, batch), 2e-5)
+    agree(GradientPredictor(model, parameters, CAUSAL_LM, maps)(batch), exact(model, parameters, batch), 2e-5)
 
 
 def test_a_block_that_is_computed_in_another_way_gets_maps_of_its_own() -> None:
@@ -127,7 +127,7 @@ def test_a_block_that_is_computed_in_another_way_gets_maps_of_its_own() -> None:
         layer.self_attn.forward = scaled_back(layer.self_attn)
     parameters = Parameters.of(model, "lora")
     rows = token_rows(40)
-    synthetic = SyntheticGradients(model, parameters, CAUSAL_LM)
+    synthetic = GradientPredictor(model, parameters, CAUSAL_LM)
     maps = synthetic.fit([padded(rows[:30])])
     assert {end.rpartition(".")[2] for end in maps} == {"q_proj", "k_proj", "v_proj", "o_proj", "down_proj"}
     found, expected = synthetic(padded(rows[30:])), exact(model, parameters, padded(rows[30:]))
@@ -152,13 +152,13 @@ def test_what_cannot_be_predicted_is_refused() -> None:
     config = GPT2Config(vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=12, n_layer=1, n_head=2, pad_token_id=0)
     classifier = GPT2ForSequenceClassification(config).eval()
     with pytest.raises(UnsupportedError, match="plain output layer"):
-        SyntheticGradients(classifier, Parameters.of(classifier, "c_fc.weight"), SEQUENCE_CLASSIFICATION)
+        GradientPredictor(classifier, Parameters.of(classifier, "c_fc.weight"), SEQUENCE_CLASSIFICATION)
     model = gpt2()
     with pytest.raises(UnsupportedError, match="not of a Linear layer"):
-        SyntheticGradients(model, Parameters.of(model, r"ln_1\.weight"), CAUSAL_LM)
+        GradientPredictor(model, Parameters.of(model, r"ln_1\.weight"), CAUSAL_LM)
     dora = adapted(llama(torch.float32), use_dora=True)
     with pytest.raises(UnsupportedError, match="not a plain LoRA layer"):
-        SyntheticGradients(dora, Parameters.of(dora, "lora_B"), CAUSAL_LM)
+        GradientPredictor(dora, Parameters.of(dora, "lora_B"), CAUSAL_LM)
     lora = adapted(llama(torch.float32))
     with pytest.raises(UnsupportedError, match="nothing to fit"):
-        SyntheticGradients(lora, Parameters.of(lora, "lora_B"), CAUSAL_LM).fit([])
+        GradientPredictor(lora, Parameters.of(lora, "lora_B"), CAUSAL_LM).fit([])

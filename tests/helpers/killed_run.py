@@ -46,7 +46,7 @@ def found_in(folder: Path, old: str | None) -> str:
     """`old`, `new`, or `none` where there was none; anything else is what went wrong."""
     try:
         bank = ResponseBank.from_pretrained(folder)
-        bank.probes(), list(bank.coordinates()), list(bank.row_hashes())
+        bank.directions(), list(bank.coordinates()), list(bank.row_hashes())
     except BankError as error:
         return "none" if old is None and str(error).startswith("no bank in") else f"broken: {error}"
     return "old" if bank.manifest.salt == old else "new"
@@ -82,13 +82,13 @@ class Tried(ResponseCallback):
 def passes(folder: Path) -> dict[str, Any]:
     """Kills in the callback's passes; afterwards the bank is finished from the record."""
     model, data = adapted(base()), training_set(40)
-    callback = Tried(config(probes=8))
+    callback = Tried(config(directions=8))
     trainer_for(folder / "run", model, data, callback, max_steps=6).train()
     made = build_bank(
-        model, data, config(probes=8), data_collator=padded, record=folder / "run" / f"_{RECORD}",
+        model, data, config(directions=8), data_collator=padded, record=folder / "run" / f"_{RECORD}",
         folder=folder / "run" / "fwdattr",
     )  # fmt: skip
-    same = made.probes().sub(ResponseBank(folder / "old").probes()).abs().max() < 1e-5
+    same = made.directions().sub(ResponseBank(folder / "old").directions()).abs().max() < 1e-5
     left = [path.name for path in (folder / "run" / "fwdattr").iterdir()]
     return {
         "found": callback.found, "last": [callback.last, callback.seen], "same": bool(same),

@@ -74,9 +74,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         load_best_model_at_end=True,
         learning_rate=0.3,
     ),
-    "probes": dict(settings=dict(probes=8)),
-    "streamed": dict(settings=dict(probes=8, sample_rows=10)),
-    "on disk": dict(settings=dict(probes=8, sample_rows=10, memory_budget=0)),
+    "directions": dict(settings=dict(directions=8)),
+    "streamed": dict(settings=dict(directions=8, sample_rows=10)),
+    "on disk": dict(settings=dict(directions=8, sample_rows=10, memory_budget=0)),
     "failing": dict(settings=dict(objective=None)),
     "saved": dict(save_strategy="steps", save_steps=5),
     "resumed": dict(save_strategy="steps", save_steps=5, resume=5),
@@ -85,7 +85,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "revived": dict(save_strategy="steps", save_steps=5, resume=10),
     "sharded": SHARDED,
     "sharded, all weights": SHARDED | dict(adapter=False, settings=dict(parameters="linear")),
-    "sharded, streamed": SHARDED | dict(settings=dict(probes=8, sample_rows=9)),
+    "sharded, streamed": SHARDED | dict(settings=dict(directions=8, sample_rows=9)),
     "sharded in one group, evaluated": dict(
         fsdp=True, fsdp_config={"version": 2, "auto_wrap_policy": "NO_WRAP"}, eval_strategy="steps", eval_steps=3
     ),

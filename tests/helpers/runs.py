@@ -63,7 +63,7 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 
 def config(**changes: Any) -> ResponseConfig:
     """Exact, quiet, with sources."""
-    settings: dict[str, Any] = dict(probes="exact", quiet=True, source_column="source", batch_size=4)
+    settings: dict[str, Any] = dict(directions="exact", quiet=True, source_column="source", batch_size=4)
     return ResponseConfig(**(settings | changes))
 
 
@@ -135,8 +135,8 @@ def oracle(model: Any, bank: Any, asked: list[dict[str, list[int]]], objective: 
     """(queries, rows): minus the query's gradient, by reverse mode, times the responses in the bank."""
     model.eval()
     parameters = bank.check_model(model)
-    probes = bank.probes(torch.float64)[: bank.manifest.probes]
-    responses = torch.cat([block.double() for _, _, block in bank.coordinates()]) @ probes
+    directions = bank.directions(torch.float64)[: bank.manifest.directions]
+    responses = torch.cat([block.double() for _, _, block in bank.coordinates()]) @ directions
     gradients = [row_gradient(model, parameters, objective, padded([query])) for query in asked]
     return -torch.stack(gradients).double() @ responses.T
 

@@ -28,8 +28,8 @@ from transformers import (
 import hf_fwdattr.jvp.analytic as reading
 from hf_fwdattr.errors import NumericalError, UnsupportedError
 from hf_fwdattr.jvp import torch_func as jvp
-from hf_fwdattr.jvp.analytic import Tangents, TooLarge
-from hf_fwdattr.jvp.backend import Engine
+from hf_fwdattr.jvp.analytic import AnalyticJVP, TooLarge
+from hf_fwdattr.jvp.backend import Backend
 from hf_fwdattr.models.likelihood import CAUSAL_LM, IGNORED
 from hf_fwdattr.models.parameters import Parameters
 from tests.helpers.cases import (
@@ -45,7 +45,7 @@ from tests.helpers.cases import (
     token_rows,
 )
 from tests.helpers.reference import agree
-from tests.jvp.test_backends import by_reverse_mode, probes
+from tests.jvp.test_backends import by_reverse_mode, random_directions
 
 
 SIZES: dict[str, Any] = dict(
@@ -112,8 +112,8 @@ KINDS: dict[str, Callable[..., PreTrainedModel]] = ARCHITECTURES | {
 def test_derivatives_are_those_of_reverse_mode(name: str, spec: str) -> None:
     model = adapted(KINDS[name]())
     parameters, batch = Parameters.of(model, spec), padded(token_rows())
-    directions = probes(parameters, dtype=torch.float64)
-    found = Tangents(model, parameters, CAUSAL_LM, batch).along(directions)
+    directions = random_directions(parameters, dtype=torch.float64)
+    found = AnalyticJVP(model, parameters, CAUSAL_LM, batch).along(directions)
     assert bool((found[batch["labels"][:, 1:] == IGNORED] == 0).all())
     agree(found, by_reverse_mode(model, parameters, batch, directions), DIGITS.get(name, 2e-5))
 
@@ -129,36 +129,39 @@ def test_derivatives_are_those_of_reverse_mode(name: str, spec: str) -> None:
 def test_weights_of_any_projection_may_respond(spec: str) -> None:
     model = gpt2() if spec == "linear" or "h" in spec or "c_attn" in spec else llama()
     parameters = Parameters.of(model, spec if spec != "linear" else r"(c_attn|c_proj|c_fc)\.weight$")
-    batch, directions = padded(token_rows()), probes(parameters, dtype=torch.float64)
-    found = Tangents(model, parameters, CAUSAL_LM, batch).along(directions)
+    batch, directions = padded(token_rows()), random_directions(parameters, dtype=torch.float64)
+    found = AnalyticJVP(model, parameters, CAUSAL_LM, batch).along(directions)
     agree(found, by_reverse_mode(model, parameters, batch, directions), 2e-5)
 
 
 def test_biases_of_adapters_respond() -> None:
     model, batch = adapted(llama(attention_bias=True, mlp_bias=True), lora_bias=True), padded(token_rows())
     parameters = Parameters.of(model, "trainable")
-    directions = probes(parameters, dtype=torch.float64)
-    found = Tangents(model, parameters, CAUSAL_LM, batch).along(directions)
+    directions = random_directions(parameters, dtype=torch.float64)
+    found = AnalyticJVP(model, parameters, CAUSAL_LM, batch).along(directions)
     agree(found, by_reverse_mode(model, parameters, batch, directions), 2e-5)
 
 
 def test_queries_do_not_see_each_other_nor_their_padding() -> None:
     model, rows = adapted(gpt2()), token_rows()
     parameters = Parameters.of(model)
-    directions = probes(parameters, dtype=torch.float64)
-    together = Tangents(model, parameters, CAUSAL_LM, padded(rows, CONTEXT)).along(directions)
+    directions = random_directions(parameters, dtype=torch.float64)
+    raise_on_all_ranks = AnalyticJVP(model, parameters, CAUSAL_LM, padded(rows, CONTEXT)).along(directions)
     for index, row in enumerate(rows):
-        alone = Tangents(model, parameters, CAUSAL_LM, padded([row])).along(directions)
-        agree(together[index, : alone.shape[1]], alone[0], 1e-10)
-        assert bool((together[index, alone.shape[1] :] == 0).all())
+        alone = AnalyticJVP(model, parameters, CAUSAL_LM, padded([row])).along(directions)
+        agree(raise_on_all_ranks[index, : alone.shape[1]], alone[0], 1e-10)
+        assert bool((raise_on_all_ranks[index, alone.shape[1] :] == 0).all())
 
 
 def test_a_merged_and_a_switched_off_adapter_move_nothing_twice() -> None:
     model = adapted(llama())
     model.merge_adapter()
     parameters = Parameters.of(model, r"down_proj\.weight$")
-    batch, directions = padded(token_rows()), probes(Parameters.of(model, r"down_proj\.weight$"), dtype=torch.float64)
-    found = Tangents(model, parameters, CAUSAL_LM, batch).along(directions)
+    batch, directions = (
+        padded(token_rows()),
+        random_directions(Parameters.of(model, r"down_proj\.weight$"), dtype=torch.float64),
+    )
+    found = AnalyticJVP(model, parameters, CAUSAL_LM, batch).along(directions)
     agree(found, by_reverse_mode(model, parameters, batch, directions), 2e-5)
 
 
@@ -166,9 +169,9 @@ def test_a_merged_and_a_switched_off_adapter_move_nothing_twice() -> None:
 def test_half_precision_rounds_products_only(name: str) -> None:
     model = adapted(KINDS[name](torch.float32))
     parameters, batch = Parameters.of(model), padded(token_rows())
-    directions = probes(parameters)
-    full = Tangents(model, parameters, CAUSAL_LM, batch).along(directions)
-    half = Tangents(model, parameters, CAUSAL_LM, batch, torch.bfloat16).along(directions)
+    directions = random_directions(parameters)
+    full = AnalyticJVP(model, parameters, CAUSAL_LM, batch).along(directions)
+    half = AnalyticJVP(model, parameters, CAUSAL_LM, batch, torch.bfloat16).along(directions)
     assert half.dtype == torch.float32
     off = float((half - full).norm() / full.norm())
     assert 1e-5 < off < 1e-2
@@ -178,8 +181,8 @@ def test_half_precision_rounds_products_only(name: str) -> None:
 def test_models_in_half_precision_are_read_as_well_as_by_torch(name: str) -> None:
     model = adapted(KINDS[name](torch.bfloat16))
     parameters, batch = Parameters.of(model), padded(token_rows())
-    directions = probes(parameters)
-    found = Tangents(model, parameters, CAUSAL_LM, batch).along(directions)
+    directions = random_directions(parameters)
+    found = AnalyticJVP(model, parameters, CAUSAL_LM, batch).along(directions)
     torchs = jvp.read(model, parameters, CAUSAL_LM, batch, directions)
     exact = by_reverse_mode(model, parameters, batch, directions).detach()
     off, others = (float((way.double() - exact).norm() / exact.norm()) for way in (found, torchs))
@@ -189,10 +192,10 @@ def test_models_in_half_precision_are_read_as_well_as_by_torch(name: str) -> Non
 def test_under_autocast_products_are_rounded_as_the_models_are() -> None:
     model = adapted(llama(torch.float32))
     parameters, batch = Parameters.of(model), padded(token_rows())
-    directions = probes(parameters)
-    exact = Tangents(model, parameters, CAUSAL_LM, batch).along(directions)
+    directions = random_directions(parameters)
+    exact = AnalyticJVP(model, parameters, CAUSAL_LM, batch).along(directions)
     with torch.autocast("cpu", torch.bfloat16):
-        found = Tangents(model, parameters, CAUSAL_LM, batch).along(directions)
+        found = AnalyticJVP(model, parameters, CAUSAL_LM, batch).along(directions)
     assert 1e-4 < float((found - exact).norm() / exact.norm()) < 3e-2
 
 
@@ -240,10 +243,10 @@ def test_what_is_not_written_out_is_refused_and_left_to_torch(
 ) -> None:
     model = make()
     parameters, batch = Parameters.of(model, spec), padded(token_rows())
-    directions = probes(parameters, dtype=torch.float64)
+    directions = random_directions(parameters, dtype=torch.float64)
     with pytest.raises(UnsupportedError, match=why):
-        Tangents(model, parameters, CAUSAL_LM, batch)
-    found = Engine(model, parameters).opened(batch)(directions)
+        AnalyticJVP(model, parameters, CAUSAL_LM, batch)
+    found = Backend(model, parameters).opened(batch)(directions)
     assert torch.equal(found, jvp.read(model, parameters, CAUSAL_LM, batch, directions))
 
 
@@ -251,18 +254,18 @@ def test_dropout_is_refused_as_ever() -> None:
     model = adapted(llama()).train()
     parameters = Parameters.of(model)
     with pytest.raises(UnsupportedError, match="training mode"):
-        Engine(model, parameters).opened(padded(token_rows()))(probes(parameters, dtype=torch.float64))
+        Backend(model, parameters).opened(padded(token_rows()))(random_directions(parameters, dtype=torch.float64))
 
 
 def test_what_would_not_fit_is_left_to_torch_this_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(llama())
     parameters, batch = Parameters.of(model), padded(token_rows())
-    directions = probes(parameters, dtype=torch.float64)
-    engine = Engine(model, parameters)
+    directions = random_directions(parameters, dtype=torch.float64)
+    engine = Backend(model, parameters)
     written = engine.opened(batch)(directions)
     monkeypatch.setattr(reading, "_CPU_KEPT", 1000)
     with pytest.raises(TooLarge, match="keeping a pass over"):
-        Tangents(model, parameters, CAUSAL_LM, batch)
+        AnalyticJVP(model, parameters, CAUSAL_LM, batch)
     torchs = engine.opened(batch)(directions)
     assert torch.equal(torchs, jvp.read(model, parameters, CAUSAL_LM, batch, directions))
     monkeypatch.undo()
@@ -272,36 +275,36 @@ def test_what_would_not_fit_is_left_to_torch_this_once(monkeypatch: pytest.Monke
 def test_ways_and_precisions_are_the_engines_to_choose() -> None:
     model = adapted(llama(torch.float32))
     parameters, batch = Parameters.of(model), padded(token_rows())
-    directions = probes(parameters)
-    tangents = Tangents(model, parameters, CAUSAL_LM, batch).along(directions)
-    half = Tangents(model, parameters, CAUSAL_LM, batch, torch.bfloat16).along(directions)
+    directions = random_directions(parameters)
+    tangents = AnalyticJVP(model, parameters, CAUSAL_LM, batch).along(directions)
+    half = AnalyticJVP(model, parameters, CAUSAL_LM, batch, torch.bfloat16).along(directions)
     torchs = jvp.read(model, parameters, CAUSAL_LM, batch, directions)
     for settings, staged, expected in (
         ({}, False, tangents), ({}, True, tangents), ({"precision": "half"}, False, half),
         ({"precision": "full"}, True, tangents), ({"way": "jvp"}, True, torchs),
     ):  # fmt: skip
-        assert torch.equal(Engine(model, parameters, **settings).opened(batch, staged)(directions), expected)
+        assert torch.equal(Backend(model, parameters, **settings).opened(batch, staged)(directions), expected)
     with pytest.raises(ValueError, match="precision='double': one of auto, full, half"):
-        Engine(model, parameters, precision="double")
+        Backend(model, parameters, precision="double")
 
 
 def test_a_large_model_is_read_in_half_precision_where_that_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(llama(torch.float32))
     parameters, batch = Parameters.of(model), padded(token_rows())
-    directions = probes(parameters)
+    directions = random_directions(parameters)
     monkeypatch.setattr("hf_fwdattr.jvp.backend._SMALL", 10)
-    full = Tangents(model, parameters, CAUSAL_LM, batch).along(directions)
+    full = AnalyticJVP(model, parameters, CAUSAL_LM, batch).along(directions)
     for quick in (True, False):
         monkeypatch.setattr("hf_fwdattr.jvp.backend._multiplies_bfloat16", lambda _, quick=quick: quick)
-        assert torch.equal(Engine(model, parameters).opened(batch, True)(directions), full) is not quick
-        assert torch.equal(Engine(model, parameters).opened(batch, False)(directions), full)
-        assert torch.equal(Engine(model, parameters, precision="full").opened(batch, True)(directions), full)
+        assert torch.equal(Backend(model, parameters).opened(batch, True)(directions), full) is not quick
+        assert torch.equal(Backend(model, parameters).opened(batch, False)(directions), full)
+        assert torch.equal(Backend(model, parameters, precision="full").opened(batch, True)(directions), full)
 
 
 def test_what_is_not_finite_is_refused() -> None:
     model = adapted(gpt2())
     parameters, batch = Parameters.of(model), padded(token_rows())
-    directions = probes(parameters, dtype=torch.float64)
+    directions = random_directions(parameters, dtype=torch.float64)
     directions[2, 5] = torch.nan
     with pytest.raises(NumericalError, match="not finite"):
-        Engine(model, parameters).opened(batch)(directions)
+        Backend(model, parameters).opened(batch)(directions)

@@ -13,7 +13,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2ForSeq
 from hf_fwdattr.errors import NumericalError, UnsupportedError
 from hf_fwdattr.jvp import finite_difference as difference
 from hf_fwdattr.jvp import torch_func as jvp
-from hf_fwdattr.jvp.analytic import Tangents
+from hf_fwdattr.jvp.analytic import AnalyticJVP
 from hf_fwdattr.jvp.backend import READOUTS
 from hf_fwdattr.models.likelihood import (
     CAUSAL_LM,
@@ -24,7 +24,7 @@ from hf_fwdattr.models.likelihood import (
     Objective,
     log_probabilities,
 )
-from hf_fwdattr.models.output_head import covectors, hidden_states, output_layer
+from hf_fwdattr.models.output_head import hidden_state_gradients, hidden_states, output_layer
 from hf_fwdattr.models.parameters import Parameters
 from tests.helpers.cases import ARCHITECTURES, CONTEXT, VOCABULARY, adapted, gpt2, llama, padded, token_rows
 from tests.helpers.reference import agree
@@ -34,7 +34,7 @@ K = 7
 Read = Callable[..., Tensor]
 
 
-def probes(parameters: Parameters, count: int = K, dtype: torch.dtype = torch.float32) -> Tensor:
+def random_directions(parameters: Parameters, count: int = K, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(4)
     return torch.randn(count, parameters.size, generator=generator, dtype=torch.float64).to(dtype)
 
@@ -42,7 +42,7 @@ def probes(parameters: Parameters, count: int = K, dtype: torch.dtype = torch.fl
 def by_reverse_mode(
     model: nn.Module, parameters: Parameters, batch: Batch, directions: Tensor, objective: Objective = CAUSAL_LM
 ) -> Tensor:
-    """(queries, positions, k): one Jacobian of the log-likelihoods in float64, times the probes."""
+    """(queries, positions, k): one Jacobian of the log-likelihoods in float64, times the directions."""
     model = model.double()
     likelihood = Likelihood(model, objective)
     live = {name: tensor.detach() for name, tensor in zip(parameters.live, parameters.tensors(model), strict=True)}
@@ -64,7 +64,7 @@ def by_reverse_mode(
 def test_float32_readouts_have_four_digits(name: str, readout: str, spec: str) -> None:
     model = adapted(ARCHITECTURES[name](torch.float32))
     parameters, batch = Parameters.of(model, spec), padded(token_rows())
-    directions = probes(parameters)
+    directions = random_directions(parameters)
     found = READOUTS[readout](model, parameters, CAUSAL_LM, batch, directions)
     assert found.dtype == torch.float32
     assert found.shape == (5, batch["labels"].shape[1] - 1, K)
@@ -82,7 +82,7 @@ def test_float32_readouts_have_four_digits(name: str, readout: str, spec: str) -
 def test_float64_jvp_is_exact(name: str) -> None:
     model = adapted(ARCHITECTURES[name]())
     parameters, batch = Parameters.of(model, "lora"), padded(token_rows())
-    directions = probes(parameters, dtype=torch.float64)
+    directions = random_directions(parameters, dtype=torch.float64)
     found = jvp.read(model, parameters, CAUSAL_LM, batch, directions)
     agree(found, by_reverse_mode(model, parameters, batch, directions), 1e-10 if name == "gpt2" else 2e-5)
 
@@ -91,14 +91,14 @@ def test_float64_jvp_is_exact(name: str) -> None:
 def test_one_or_two_sides_of_a_difference_and_the_derivative_agree(read: Read) -> None:
     model = adapted(gpt2())
     parameters, batch = Parameters.of(model), padded(token_rows())
-    directions = probes(parameters, dtype=torch.float64)
+    directions = random_directions(parameters, dtype=torch.float64)
     found = read(model, parameters, CAUSAL_LM, batch, directions)
     agree(found, by_reverse_mode(model, parameters, batch, directions), 1e-6)
 
 
 def written(*things: Any, chunk: int | None = None) -> Tensor:
     *rest, directions = things
-    return Tangents(*rest).along(directions, chunk)
+    return AnalyticJVP(*rest).along(directions, chunk)
 
 
 @pytest.mark.parametrize("read", [jvp.read, written])
@@ -106,7 +106,7 @@ def written(*things: Any, chunk: int | None = None) -> Tensor:
 def test_chunks_of_probes_change_nothing(chunk: int | None, read: Read) -> None:
     model = adapted(llama(torch.float32))
     parameters, batch = Parameters.of(model), padded(token_rows())
-    directions = probes(parameters)
+    directions = random_directions(parameters)
     whole = read(model, parameters, CAUSAL_LM, batch, directions, chunk=K)
     agree(read(model, parameters, CAUSAL_LM, batch, directions, chunk=chunk), whole, 1e-6)
 
@@ -115,20 +115,21 @@ def test_chunks_of_probes_change_nothing(chunk: int | None, read: Read) -> None:
 def test_queries_do_not_see_each_other_nor_their_padding(readout: str) -> None:
     model, rows = adapted(gpt2()), token_rows()
     parameters = Parameters.of(model)
-    directions = probes(parameters, dtype=torch.float64)
-    together = READOUTS[readout](model, parameters, CAUSAL_LM, padded(rows, CONTEXT), directions)
+    directions = random_directions(parameters, dtype=torch.float64)
+    raise_on_all_ranks = READOUTS[readout](model, parameters, CAUSAL_LM, padded(rows, CONTEXT), directions)
     for index, row in enumerate(rows):
         alone = READOUTS[readout](model, parameters, CAUSAL_LM, padded([row]), directions)
         length = alone.shape[1]
-        agree(together[index, :length], alone[0], 1e-8 if readout == "jvp" else 1e-6)
-        assert bool((together[index, length:] == 0).all())
+        agree(raise_on_all_ranks[index, :length], alone[0], 1e-8 if readout == "jvp" else 1e-6)
+        assert bool((raise_on_all_ranks[index, length:] == 0).all())
 
 
 def shortcut_taken(model: nn.Module, parameters: Parameters, batch: Batch) -> bool:
     with torch.no_grad():
         head = output_layer(model, parameters, CAUSAL_LM)
         return (
-            head is not None and covectors(head, *hidden_states(Likelihood(model, CAUSAL_LM), head, batch)) is not None
+            head is not None
+            and hidden_state_gradients(head, *hidden_states(Likelihood(model, CAUSAL_LM), head, batch)) is not None
         )
 
 
@@ -162,7 +163,7 @@ def test_the_vocabulary_is_visited_where_it_must_be_and_only_there(
     model, batch = make(torch.float32), padded(token_rows())
     parameters = Parameters.of(model, spec)
     assert shortcut_taken(model, parameters, batch) == short
-    directions = probes(parameters)
+    directions = random_directions(parameters)
     found = jvp.read(model, parameters, CAUSAL_LM, batch, directions)
     agree(found, by_reverse_mode(model, parameters, batch, directions), 1e-4)
 
@@ -182,7 +183,7 @@ def test_a_classifier_is_read_at_its_one_position() -> None:
     model = GPT2ForSequenceClassification(settings).eval()
     parameters = Parameters.of(model, "trainable")
     batch = padded(token_rows()) | {"labels": torch.tensor([0, 1, 2, 1, 0])}
-    directions = probes(parameters)
+    directions = random_directions(parameters)
     found = jvp.read(model, parameters, SEQUENCE_CLASSIFICATION, batch, directions)
     assert found.shape == (5, 1, K)
     agree(found, by_reverse_mode(model, parameters, batch, directions, SEQUENCE_CLASSIFICATION), 1e-4)
@@ -191,17 +192,17 @@ def test_a_classifier_is_read_at_its_one_position() -> None:
 def test_a_readout_is_linear_in_its_probes() -> None:
     model = adapted(gpt2())
     parameters, batch = Parameters.of(model), padded(token_rows())
-    one, other = probes(parameters, 2, torch.float64)
+    one, other = random_directions(parameters, 2, torch.float64)
     three = torch.stack([one, other, 2 * one - 3 * other])
     found = jvp.read(model, parameters, CAUSAL_LM, batch, three)
     agree(found[..., 2], 2 * found[..., 0] - 3 * found[..., 1], 1e-10)
 
 
 def test_the_score_is_the_first_order_of_a_real_step() -> None:
-    """Along a probe, log-likelihood really changes as the readout says, and its sign turns with the step."""
+    """Along a direction, log-likelihood really changes as the readout says, and its sign turns with the step."""
     model, batch = adapted(gpt2()), padded(token_rows())
     parameters = Parameters.of(model)
-    theta, (direction,) = parameters.read(model), probes(parameters, 1, torch.float64)
+    theta, (direction,) = parameters.read(model), random_directions(parameters, 1, torch.float64)
     slope = jvp.read(model, parameters, CAUSAL_LM, batch, direction[None])[..., 0]
     values = []
     for side in (1e-5, -1e-5):
@@ -217,13 +218,13 @@ def test_bfloat16_has_no_digits_for_differences() -> None:
     with pytest.raises(
         NumericalError, match=r"bfloat16 disagree by .*load the model in float32, or use readout='jvp'"
     ):
-        difference.read(model, parameters, CAUSAL_LM, batch, probes(parameters))
+        difference.read(model, parameters, CAUSAL_LM, batch, random_directions(parameters))
 
 
 def test_bfloat16_has_digits_for_derivatives() -> None:
     model = adapted(llama(torch.bfloat16))
     parameters, batch = Parameters.of(model), padded(token_rows())
-    directions = probes(parameters)
+    directions = random_directions(parameters)
     found = jvp.read(model, parameters, CAUSAL_LM, batch, directions)
     assert found.dtype == torch.float32
     agree(found, by_reverse_mode(model, parameters, batch, directions), 0.03)
@@ -232,7 +233,7 @@ def test_bfloat16_has_digits_for_derivatives() -> None:
 def test_a_probe_of_zeros_reads_zero() -> None:
     model = adapted(gpt2())
     parameters, batch = Parameters.of(model), padded(token_rows())
-    directions = torch.cat([torch.zeros(1, parameters.size), probes(parameters, 2)])
+    directions = torch.cat([torch.zeros(1, parameters.size), random_directions(parameters, 2)])
     for read in READOUTS.values():
         found = read(model, parameters, CAUSAL_LM, batch, directions)
         assert bool((found[..., 0] == 0).all())
@@ -244,14 +245,14 @@ def test_training_mode_is_refused(readout: str) -> None:
     model = adapted(gpt2()).train()
     parameters, batch = Parameters.of(model), padded(token_rows())
     with pytest.raises(UnsupportedError, match=r"call model.eval\(\)"):
-        READOUTS[readout](model, parameters, CAUSAL_LM, batch, probes(parameters))
+        READOUTS[readout](model, parameters, CAUSAL_LM, batch, random_directions(parameters))
 
 
 def test_inference_mode_is_refused_where_it_would_drop_derivatives() -> None:
     model = adapted(gpt2())
     parameters, batch = Parameters.of(model), padded(token_rows())
     with torch.inference_mode(), pytest.raises(UnsupportedError, match=r"use torch\.no_grad instead"):
-        jvp.read(model, parameters, CAUSAL_LM, batch, probes(parameters))
+        jvp.read(model, parameters, CAUSAL_LM, batch, random_directions(parameters))
 
 
 def test_quantised_layers_whose_tangents_vanish_are_refused() -> None:
@@ -261,8 +262,8 @@ def test_quantised_layers_whose_tangents_vanish_are_refused() -> None:
     kind = type("Linear4bit", (nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
     model.add_module("q_proj", kind(2, 2).eval())
     with pytest.raises(UnsupportedError, match=r"q_proj is a Linear4bit of bitsandbytes, .* use readout='difference'"):
-        jvp.read(model, parameters, CAUSAL_LM, batch, probes(parameters))
-    assert bool(READOUTS["difference"](model, parameters, CAUSAL_LM, batch, probes(parameters)).ne(0).any())
+        jvp.read(model, parameters, CAUSAL_LM, batch, random_directions(parameters))
+    assert bool(READOUTS["difference"](model, parameters, CAUSAL_LM, batch, random_directions(parameters)).ne(0).any())
 
 
 class Doubled(torch.autograd.Function):
@@ -291,8 +292,8 @@ def test_an_operation_without_forward_derivative_is_named(kernel: Callable[[Tens
     parameters, batch = Parameters.of(model), padded(token_rows())
     own = Objective("custom", lambda m, b: (kernel(CAUSAL_LM.forward(m, b)[0]), b["labels"][:, 1:]))
     with pytest.raises(UnsupportedError, match=rf"{named}.*readout='difference'"):
-        jvp.read(model, parameters, own, batch, probes(parameters))
-    differences = difference.read(model, parameters, own, batch, probes(parameters, dtype=torch.float64))
+        jvp.read(model, parameters, own, batch, random_directions(parameters))
+    differences = difference.read(model, parameters, own, batch, random_directions(parameters, dtype=torch.float64))
     assert bool(torch.isfinite(differences).all())
     assert bool((differences != 0).any())
 
@@ -303,9 +304,9 @@ def test_nan_is_not_reported_as_a_score() -> None:
     with torch.no_grad():
         parameters.tensors(model)[0].fill_(float("nan"))
     with pytest.raises(NumericalError, match="is not finite"):
-        jvp.read(model, parameters, CAUSAL_LM, batch, probes(parameters))
+        jvp.read(model, parameters, CAUSAL_LM, batch, random_directions(parameters))
     with pytest.raises(NumericalError, match="disagree by nan"):
-        difference.read(model, parameters, CAUSAL_LM, batch, probes(parameters))
+        difference.read(model, parameters, CAUSAL_LM, batch, random_directions(parameters))
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -313,7 +314,7 @@ def test_the_model_is_left_as_it_was() -> None:
     parameters, batch = Parameters.of(model), padded(token_rows())
     theta = parameters.read(model)
     for read in READOUTS.values():
-        read(model, parameters, CAUSAL_LM, batch, probes(parameters))
+        read(model, parameters, CAUSAL_LM, batch, random_directions(parameters))
     assert torch.equal(parameters.read(model), theta)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())

@@ -28,18 +28,18 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import hf_fwdattr.jvp.analytic as reading
 import hf_fwdattr.jvp.chunking as memory
 from hf_fwdattr.errors import UnsupportedError
-from hf_fwdattr.gradients.predictor import SyntheticGradients
+from hf_fwdattr.gradients.predictor import GradientPredictor
 from hf_fwdattr.jvp import torch_func as jvp
-from hf_fwdattr.jvp.analytic import Tangents, TooLarge
-from hf_fwdattr.jvp.backend import READOUTS, Engine
+from hf_fwdattr.jvp.analytic import AnalyticJVP, TooLarge
+from hf_fwdattr.jvp.backend import READOUTS, Backend
 from hf_fwdattr.layers.attention import attention_weights
 from hf_fwdattr.layers.norm import Norm
 from hf_fwdattr.models.likelihood import CAUSAL_LM
 from hf_fwdattr.models.parameters import Parameters
 from tests.helpers.cases import adapted, finished, gpt2, llama, padded, token_rows
 from tests.helpers.reference import agree
-from tests.jvp.test_backends import by_reverse_mode, probes
-from tests.tangent.test_tangents import SIZES
+from tests.jvp.test_backends import by_reverse_mode, random_directions
+from tests.jvp.test_analytic import SIZES
 
 
 def hooked(path: str, hook: Callable[..., Any], before: bool = False) -> nn.Module:
@@ -168,10 +168,10 @@ def weakly_capped() -> nn.Module:
 def test_it_is_left_to_torch(make: Callable[[], nn.Module], spec: str, why: str) -> None:
     model = make()
     parameters, batch = Parameters.of(model, spec), padded(token_rows())
-    directions = probes(parameters, 2, torch.float64)
+    directions = random_directions(parameters, 2, torch.float64)
     with pytest.raises(UnsupportedError, match=why):
-        Tangents(model, parameters, CAUSAL_LM, batch)
-    found = Engine(model, parameters).opened(batch)(directions)
+        AnalyticJVP(model, parameters, CAUSAL_LM, batch)
+    found = Backend(model, parameters).opened(batch)(directions)
     assert torch.equal(found, jvp.read(model, parameters, CAUSAL_LM, batch, directions))
 
 
@@ -188,7 +188,7 @@ def test_what_queries_go_through_shows_where_attention_is_nearly_uniform(
     torch.manual_seed(0)
     model, batch = kind(config(**SIZES, initializer_range=0.002, **changes)).to(dtype).eval(), padded(token_rows())
     with pytest.raises(UnsupportedError, match="self_attn computes something else"):
-        Tangents(model, Parameters.of(model, r"q_proj\.weight"), CAUSAL_LM, batch)
+        AnalyticJVP(model, Parameters.of(model, r"q_proj\.weight"), CAUSAL_LM, batch)
 
 
 def test_a_layer_that_runs_twice_is_refused() -> None:
@@ -196,14 +196,14 @@ def test_a_layer_that_runs_twice_is_refused() -> None:
     model.model.layers.insert(0, model.model.layers[0])
     model.config.num_hidden_layers = 3
     with pytest.raises(UnsupportedError, match="used twice in one pass"):
-        Tangents(model, Parameters.of(model, r"layers\.2.*v_proj"), CAUSAL_LM, batch)
+        AnalyticJVP(model, Parameters.of(model, r"layers\.2.*v_proj"), CAUSAL_LM, batch)
 
 
 def test_autocast_that_begins_later_rounds_nothing() -> None:
     model, batch = adapted(llama(torch.float32)), padded(token_rows())
     parameters = Parameters.of(model)
-    directions = probes(parameters, 2)
-    tangents = Tangents(model, parameters, CAUSAL_LM, batch)
+    directions = random_directions(parameters, 2)
+    tangents = AnalyticJVP(model, parameters, CAUSAL_LM, batch)
     expected = tangents.along(directions)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(tangents.along(directions), expected)
@@ -212,9 +212,9 @@ def test_autocast_that_begins_later_rounds_nothing() -> None:
 def test_a_model_in_float64_is_never_read_in_half_precision() -> None:
     model, batch = adapted(llama()), padded(token_rows())
     parameters = Parameters.of(model)
-    directions = probes(parameters, 2, torch.float64)
-    found = Engine(model, parameters, precision="half").opened(batch)(directions)
-    assert torch.equal(found, Tangents(model, parameters, CAUSAL_LM, batch).along(directions))
+    directions = random_directions(parameters, 2, torch.float64)
+    found = Backend(model, parameters, precision="half").opened(batch)(directions)
+    assert torch.equal(found, AnalyticJVP(model, parameters, CAUSAL_LM, batch).along(directions))
 
 
 def test_a_model_that_does_not_call_its_output_layer_is_refused() -> None:
@@ -227,7 +227,7 @@ def test_a_model_that_does_not_call_its_output_layer_is_refused() -> None:
     model.forward = forward
     parameters = Parameters.of(model, r"q_proj\.weight")
     with pytest.raises(UnsupportedError, match="output layer was not called, or its hooks were not"):
-        Engine(model, parameters).opened(batch)(probes(parameters, 2, torch.float64))
+        Backend(model, parameters).opened(batch)(random_directions(parameters, 2, torch.float64))
 
 
 class Lengthless(nn.Module):
@@ -248,14 +248,14 @@ def test_nobody_asks_a_model_for_its_length() -> None:
     model, batch = adapted(llama()), padded(token_rows())
     wrapped = Lengthless(model).eval()
     one, other = Parameters.of(model), Parameters.of(wrapped)
-    directions = probes(one, 2, torch.float64)
-    found = Engine(wrapped, other).opened(batch)(directions)
+    directions = random_directions(one, 2, torch.float64)
+    found = Backend(wrapped, other).opened(batch)(directions)
     agree(found, jvp.read(model, one, CAUSAL_LM, batch, directions), 1e-6)
 
 
 def test_a_first_look_does_without_what_it_cannot_write_out() -> None:
     model, batch = olmo2(), padded(token_rows())
-    look = SyntheticGradients(model, Parameters.of(model), CAUSAL_LM)
+    look = GradientPredictor(model, Parameters.of(model), CAUSAL_LM)
     maps = look.fit([batch])
     assert any(path.endswith("k_proj") for path in maps)  # of an attention that is written out only ends have maps
     assert bool(look(batch).isfinite().all())
@@ -264,19 +264,19 @@ def test_a_first_look_does_without_what_it_cannot_write_out() -> None:
 def test_logits_that_a_hook_changes_are_read_as_they_are() -> None:
     model, batch = hooked("lm_head", lambda _, __, y: 2 * y), padded(token_rows())
     parameters = Parameters.of(model)
-    directions = probes(parameters, dtype=torch.float64)
-    found = Engine(model, parameters).opened(batch)(directions)
+    directions = random_directions(parameters, dtype=torch.float64)
+    found = Backend(model, parameters).opened(batch)(directions)
     agree(found, by_reverse_mode(model, parameters, batch, directions), 2e-5)
 
 
 def test_a_weight_of_the_base_responds_as_it_does_without_its_adapter() -> None:
     model, batch = adapted(llama()), padded(token_rows())
     parameters = Parameters.of(model, r"down_proj\.weight$")
-    directions = probes(parameters, dtype=torch.float64)
+    directions = random_directions(parameters, dtype=torch.float64)
     found = []
     for state in (nullcontext, model.disable_adapter):
         with state():
-            found.append(Tangents(model, parameters, CAUSAL_LM, batch).along(directions))
+            found.append(AnalyticJVP(model, parameters, CAUSAL_LM, batch).along(directions))
             agree(found[-1], jvp.read(model, parameters, CAUSAL_LM, batch, directions), 1e-6)
     assert float((found[0] - found[1]).norm() / found[0].norm()) > 0.01
 
@@ -293,10 +293,10 @@ def test_adapters_that_all_rest_are_refused_whatever_the_way(state: str) -> None
         model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"]))
         model.set_adapter("other")
         model.eval()
-    directions = probes(parameters, dtype=torch.float64)
+    directions = random_directions(parameters, dtype=torch.float64)
     for way in ("auto", *READOUTS):
         with pytest.raises(UnsupportedError, match=r"every score would be zero; call model\.unmerge"):
-            Engine(model, parameters, way).opened(batch)(directions)
+            Backend(model, parameters, way).opened(batch)(directions)
 
 
 @pytest.mark.parametrize("way", ["auto", "jvp"])
@@ -304,8 +304,8 @@ def test_adapters_that_all_rest_are_refused_whatever_the_way(state: str) -> None
 def test_float16_reads_along_directions_of_any_size(way: str, size: float) -> None:
     model, batch = adapted(gpt2(torch.float16)), padded(token_rows())
     parameters = Parameters.of(model)
-    directions = probes(parameters)
-    read = Engine(model, parameters, way).opened(batch)
+    directions = random_directions(parameters)
+    read = Backend(model, parameters, way).opened(batch)
     agree(read(size * directions), size * read(directions), 3e-3)
 
 
@@ -352,15 +352,15 @@ def test_what_lies_between_all_positions_counts_as_memory(monkeypatch: pytest.Mo
     def row(length: int) -> dict[str, Tensor]:
         return padded([{"input_ids": [1] * length, "labels": [1] * length}])
 
-    short, long = (Tangents(model, parameters, CAUSAL_LM, row(length)) for length in (8, 64))
+    short, long = (AnalyticJVP(model, parameters, CAUSAL_LM, row(length)) for length in (8, 64))
     assert short._each == 4 * 8 * 20  # of an MLP
     assert long._each == 4 * 2 * 64 * 64  # of two heads
     monkeypatch.setattr(memory, "_CPU_BUDGET", 3 * memory._ALIVE * long._each)
     block, sizes = long._block, list[int]()
 
-    def counted(probes: Tensor) -> Tensor:
-        sizes.append(len(probes))
-        return block(probes)
+    def counted(directions: Tensor) -> Tensor:
+        sizes.append(len(directions))
+        return block(directions)
 
     monkeypatch.setattr(long, "_block", counted)
     long.along(torch.ones(8, parameters.size, dtype=torch.float64))
@@ -368,4 +368,4 @@ def test_what_lies_between_all_positions_counts_as_memory(monkeypatch: pytest.Mo
     widths = 2 * (12 + 6 + 6 + 12 + 20 + 20 + 12)
     monkeypatch.setattr(reading, "_CPU_KEPT", 3 * 4 * 64 * (widths + 64))
     with pytest.raises(TooLarge):
-        Tangents(model, parameters, CAUSAL_LM, row(64))
+        AnalyticJVP(model, parameters, CAUSAL_LM, row(64))

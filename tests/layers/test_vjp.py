@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_fwdattr.layers.attention import attention, attention_weights, rotated
+from hf_fwdattr.layers.attention import apply_rotary, attention, attention_weights
 from hf_fwdattr.layers.mlp import slope
 from hf_fwdattr.layers.norm import layer_norm, rms_norm
 from tests.helpers.reference import agree
@@ -51,8 +51,8 @@ def test_attention(kind: str) -> None:
 def test_turning_back_is_the_transpose_of_turning() -> None:
     x, error, angle = random(1, 2, 4, 6), random(1, 2, 4, 6, seed=1), random(1, 1, 4, 3, seed=2)
     cos, sin = torch.cat([angle, angle], -1).cos(), torch.cat([angle, angle], -1).sin()
-    (expected,) = pulled(lambda x: rotated(x, cos, sin), [x], error)
-    agree(rotated(error, cos, -sin), expected, 1e-12)
+    (expected,) = pulled(lambda x: apply_rotary(x, cos, sin), [x], error)
+    agree(apply_rotary(error, cos, -sin), expected, 1e-12)
 
 
 @pytest.mark.parametrize("function", [nn.functional.silu, nn.GELU("tanh"), torch.relu])

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from hf_fwdattr.models.compat import fused
+from hf_fwdattr.models.compat import fused_activations
 from tests.helpers.reference import agree
 
 
@@ -14,7 +14,7 @@ def test_a_fused_activation_is_the_same_function(name: str) -> None:
     model = nn.Sequential(ACT2FN[name], ACT2FN["silu"])
     x = torch.linspace(-8, 8, 1001, dtype=torch.float64)
     plain = model(x)
-    with fused(model):
+    with fused_activations(model):
         assert "forward" in vars(model[0])
         assert "forward" not in vars(model[1])
         agree(model(x), plain, 1e-7)
@@ -24,6 +24,6 @@ def test_a_fused_activation_is_the_same_function(name: str) -> None:
 
 def test_restored_after_an_error() -> None:
     model = nn.Sequential(ACT2FN["gelu_new"])
-    with pytest.raises(RuntimeError, match="stop"), fused(model):
+    with pytest.raises(RuntimeError, match="stop"), fused_activations(model):
         raise RuntimeError("stop")
     assert "forward" not in vars(model[0])

@@ -11,9 +11,9 @@ from hf_fwdattr.models.likelihood import (
     SEQUENCE_CLASSIFICATION,
     Objective,
     log_probabilities,
-    objective_of,
+    resolve_objective,
     row_losses,
-    sampled_labels,
+    sample_labels,
 )
 from tests.helpers.cases import CONTEXT, VOCABULARY, adapted, gpt2, llama, padded, token_rows
 from tests.helpers.reference import agree
@@ -23,19 +23,19 @@ SIZES = GPT2Config(vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=12, n_laye
 
 
 def test_auto_knows_language_models_and_classifiers_from_their_class() -> None:
-    assert objective_of(gpt2()) is CAUSAL_LM
-    assert objective_of(adapted(llama())) is CAUSAL_LM
-    assert objective_of(GPT2ForSequenceClassification(SIZES)) is SEQUENCE_CLASSIFICATION
+    assert resolve_objective(gpt2()) is CAUSAL_LM
+    assert resolve_objective(adapted(llama())) is CAUSAL_LM
+    assert resolve_objective(GPT2ForSequenceClassification(SIZES)) is SEQUENCE_CLASSIFICATION
 
 
 def test_a_name_a_function_and_an_objective_are_taken_as_they_are() -> None:
     def own(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         return model(batch["x"]), batch["labels"]
 
-    assert objective_of(nn.Linear(1, 2), "causal-lm") is CAUSAL_LM
-    assert objective_of(nn.Linear(1, 2), own).forward is own
+    assert resolve_objective(nn.Linear(1, 2), "causal-lm") is CAUSAL_LM
+    assert resolve_objective(nn.Linear(1, 2), own).forward is own
     mine = Objective("custom", own)
-    assert objective_of(nn.Linear(1, 2), mine) is mine
+    assert resolve_objective(nn.Linear(1, 2), mine) is mine
 
 
 REGRESSION = GPT2Config(**(SIZES.to_dict() | {"num_labels": 1}))
@@ -54,7 +54,7 @@ MANY_LABELS = GPT2Config(**(SIZES.to_dict() | {"problem_type": "multi_label_clas
 )
 def test_auto_refuses_what_is_no_softmax_likelihood_that_it_knows(model: nn.Module) -> None:
     with pytest.raises(UnsupportedError, match="pass objective="):
-        objective_of(model)
+        resolve_objective(model)
 
 
 def test_row_losses_add_up_to_the_models_own_loss() -> None:
@@ -88,7 +88,7 @@ def test_sampled_labels_follow_the_models_distribution() -> None:
     logits = 2 * torch.randn(1, 2, 6, generator=generator)
     draws = 20_000
     uniforms = torch.rand(draws, 2, generator=generator, dtype=torch.float64)
-    drawn = sampled_labels(logits.expand(draws, -1, -1), torch.zeros(draws, 2, dtype=torch.long), uniforms)
+    drawn = sample_labels(logits.expand(draws, -1, -1), torch.zeros(draws, 2, dtype=torch.long), uniforms)
     for position in range(2):
         expected = draws * logits[0, position].double().softmax(-1)
         result = chisquare(torch.bincount(drawn[:, position], minlength=6).numpy(), expected.numpy())
@@ -101,7 +101,7 @@ def test_sampled_labels_depend_on_the_row_alone() -> None:
 
     def drawn(order: list[int], length: int) -> dict[int, list[int]]:
         logits, labels = CAUSAL_LM.forward(model, padded([rows[i] for i in order], length))
-        chosen = sampled_labels(logits, labels, uniforms[order, : labels.shape[1]])
+        chosen = sample_labels(logits, labels, uniforms[order, : labels.shape[1]])
         assert torch.equal(chosen == IGNORED, labels == IGNORED)
         return {
             i: [label for label in line if label != IGNORED] for i, line in zip(order, chosen.tolist(), strict=True)
@@ -120,10 +120,10 @@ def test_labels_drawn_a_few_positions_at_a_time_are_the_same(held: int, monkeypa
         (cumulative < uniforms.unsqueeze(-1) * cumulative[..., -1:]).sum(-1).masked_fill(labels == IGNORED, IGNORED)
     )
     monkeypatch.setattr("hf_fwdattr.models.likelihood._DRAWN", held)
-    assert torch.equal(sampled_labels(logits, labels, uniforms), expected)
+    assert torch.equal(sample_labels(logits, labels, uniforms), expected)
 
 
 def test_a_class_without_probability_is_never_drawn() -> None:
     logits = torch.tensor([[[-5000.0, 0.0, -5000.0, 1.0, -5000.0]]]).expand(3, -1, -1)
     uniforms = torch.tensor([[0.0], [0.2], [1 - 1e-16]], dtype=torch.float64)
-    assert sampled_labels(logits, torch.zeros(3, 1).long(), uniforms).flatten().tolist() == [1, 1, 3]
+    assert sample_labels(logits, torch.zeros(3, 1).long(), uniforms).flatten().tolist() == [1, 1, 3]

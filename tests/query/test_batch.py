@@ -50,7 +50,7 @@ def test_an_image_classifier_from_fine_tune_to_scores(tmp_path: Path) -> None:
     batch = default_data_collator([images(4, seed=5)[i] for i in range(4)])
     found = batch_scores(model, bank, batch)
     parameters = bank.check_model(model)
-    responses = torch.cat([block for _, _, block in bank.coordinates()]) @ bank.probes()
+    responses = torch.cat([block for _, _, block in bank.coordinates()]) @ bank.directions()
     singles = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(4)]
     own = torch.stack([row_gradient(model, parameters, SEQUENCE_CLASSIFICATION, single) for single in singles])
     agree(found, -own @ responses.T, 1e-4)
@@ -76,7 +76,7 @@ def test_a_language_model_asked_by_batches_answers_as_the_pipeline(tmp_path: Pat
 def test_batches_that_ask_nothing_or_the_impossible_are_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = vit()
-    bank = trained(tmp_path, model, images(6), probes=2).bank
+    bank = trained(tmp_path, model, images(6), directions=2).bank
     assert bank is not None
     model.eval()
     pixels = torch.zeros(2, 1, 8, 8)
@@ -110,7 +110,7 @@ def test_training_with_batch_statistics_is_refused_before_the_first_step(tmp_pat
 
 
 def test_images_of_one_class_are_told_apart(tmp_path: Path) -> None:
-    settings = config(source_column=None, parameters="trainable", probes=1)
+    settings = config(source_column=None, parameters="trainable", directions=1)
     bank = fine_tune(tmp_path, vit(), settings, images(6), collate=default_data_collator).bank
     assert bank is not None
     assert len({bytes(line.tolist()) for block in bank.row_hashes() for line in block}) == 6

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_fwdattr.query.gaussian_process import Kriging, kernel_of
+from hf_fwdattr.query.gaussian_process import GaussianProcess, error_covariance
 from tests.helpers.reference import agree
 
 
@@ -31,20 +31,20 @@ def test_the_kernel_is_the_covariance_without_what_rows_say_of_themselves(errors
         seen = [0.0 if row == query else float(errors[query, row]) for row in range(ROWS)]
         expected += torch.outer(torch.tensor(seen).double(), torch.tensor(seen).double())
     expected /= expected.trace() / ROWS
-    agree(kernel_of(errors), expected, 1e-3)
-    assert kernel_of(errors).dtype == torch.float16
-    assert not torch.equal(kernel_of(errors), kernel_of(errors.T))
+    agree(error_covariance(errors), expected, 1e-3)
+    assert error_covariance(errors).dtype == torch.float16
+    assert not torch.equal(error_covariance(errors), error_covariance(errors.T))
 
 
 @pytest.mark.parametrize("kind", ["rows", "mixtures", "both"])
 def test_what_is_expected_is_the_conditional_mean(errors: Tensor, kind: str) -> None:
-    kernel = kernel_of(errors).double() + 0.1 * torch.eye(ROWS, dtype=torch.float64)
+    kernel = error_covariance(errors).double() + 0.1 * torch.eye(ROWS, dtype=torch.float64)
     generator = torch.Generator().manual_seed(3)
     prior, scores = torch.randn(2, ROWS, generator=generator, dtype=torch.float64)
     places = torch.tensor([6, 1, 3])
     mixed = torch.randn(ROWS, 2, generator=generator, dtype=torch.float64)
     unit = torch.eye(ROWS, dtype=torch.float64)[:, places]
-    learned, weights = Kriging(prior, kernel), []
+    learned, weights = GaussianProcess(prior, kernel), []
     if kind != "mixtures":
         learned.rows(places, scores[places])
         weights.append(unit)
@@ -56,8 +56,8 @@ def test_what_is_expected_is_the_conditional_mean(errors: Tensor, kind: str) -> 
 
 
 def test_one_after_the_other_is_all_at_once(errors: Tensor) -> None:
-    kernel, prior, scores = kernel_of(errors), torch.zeros(ROWS), torch.arange(ROWS, dtype=torch.float64)
-    once, turns = Kriging(prior, kernel), Kriging(prior, kernel)
+    kernel, prior, scores = error_covariance(errors), torch.zeros(ROWS), torch.arange(ROWS, dtype=torch.float64)
+    once, turns = GaussianProcess(prior, kernel), GaussianProcess(prior, kernel)
     once.rows(torch.tensor([5, 0, 2]), scores[[5, 0, 2]])
     for place in (2, 5, 0):
         turns.rows(torch.tensor([place]), scores[[place]])
@@ -66,23 +66,23 @@ def test_one_after_the_other_is_all_at_once(errors: Tensor) -> None:
 
 def test_nothing_read_is_what_was_expected(errors: Tensor) -> None:
     prior = torch.randn(ROWS)
-    assert torch.equal(Kriging(prior, kernel_of(errors)).expected(), prior.double())
+    assert torch.equal(GaussianProcess(prior, error_covariance(errors)).expected(), prior.double())
 
 
 def test_the_kernels_scale_does_not_matter(errors: Tensor) -> None:
-    kernel = kernel_of(errors).double()
+    kernel = error_covariance(errors).double()
     found = []
     for scale in (1.0, 1e-3):
-        learned = Kriging(torch.zeros(ROWS), scale * kernel)
+        learned = GaussianProcess(torch.zeros(ROWS), scale * kernel)
         learned.rows(torch.tensor([4, 7]), torch.tensor([1.0, -2.0]))
         found.append(learned.expected())
     agree(found[1], found[0], 1e-6)
 
 
 def test_rows_that_share_nothing_with_what_was_read_stay(errors: Tensor) -> None:
-    kernel = kernel_of(errors).double()
+    kernel = error_covariance(errors).double()
     kernel[:3, 3:] = kernel[3:, :3] = 0.0
-    learned = Kriging(torch.ones(ROWS), kernel)
+    learned = GaussianProcess(torch.ones(ROWS), kernel)
     learned.rows(torch.tensor([0, 2]), torch.tensor([5.0, -5.0]))
     found = learned.expected()
     assert torch.equal(found[3:], torch.ones(ROWS, dtype=torch.float64)[3:])
@@ -90,15 +90,15 @@ def test_rows_that_share_nothing_with_what_was_read_stay(errors: Tensor) -> None
 
 
 def test_a_kernel_of_zeros_changes_nothing() -> None:
-    learned = Kriging(torch.ones(3), kernel_of(torch.zeros(3, 3)))
+    learned = GaussianProcess(torch.ones(3), error_covariance(torch.zeros(3, 3)))
     learned.rows(torch.tensor([1]), torch.tensor([7.0]))
     assert torch.equal(learned.expected(), torch.ones(3, dtype=torch.float64))
 
 
 def test_deviations_are_those_of_the_conditional_distribution(errors: Tensor) -> None:
-    kernel = kernel_of(errors).double() + 0.1 * torch.eye(ROWS, dtype=torch.float64)
+    kernel = error_covariance(errors).double() + 0.1 * torch.eye(ROWS, dtype=torch.float64)
     places, scores = torch.tensor([6, 1, 3]), torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    learned = Kriging(torch.zeros(ROWS), kernel)
+    learned = GaussianProcess(torch.zeros(ROWS), kernel)
     assert bool(learned.deviations().isinf().all())
     learned.rows(places, scores)
     gram = kernel[places][:, places]
@@ -106,6 +106,6 @@ def test_deviations_are_those_of_the_conditional_distribution(errors: Tensor) ->
     left = kernel - kernel[:, places] @ torch.linalg.inv(gram) @ kernel[places]
     scale = scores @ torch.linalg.inv(gram) @ scores / 3
     agree(learned.deviations(), (scale * left.diagonal()).sqrt(), 1e-9)
-    rescaled = Kriging(torch.zeros(ROWS), 5 * kernel)
+    rescaled = GaussianProcess(torch.zeros(ROWS), 5 * kernel)
     rescaled.rows(places, scores)
     agree(rescaled.deviations(), learned.deviations(), 1e-9)

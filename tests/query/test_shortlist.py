@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hf_fwdattr.query.gaussian_process import Kriging
+from hf_fwdattr.query.gaussian_process import GaussianProcess
 from hf_fwdattr.query.shortlist import MOST, TURNS, search
 
 
@@ -32,7 +32,7 @@ class World:
 
 def found(world: World, kernel: Tensor | None, rows: int | None, count: int = 10) -> tuple[float, Tensor]:
     """Share of the ten best that are among those read, and the estimate."""
-    learned = None if kernel is None else Kriging(world.first, kernel)
+    learned = None if kernel is None else GaussianProcess(world.first, kernel)
     result = search(world.first, learned, count, rows, world.read)
     assert result.tokens.shape == (2, len(result.places))
     assert bool((result.places.diff() > 0).all())
@@ -90,7 +90,7 @@ def test_no_row_is_read_twice_and_none_is_invented() -> None:
     def read(places: Tensor) -> Tensor:
         return torch.zeros(1, len(places), dtype=torch.float64)
 
-    result = search(torch.zeros(7), Kriging(torch.zeros(7), torch.eye(7)), 2, 40, read)
+    result = search(torch.zeros(7), GaussianProcess(torch.zeros(7), torch.eye(7)), 2, 40, read)
     assert result.places.tolist() == list(range(7))
     for rows in (None, 40):
         assert len(search(torch.zeros(0), None, 2, rows, read).places) == 0
@@ -108,7 +108,7 @@ def test_rows_of_which_little_is_known_are_read_before_those_that_are_surely_clo
         asked.append(places)
         return world.read(places)
 
-    search(world.first, Kriging(world.first, spread.diag()), 4, 48, read)
+    search(world.first, GaussianProcess(world.first, spread.diag()), 4, 48, read)
     assert bool(((asked[0] < 100) | (asked[0] >= 200)).all())  # nothing is known of anything yet
     later = torch.cat(asked[1:])
     assert bool(((later >= 100) & (later < 200)).all())

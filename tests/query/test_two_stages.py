@@ -1,4 +1,4 @@
-"""Rows named in two stages, against all probes and against reverse mode."""
+"""Rows named in two stages, against all directions and against reverse mode."""
 
 from pathlib import Path
 from typing import Any
@@ -8,41 +8,45 @@ import torch
 
 from hf_fwdattr.errors import QueryError, UnsupportedError
 from hf_fwdattr.models.likelihood import CAUSAL_LM
-from hf_fwdattr.query.row_codes import OwnResponses
-from hf_fwdattr.query.scorer import Reader
+from hf_fwdattr.query.row_codes import BankResponses
+from hf_fwdattr.query.scorer import Scorer
 from tests.helpers.cases import adapted, padded
 from tests.helpers.reference import agree, row_gradient
 from tests.helpers.runs import ROWS, TrainingDataAttributionPipeline, ask, base, config, fine_tune, queries
 
 
-@pytest.fixture(scope="module", params=["responses", "exact", "probes alone"])
+@pytest.fixture(scope="module", params=["responses", "exact", "directions alone"])
 def tuned(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Any]:
-    """A fine-tuned model and a bank with maps that keeps its rows' responses, all probes, or few."""
-    settings = {"responses": {"probes": 3}, "exact": {}, "probes alone": {"probes": 4, "responses_budget": 0}}
+    """A fine-tuned model and a bank with maps that keeps its rows' responses, all directions, or few."""
+    settings = {
+        "responses": {"directions": 3},
+        "exact": {},
+        "directions alone": {"directions": 4, "responses_budget": 0},
+    }
     model = adapted(base())
     callback = fine_tune(tmp_path_factory.mktemp("run"), model, config(**settings[request.param]))
     return request.param, model, callback.bank
 
 
-def reader(model: Any, bank: Any) -> Reader:
+def reader(model: Any, bank: Any) -> Scorer:
     return ask(model, bank)._reader
 
 
 def responses(kind: str, bank: Any) -> torch.Tensor:
     """(rows, P) as the bank knows them."""
     if kind == "responses":
-        return torch.cat([block.unpacked() for block in bank.responses()]).double()
+        return torch.cat([block.decode() for block in bank.row_codes()]).double()
     return (
         torch.cat([block.double() for _, _, block in bank.coordinates()])
-        @ bank.probes()[: bank.manifest.probes].double()
+        @ bank.directions()[: bank.manifest.directions].double()
     )
 
 
 def test_what_is_kept(tuned: tuple[str, Any, Any]) -> None:
     kind, _, bank = tuned
-    assert bank.manifest.responses == (ROWS if kind == "responses" else 0)
-    assert all(name.endswith("c_proj") for name in bank.maps())
-    assert 0 < bank.manifest.first_look <= 1
+    assert bank.manifest.row_codes == (ROWS if kind == "responses" else 0)
+    assert all(name.endswith("c_proj") for name in bank.error_projections())
+    assert 0 < bank.manifest.predictor_explained_variance <= 1
 
 
 def test_with_passes_for_every_row_all_named_scores_are_exact(tuned: tuple[str, Any, Any]) -> None:
@@ -73,7 +77,7 @@ def test_more_forward_passes_bring_the_estimate_nearer(tuned: tuple[str, Any, An
     off = [float((scores - truth).norm() / truth.norm()) for scores in found]
     assert off[1] <= off[0] < 1
     assert off[2] < off[0]
-    if kind != "responses":  # all of whose three probes were read, and no row
+    if kind != "responses":  # all of whose three directions were read, and no row
         assert off[2] < off[1]
         assert off[2] < 1e-4
 
@@ -102,7 +106,7 @@ def test_the_pipeline_names_the_same_rows_either_way(tuned: tuple[str, Any, Any]
     asked = {"prompt": "w1 w2", "completion": "w3 w4 w5"}
     whole, staged = attribute(asked, budget="all", top_k=3), attribute(asked, budget=60, top_k=3)
     assert [len(example["token_scores"]) for example in staged["examples"]] == [3] * len(staged["examples"])
-    if kind != "responses":  # which knows more than the few probes do
+    if kind != "responses":  # which knows more than the few directions do
         assert [example["row"] for example in staged["examples"]] == [example["row"] for example in whole["examples"]]
     assert [source["source"] for source in staged["sources"]] == [source["source"] for source in whole["sources"]]
     scores = [[source["score"] for source in result["sources"]] for result in (staged, whole)]
@@ -113,7 +117,7 @@ def test_the_pipeline_names_the_same_rows_either_way(tuned: tuple[str, Any, Any]
 
 def test_sources_without_probes_are_the_sums_of_their_rows(tmp_path: Path) -> None:
     model = adapted(base())
-    bank: Any = fine_tune(tmp_path, model, config(source_probes=0)).bank
+    bank: Any = fine_tune(tmp_path, model, config(source_directions=0)).bank
     query = queries()[0]
     (found,) = reader(model, bank).attribute([query], 3, 100)
     scores = ask(model, bank).scores([query])[0].double()
@@ -127,12 +131,12 @@ def test_budgets(tuned: tuple[str, Any, Any], tmp_path: Path) -> None:
     attribute: TrainingDataAttributionPipeline = ask(model, bank)
     with pytest.raises(QueryError, match="budget=0: a query takes at least one forward pass"):
         attribute.scores(queries(), budget=0)
-    with pytest.raises(ValueError, match=r"budget='some': a number of forward passes, 'certain' .* or 'all'"):
+    with pytest.raises(ValueError, match=r"budget='some': a number of forward passes, 'adaptive' .* or 'all'"):
         attribute("w1", budget="some")
     other = adapted(base())
-    plain: Any = fine_tune(tmp_path, other, config(first_look=False)).bank
-    assert not plain.manifest.maps
-    assert plain.manifest.first_look is None
+    plain: Any = fine_tune(tmp_path, other, config(gradient_predictor=False)).bank
+    assert not plain.manifest.error_projections
+    assert plain.manifest.predictor_explained_variance is None
     with pytest.raises(QueryError, match="budget=5: the bank keeps nothing that a first look could use"):
         ask(other, plain).scores(queries(), budget=5)
     agree(ask(other, plain).scores(queries(), budget=ROWS + 1), ask(other, plain).scores(queries()), 1e-6)
@@ -140,9 +144,9 @@ def test_budgets(tuned: tuple[str, Any, Any], tmp_path: Path) -> None:
 
 def test_no_rows_no_responses(tmp_path: Path) -> None:
     """A bank that keeps sources only must not keep rows' responses by another door."""
-    bank: Any = fine_tune(tmp_path, adapted(base()), config(probes=3, private_rows=True)).bank
-    assert bank.manifest.responses == 0
-    assert not bank.manifest.maps
+    bank: Any = fine_tune(tmp_path, adapted(base()), config(directions=3, private_rows=True)).bank
+    assert bank.manifest.row_codes == 0
+    assert not bank.manifest.error_projections
 
 
 def test_certainty(tuned: tuple[str, Any, Any]) -> None:
@@ -150,25 +154,25 @@ def test_certainty(tuned: tuple[str, Any, Any]) -> None:
     attribute = ask(model, bank)
     asked = {"prompt": "w1 w2", "completion": "w3 w4 w5"}
     if kind != "responses":
-        with pytest.raises(QueryError, match="budget='certain': the bank does not keep what certainty takes"):
-            attribute(asked, budget="certain")
+        with pytest.raises(QueryError, match="budget='adaptive': the bank does not keep what certainty takes"):
+            attribute(asked, budget="adaptive")
         return
     named = [
         [(example["row"], example["score"]) for example in attribute(asked, budget=budget, top_k=2)["examples"]]
-        for budget in ("certain", 100)
+        for budget in ("adaptive", 100)
     ]
     assert named[0] == named[1]
 
 
 def test_sums_are_the_kernels_leading_eigenvectors_times_the_responses(tmp_path: Path) -> None:
-    bank: Any = fine_tune(tmp_path, adapted(base()), config(probes=3)).bank
-    own = OwnResponses(bank)
+    bank: Any = fine_tune(tmp_path, adapted(base()), config(directions=3)).bank
+    own = BankResponses(bank)
     assert own.kernel is not None
     values, vectors = torch.linalg.eigh(own.kernel.double())
     weights, directions = own.sums(4)
     agree((weights * vectors.flip(1)[:, :4]).sum(0).abs(), torch.ones(4).double(), 1e-4)
     assert bool((values.diff() >= 0).all())
-    agree(directions, weights.T @ torch.cat([block.unpacked() for block in bank.responses()]).double(), 1e-5)
+    agree(directions, weights.T @ torch.cat([block.decode() for block in bank.row_codes()]).double(), 1e-5)
     more, further = own.sums(6)
     assert torch.equal(more[:, :4], weights)
     assert torch.equal(further[:4], directions)
@@ -179,7 +183,7 @@ def test_a_quarter_of_the_passes_goes_along_sums_the_rest_to_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adapted(base())
-    bank: Any = fine_tune(tmp_path, model, config(probes=3)).bank
+    bank: Any = fine_tune(tmp_path, model, config(directions=3)).bank
     own = reader(model, bank)
     opened, read = own.engine.opened, list[int]()
 
@@ -193,7 +197,7 @@ def test_a_quarter_of_the_passes_goes_along_sums_the_rest_to_rows(
         return counting
 
     monkeypatch.setattr(own.engine, "opened", counted)
-    for budget, sums, rows in ((13, 3, 9), (17, 4, ROWS), ("certain", ROWS, None)):
+    for budget, sums, rows in ((13, 3, 9), (17, 4, ROWS), ("adaptive", ROWS, None)):
         read.clear()
         own.rank(queries()[0], 2, budget)
         assert read[0] == sums
@@ -202,7 +206,7 @@ def test_a_quarter_of_the_passes_goes_along_sums_the_rest_to_rows(
 
 def test_adapters_that_are_switched_off_are_refused_by_the_first_look_too(tmp_path: Path) -> None:
     model = adapted(base())
-    bank: Any = fine_tune(tmp_path, model, config(probes=3)).bank
+    bank: Any = fine_tune(tmp_path, model, config(directions=3)).bank
     attribute = ask(model, bank)
     with model.disable_adapter(), pytest.raises(UnsupportedError, match="merged or switched off"):
         attribute({"prompt": "w1 w2", "completion": "w3"}, budget=9, top_k=2)

@@ -14,7 +14,7 @@ from hf_fwdattr.models.likelihood import CAUSAL_LM
 from hf_fwdattr.models.parameters import Parameters
 from hf_fwdattr.query.batch import batch_scores
 from hf_fwdattr.response.averaging import shares
-from hf_fwdattr.response.dataset import Rows
+from hf_fwdattr.response.dataset import TrainingRows
 from hf_fwdattr.response.passes import Passes
 from hf_fwdattr.response.storage import Storage
 from hf_fwdattr.trainer.record import Record, Snapshot
@@ -37,14 +37,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def built(run: Run, **changes: Any) -> ResponseBank:
-    settings = config(**({"parameters": "lora", "ends": "mean"} | changes))
+    settings = config(**({"parameters": "lora", "averaging": "trajectory"} | changes))
     return build_bank(run[0], training_set(), settings, data_collator=padded, record=run[1])
 
 
 def responses(bank: ResponseBank) -> Tensor:
     """(rows, P) in the bank."""
     rows = torch.cat([block.double() for _, _, block in bank.coordinates()])
-    return rows @ bank.probes(torch.float64)[: bank.manifest.probes]
+    return rows @ bank.directions(torch.float64)[: bank.manifest.directions]
 
 
 def slow(run: Run) -> tuple[Tensor, Tensor]:
@@ -57,7 +57,7 @@ def slow(run: Run) -> tuple[Tensor, Tensor]:
     found = []
     for count in (1, 2, 3):
         with Storage(1 << 30) as storage:
-            rows = Rows(dataset, padded, 4, "cpu", None, None)
+            rows = TrainingRows(dataset, padded, 4, "cpu", None, None)
             passes = Passes(model, parameters, CAUSAL_LM, rows, segments[:count], theta, storage, quiet=True)
             passes.measure_curvature(ROWS)
             found.append(passes.respond(torch.arange(ROWS), torch.zeros(ROWS, parameters.size, dtype=theta.dtype)))
@@ -82,7 +82,7 @@ def test_scores_are_the_mean_response_read_at_the_mean_weights(run: Run) -> None
     agree(responses(bank), expected, 1e-5)
     found = ask(run[0], bank).scores(queries())
     agree(found, -at_mean_weights(run, theta) @ expected.double().T, 1e-5)
-    last = ask(run[0], built(run, ends="last")).scores(queries())
+    last = ask(run[0], built(run, averaging="none")).scores(queries())
     assert float((found - last).norm() / last.norm()) > 0.1
     assert torch.equal(weights(run[0]), before)
 
@@ -97,8 +97,8 @@ def test_sources_add_up_and_differences_agree(run: Run) -> None:
 
 
 def test_both_stages_are_read_there(run: Run) -> None:
-    bank = built(run, probes=4)
-    assert bank.manifest.responses == ROWS
+    bank = built(run, directions=4)
+    assert bank.manifest.row_codes == ROWS
     whole, theta = slow(run)
     exact = -at_mean_weights(run, theta) @ whole.double().T
     reader = ask(run[0], bank)._reader
@@ -107,10 +107,10 @@ def test_both_stages_are_read_there(run: Run) -> None:
     one_pass = reader.scores(queries(), budget=1).double()
     assert float((one_pass - exact).norm() / exact.norm()) < 0.8
     parameters, live = bank.check_model(run[0]), weights(run[0])
-    with bank.read_at(run[0], parameters):
+    with bank.query_weights(run[0], parameters):
         assert reader._first_look is not None
         there = reader._first_look(padded(queries()))
-    rows = torch.cat([block.unpacked() for block in bank.responses()])
+    rows = torch.cat([block.decode() for block in bank.row_codes()])
     agree(one_pass, (there @ rows.T).double(), 1e-5)
     assert torch.equal(weights(run[0]), live)
 
@@ -124,7 +124,7 @@ def test_the_models_weights_come_back_from_a_read_that_fails(run: Run) -> None:
     bank, before = built(run), weights(run[0])
 
     def interrupted() -> None:
-        with bank.read_at(run[0], bank.check_model(run[0])):
+        with bank.query_weights(run[0], bank.check_model(run[0])):
             assert not torch.equal(weights(run[0]), before)
             raise KeyboardInterrupt
 
@@ -135,13 +135,15 @@ def test_the_models_weights_come_back_from_a_read_that_fails(run: Run) -> None:
 
 def test_the_papers_form_has_one_end(run: Run) -> None:
     """Its only segment is the end itself, so that the mean over ends changes nothing."""
-    assert shares("mean", 1) == shares("last", 1) == [1.0]
-    assert shares("last", 3) == [0.0, 0.0, 1.0]
-    assert sum(shares("mean", 7)) == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="'last' or 'mean'"):
+    assert shares("trajectory", 1) == shares("none", 1) == [1.0]
+    assert shares("none", 3) == [0.0, 0.0, 1.0]
+    assert sum(shares("trajectory", 7)) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="'none' or 'trajectory'"):
         shares("first", 3)
     horizon = {"steps": 3, "step_size": 0.1}
-    one, other = (ask(run[0], built(run, ends=e, horizon=horizon)).scores(queries()) for e in ("last", "mean"))
+    one, other = (
+        ask(run[0], built(run, averaging=e, horizon=horizon)).scores(queries()) for e in ("none", "trajectory")
+    )
     agree(one, other, 1e-6)
 
 
@@ -149,7 +151,7 @@ def test_a_bank_says_where_it_is_read(run: Run, tmp_path: Path) -> None:
     bank = built(run)
     bank.save_pretrained(tmp_path)
     told = json.loads((tmp_path / "fwdattr" / "bank.json").read_text())
-    assert told["ends"] == told["config"]["ends"] == "mean"
+    assert told["averaging"] == told["config"]["averaging"] == "trajectory"
     agree(
         ask(run[0], ResponseBank.from_pretrained(tmp_path)).scores(queries()),
         ask(run[0], bank).scores(queries()),
@@ -164,7 +166,9 @@ def test_a_bank_says_where_it_is_read(run: Run, tmp_path: Path) -> None:
 def test_the_self_check_reads_there_too(tmp_path: Path) -> None:
     """Plain descent in small steps: source by source, the mean over the run ranks as the end does."""
     run = dict(optim="sgd", learning_rate=0.05, num_train_epochs=2, max_grad_norm=0.0)
-    callback = fine_tune(tmp_path, adapted(base()), config(self_check=2, parameters="lora", ends="mean"), **run)
+    callback = fine_tune(
+        tmp_path, adapted(base()), config(self_check=2, parameters="lora", averaging="trajectory"), **run
+    )
     assert callback.bank is not None
     found = json.loads((tmp_path / "fwdattr" / "bank.json").read_text())["quality"]["self_check"]
     assert found["pearson"] > 0.85

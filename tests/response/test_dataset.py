@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_fwdattr.bank.hashing import row_hash, row_hashes
 from hf_fwdattr.errors import UnsupportedError
-from hf_fwdattr.response.dataset import Rows, uniforms
+from hf_fwdattr.response.dataset import TrainingRows, uniforms
 from tests.helpers.cases import padded, token_rows
 
 
@@ -18,7 +18,7 @@ from tests.helpers.cases import padded, token_rows
 def test_every_row_comes_once_with_its_own_position(count: int, batch_size: int) -> None:
     data = token_rows(count)
     seen = []
-    for indices, batch in Rows(data, padded, batch_size).batches():
+    for indices, batch in TrainingRows(data, padded, batch_size).batches():
         assert len(indices) == len(batch["input_ids"]) <= batch_size
         for index, line, mask in zip(indices.tolist(), batch["input_ids"], batch["attention_mask"], strict=True):
             assert line[mask.bool()].tolist() == data[index]["input_ids"]
@@ -30,13 +30,13 @@ def test_rows_of_a_length_share_a_batch() -> None:
     """Rows are sorted by length within a window, so most padding is never computed."""
     data = token_rows(64)
     tokens = sum(len(row["input_ids"]) for row in data)
-    sorted_size = sum(batch["input_ids"].numel() for _, batch in Rows(data, padded, 4).batches())
+    sorted_size = sum(batch["input_ids"].numel() for _, batch in TrainingRows(data, padded, 4).batches())
     plain_size = sum(padded(data[at : at + 4])["input_ids"].numel() for at in range(0, 64, 4))
     assert tokens <= sorted_size < tokens + 0.3 * (plain_size - tokens)
 
 
 def test_only_the_rows_asked_for_are_read() -> None:
-    rows = Rows(token_rows(9), padded, 2)
+    rows = TrainingRows(token_rows(9), padded, 2)
     assert sorted(i for indices, _ in rows.batches([7, 3, 5]) for i in indices.tolist()) == [3, 5, 7]
 
 
@@ -48,7 +48,7 @@ def test_features_are_not_changed_by_a_collator_that_takes_them_apart() -> None:
         return batch
 
     data = token_rows(3)
-    list(Rows(data, greedy, 2).batches())
+    list(TrainingRows(data, greedy, 2).batches())
     assert data == token_rows(3)
 
 
@@ -57,7 +57,7 @@ def test_packed_rows_are_refused() -> None:
         return {key: value.reshape(1, -1) for key, value in padded(features).items()}
 
     with pytest.raises(UnsupportedError, match="makes 1 out of 2 rows"):
-        Rows(token_rows(4), packed, 2)
+        TrainingRows(token_rows(4), packed, 2)
 
 
 def test_the_hash_is_of_the_tokens_without_their_padding() -> None:

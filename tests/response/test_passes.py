@@ -1,4 +1,4 @@
-"""The passes under their settings: how many probes, how much memory, which curvature; all on one recorded run."""
+"""The passes under their settings: how many directions, how much memory, which curvature; all on one recorded run."""
 
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,10 @@ def test_more_probes_keep_more(run: tuple[nn.Module, Path]) -> None:
     exact = scores(run, built(run))
     errors, kept = [], []
     for k in (1, 3, 6, 12):
-        bank = built(run, probes=k)
-        assert bank.manifest.probes == k
+        bank = built(run, directions=k)
+        assert bank.manifest.directions == k
         errors.append(float((scores(run, bank) - exact).norm() / exact.norm()))
-        kept.append(bank.manifest.kept_variance)
+        kept.append(bank.manifest.explained_variance)
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-5
     assert kept == sorted(kept)
@@ -58,14 +58,14 @@ def test_more_probes_keep_more(run: tuple[nn.Module, Path]) -> None:
 
 
 def test_a_share_of_the_variance_chooses_the_fewest_probes_that_keep_it(run: tuple[nn.Module, Path]) -> None:
-    bank = built(run, probes=0.7)
-    k = bank.manifest.probes
-    assert bank.manifest.kept_variance >= 0.7
-    assert k == 1 or built(run, probes=k - 1).manifest.kept_variance < 0.7
+    bank = built(run, directions=0.7)
+    k = bank.manifest.directions
+    assert bank.manifest.explained_variance >= 0.7
+    assert k == 1 or built(run, directions=k - 1).manifest.explained_variance < 0.7
 
 
 def test_a_small_rank_stays_small(run: tuple[nn.Module, Path]) -> None:
-    assert built(run, probes=500).manifest.probes == ROWS
+    assert built(run, directions=500).manifest.directions == ROWS
 
 
 def test_with_fewer_parameters_than_rows_the_parameters_are_the_probes(tmp_path: Path) -> None:
@@ -73,15 +73,15 @@ def test_with_fewer_parameters_than_rows_the_parameters_are_the_probes(tmp_path:
     trainer_for(tmp_path, model, training_set(80), callback).train()
     bank = callback.bank
     assert bank is not None
-    assert (bank.manifest.size, bank.manifest.probes, bank.manifest.exact) == (72, 72, True)
-    agree(bank.probes()[:72], torch.eye(72), 1e-12)
+    assert (bank.manifest.size, bank.manifest.directions, bank.manifest.exact) == (72, 72, True)
+    agree(bank.directions()[:72], torch.eye(72), 1e-12)
 
 
 def test_an_exact_bank_of_too_much_is_refused_before_it_is_begun(
     run: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hf_fwdattr.response.passes, "_MAX_EXACT", 11)
-    with pytest.raises(UnsupportedError, match=r"12 rows and .* would hold 12 probes; at most 11 are kept"):
+    with pytest.raises(UnsupportedError, match=r"12 rows and .* would hold 12 directions; at most 11 are kept"):
         built(run)
 
 

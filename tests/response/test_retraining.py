@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_fwdattr.gradients.per_sample import RowGradients
+from hf_fwdattr.gradients.per_sample import PerSampleGradients
 from hf_fwdattr.models.parameters import Parameters
 from hf_fwdattr.response.curvature import Curvature
 from hf_fwdattr.response.horizon import ExplicitHorizon, Horizon, NaturalHorizon
@@ -46,7 +46,7 @@ def settled(world: Quadratic, horizon: Horizon, diagonal: Tensor, weight_decay: 
 
 
 def response(world: Quadratic, segment: Segment) -> Tensor:
-    return segment.advance(None, world.gradients(segment.theta) * segment.share[:, None])
+    return segment.propagate(None, world.gradients(segment.theta) * segment.share[:, None])
 
 
 def frozen_adam(second_moment: Tensor, rate: float, weight_decay: float) -> Callable[..., torch.optim.Optimizer]:
@@ -110,8 +110,8 @@ def test_a_row_seen_only_in_the_second_half() -> None:
 
     first, second = (settled(world, NaturalHorizon(STEPS * RATE / 2), plain) for _ in range(2))
     gradient = (extra * (extra @ start - 1.0))[None]
-    late = second.advance(first.advance(None, 0.0 * gradient), gradient / world.rows)
-    early = second.advance(first.advance(None, gradient / world.rows), 0.0 * gradient)
+    late = second.propagate(first.propagate(None, 0.0 * gradient), gradient / world.rows)
+    early = second.propagate(first.propagate(None, gradient / world.rows), 0.0 * gradient)
     measured = retrained(train, torch.zeros(1, dtype=torch.float64), 0, 1e-4)
     agree(late[0], measured, 1e-3)
     assert (early[0] - measured).norm() > 0.1 * measured.norm()
@@ -131,7 +131,7 @@ def test_more_segments_come_closer_when_the_run_is_far_from_its_minimum() -> Non
             segment = settled(world, NaturalHorizon(length), plain)
             away = torch.linalg.matrix_exp(-world.hessian * (index + 0.5) * length) @ (start - world.minimum())
             pushes = world.gradients(world.minimum() + away) * segment.share[:, None]
-            carried = segment.advance(carried, pushes)
+            carried = segment.propagate(carried, pushes)
         assert carried is not None
         errors.append(float((carried[ROW] - measured).norm() / measured.norm()))
     assert errors == sorted(errors, reverse=True)
@@ -169,7 +169,7 @@ def test_softmax_classifier_at_its_minimum() -> None:
     fisher = exact_fisher(world.model, parameters, world.objective, world.batch)
     values, vectors = torch.linalg.eigh(fisher)
     curvature = Curvature((vectors * values.clamp(min=0).sqrt()).T)
-    gradients, tokens = RowGradients(world.model, parameters, world.objective)(world.batch)
+    gradients, tokens = PerSampleGradients(world.model, parameters, world.objective)(world.batch)
     assert tokens.tolist() == [1] * world.rows
     segment = Segment(
         minimum,
@@ -179,4 +179,4 @@ def test_softmax_classifier_at_its_minimum() -> None:
         curvature=curvature,
     )
     measured = retrained(train, torch.ones(world.rows, dtype=torch.float64), ROW, 1e-4)
-    agree(segment.advance(None, gradients * segment.share[:, None])[ROW], measured, 2e-3)
+    agree(segment.propagate(None, gradients * segment.share[:, None])[ROW], measured, 2e-3)

@@ -35,9 +35,9 @@ def test_a_segment_is_the_solution_of_its_differential_equation() -> None:
     """dr/dt = -D (H + w/D) r - D g, the flow of a preconditioned optimizer with decoupled decay."""
     one = segment()
     earlier, pushes = drawn(ROWS, SIZE, seed=1), drawn(ROWS, SIZE, seed=2)
-    agree(one.advance(earlier, pushes), flow(matrix(one), one.diagonal * pushes, earlier, 0.6), 1e-9)
+    agree(one.propagate(earlier, pushes), flow(matrix(one), one.diagonal * pushes, earlier, 0.6), 1e-9)
     nothing = torch.zeros(ROWS, SIZE, dtype=torch.float64)
-    agree(one.advance(None, pushes), flow(matrix(one), one.diagonal * pushes, nothing, 0.6), 1e-9)
+    agree(one.propagate(None, pushes), flow(matrix(one), one.diagonal * pushes, nothing, 0.6), 1e-9)
 
 
 def test_several_segments_are_the_flows_one_after_the_other() -> None:
@@ -45,7 +45,7 @@ def test_several_segments_are_the_flows_one_after_the_other() -> None:
     pushes = [drawn(ROWS, SIZE, seed=seed) for seed in (3, 4, 5)]
     response, expected = None, torch.zeros(ROWS, SIZE, dtype=torch.float64)
     for one, push in zip(run, pushes, strict=True):
-        response = one.advance(response, push)
+        response = one.propagate(response, push)
         expected = flow(matrix(one), one.diagonal * push, expected, one.horizon.length)
     assert response is not None
     agree(response, expected, 1e-10)
@@ -53,30 +53,30 @@ def test_several_segments_are_the_flows_one_after_the_other() -> None:
 
 def test_one_segment_cut_in_two_is_the_same_run() -> None:
     push = drawn(ROWS, SIZE, seed=1)
-    whole = segment(tau=0.6).advance(None, push)
-    agree(segment(tau=0.4).advance(segment(tau=0.2).advance(None, push), push), whole, 1e-10)
+    whole = segment(tau=0.6).propagate(None, push)
+    agree(segment(tau=0.4).propagate(segment(tau=0.2).propagate(None, push), push), whole, 1e-10)
 
 
 def test_retreat_is_the_adjoint_of_advance() -> None:
     run = [segment(seed, tau) for seed, tau in ((0, 0.6), (1, 0.2), (2, 1.1))]
     pushes = [drawn(ROWS, SIZE, seed=seed) for seed in (3, 4, 5)]
-    covectors = drawn(3, SIZE, seed=6)
+    hidden_state_gradients = drawn(3, SIZE, seed=6)
     response = None
     for one, push in zip(run, pushes, strict=True):
-        response = one.advance(response, push)
+        response = one.propagate(response, push)
     assert response is not None
-    seen, walking = torch.zeros(3, ROWS, dtype=torch.float64), covectors
+    seen, walking = torch.zeros(3, ROWS, dtype=torch.float64), hidden_state_gradients
     for one, push in zip(reversed(run), reversed(pushes), strict=True):
-        pull, walking = one.retreat(walking)
+        pull, walking = one.adjoint(walking)
         seen += pull @ push.T
-    agree(seen, covectors @ response.T, 1e-10)
+    agree(seen, hidden_state_gradients @ response.T, 1e-10)
 
 
 def test_responses_add_up_and_scale_with_the_push() -> None:
     run = [segment(0), segment(1)]
 
     def response(pushes: Tensor) -> Tensor:
-        return run[1].advance(run[0].advance(None, pushes), pushes)
+        return run[1].propagate(run[0].propagate(None, pushes), pushes)
 
     a, b = drawn(ROWS, SIZE, seed=1), drawn(ROWS, SIZE, seed=2)
     agree(response(a + 3 * b), response(a) + 3 * response(b), 1e-12)
@@ -87,7 +87,7 @@ def test_a_row_that_was_never_seen_responds_exactly_zero() -> None:
     run = [segment(0), segment(1)]
     response = None
     for one in run:
-        response = one.advance(response, drawn(ROWS, SIZE) * one.share[:, None])
+        response = one.propagate(response, drawn(ROWS, SIZE) * one.share[:, None])
     assert response is not None
     assert torch.equal(response[1], torch.zeros(SIZE, dtype=torch.float64))
     assert response[[0, 2, 3]].norm(dim=1).min() > 0
@@ -96,4 +96,4 @@ def test_a_row_that_was_never_seen_responds_exactly_zero() -> None:
 def test_with_no_curvature_a_response_is_the_preconditioned_gradient() -> None:
     one = segment(samples=0, weight_decay=0.0)
     push = drawn(ROWS, SIZE)
-    agree(one.advance(None, push), -0.6 * one.diagonal * push, 1e-12)
+    agree(one.propagate(None, push), -0.6 * one.diagonal * push, 1e-12)

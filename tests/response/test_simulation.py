@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_fwdattr.gradients.per_sample import RowGradients
+from hf_fwdattr.gradients.per_sample import PerSampleGradients
 from hf_fwdattr.models.likelihood import CAUSAL_LM
-from hf_fwdattr.models.modes import at_rest
+from hf_fwdattr.models.modes import frozen
 from hf_fwdattr.models.parameters import Parameters
 from hf_fwdattr.response.curvature import Curvature
 from hf_fwdattr.response.horizon import ExplicitHorizon
@@ -64,14 +64,14 @@ def test_rows_and_sources_of_a_model_in_batches() -> None:
     parameters = Parameters.of(world.model, "trainable")
     before = parameters.read(world.model)
     batches = [{key: value[part] for key, value in world.batch.items()} for part in (slice(0, 3), slice(3, 5))]
-    with at_rest(world.model):
+    with frozen(world.model):
         simulated = simulate_rows(
             world.model, parameters, world.objective, batches, GROUPS.double(), epsilon=1e-4, **SETTINGS  # type: ignore[arg-type]
         )  # fmt: skip
     assert torch.equal(parameters.read(world.model), before)
     fisher = exact_fisher(world.model, parameters, world.objective, world.batch)
     values, vectors = torch.linalg.eigh(fisher)
-    gradients, _ = RowGradients(world.model, parameters, world.objective)(world.batch)
+    gradients, _ = PerSampleGradients(world.model, parameters, world.objective)(world.batch)
     pushes = GROUPS.double() @ gradients / world.tokens
     # Not a quadratic: training goes on from an arbitrary point, and the Hessian changes along the way.
     agree(simulated, closed_form((vectors * values.clamp(min=0).sqrt()).T, pushes), 0.1)
@@ -81,7 +81,7 @@ def test_rows_and_sources_of_a_model_in_batches() -> None:
 def simulated_alone(world: Classifier, parameters: Parameters, batches: list[dict[str, Tensor]], row: int) -> Tensor:
     line = torch.zeros(1, 5, dtype=torch.float64)
     line[0, row] = 1.0
-    with at_rest(world.model):
+    with frozen(world.model):
         return simulate_rows(world.model, parameters, world.objective, batches, line, epsilon=1e-4, **SETTINGS)[0]  # type: ignore[arg-type]
 
 
@@ -103,7 +103,7 @@ def test_weights_come_back_when_a_simulation_fails() -> None:
     world = Classifier(rows=5)
     parameters = Parameters.of(world.model, "trainable")
     before = parameters.read(world.model)
-    with at_rest(world.model), pytest.raises(TypeError):
+    with frozen(world.model), pytest.raises(TypeError):
         simulate_rows(world.model, parameters, world.objective, [world.batch], GROUPS.double(), steps=1.5, step_size=1)  # type: ignore[arg-type]
     assert torch.equal(parameters.read(world.model), before)
     assert math.isfinite(float(before.norm()))

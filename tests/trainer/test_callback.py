@@ -56,7 +56,7 @@ def test_the_bank_lies_beside_the_model_and_nothing_else_is_left(tmp_path: Path)
     assert {path.name for path in tmp_path.iterdir()} == {"fwdattr"}
     assert (
         len(list((tmp_path / "fwdattr").iterdir())) == 5
-    )  # bank.json, probes of rows and of sources, coordinates, maps
+    )  # bank.json, directions of rows and of sources, coordinates, maps
     bank = ResponseBank.from_pretrained(tmp_path)
     assert bank.manifest == callback.bank.manifest  # type: ignore[union-attr]
     assert bank.manifest.weights == callback.recorder.parameters.fingerprint(model)
@@ -190,7 +190,7 @@ def test_a_full_disk_leaves_the_old_bank_and_the_record(tmp_path: Path, monkeypa
     assert ResponseBank.from_pretrained(tmp_path).manifest == old.manifest
     assert (
         len(list((tmp_path / "fwdattr").iterdir())) == 5
-    )  # bank.json, probes of rows and of sources, coordinates, maps
+    )  # bank.json, directions of rows and of sources, coordinates, maps
     finished = build_bank(
         model, training_set(), config(), data_collator=padded, record=tmp_path / f"_{RECORD}", folder=tmp_path / "b"
     )
@@ -215,7 +215,7 @@ class Interrupting:
 
 @pytest.mark.parametrize("batches", [1, 4, 15])
 def test_a_bank_interrupted_in_its_passes_can_be_finished(tmp_path: Path, batches: int) -> None:
-    collate, settings = Interrupting(), config(segments=2, probes=8)
+    collate, settings = Interrupting(), config(segments=2, directions=8)
     model = adapted(base()).train()
     trainer = trainer_for(tmp_path, model, training_set(), None, collate)
 

@@ -12,7 +12,7 @@ from hf_fwdattr.errors import UnsupportedError
 from hf_fwdattr.evaluation.retrain import retrain
 from hf_fwdattr.models.likelihood import CAUSAL_LM, row_losses
 from hf_fwdattr.models.parameters import Parameters
-from hf_fwdattr.trainer.reweighting import Retraining, query_losses, weigh
+from hf_fwdattr.trainer.reweighting import RetrainFunction, apply_row_weights, query_losses
 from tests.helpers.cases import adapted, padded
 from tests.helpers.reference import agree
 from tests.helpers.runs import ROWS, base, queries, trainer_for, training_set, weights
@@ -30,7 +30,7 @@ def make(folder: Path, **changes: Any) -> Trainer:
 def ends(folder: Path, given: Tensor | None, **changes: Any) -> Tensor:
     trainer = make(folder, **changes)
     if given is not None:
-        weigh(trainer, given)
+        apply_row_weights(trainer, given)
     trainer.train()
     return weights(trainer.model)
 
@@ -62,9 +62,9 @@ def test_a_weight_multiplies_its_rows_loss_alone(tmp_path: Path) -> None:
 
 def test_other_numbers_of_rows_and_other_losses_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="5 weights for 12 rows"):
-        weigh(make(tmp_path), torch.ones(5))
+        apply_row_weights(make(tmp_path), torch.ones(5))
     with pytest.raises(UnsupportedError, match="compute_loss_func"):
-        weigh(make(tmp_path, compute_loss_func=lambda *_, **__: None), torch.ones(ROWS))
+        apply_row_weights(make(tmp_path, compute_loss_func=lambda *_, **__: None), torch.ones(ROWS))
 
 
 def test_losses_of_queries(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_losses_of_queries(tmp_path: Path) -> None:
 
 
 def test_a_factory_retrains_on_subsets_and_with_weights(tmp_path: Path) -> None:
-    train = Retraining(lambda seed: make(tmp_path / "runs", seed=seed), queries(3))
+    train = RetrainFunction(lambda seed: make(tmp_path / "runs", seed=seed), queries(3))
     half = torch.arange(ROWS) % 2 == 0
     found = retrain(train, half[None], [3, 4], tmp_path / "kept", quiet=True, name="t")
     assert found.shape == (2, 1, 3)

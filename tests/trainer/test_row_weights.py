@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hf_fwdattr.bank.identity import dataset_identity, model_identity, tokenizer_hash
 from hf_fwdattr.errors import UnsupportedError
-from hf_fwdattr.trainer.row_weights import KEY, Exposure, Indexed, Step, loader_of
+from hf_fwdattr.trainer.row_weights import KEY, BatchRecorder, Indexed, Step, loader_of
 from tests.helpers.cases import adapted, gpt2, padded, token_rows
 from tests.helpers.runs import tokenizer, training_set
 
@@ -25,14 +25,14 @@ class Seeing(nn.Module):
         return {"loss": 2.0 * self.weight} if "labels" in given else {}
 
 
-def attached(shifted: bool = True) -> tuple[Seeing, DataLoader, Exposure]:
+def attached(shifted: bool = True) -> tuple[Seeing, DataLoader, BatchRecorder]:
     model = Seeing().train()
     loader: DataLoader = DataLoader(token_rows(10), batch_size=4, collate_fn=padded)  # type: ignore[arg-type]
-    return model, loader, Exposure(model, loader, shifted)
+    return model, loader, BatchRecorder(model, loader, shifted)
 
 
-def settled(exposure: Exposure, ranks: int = 1, rule: float | None = None, **more: Any) -> tuple[list, list]:
-    _, rows, weights, _ = Step(0.1, exposure.take(), **more).settled(ranks, rule)
+def finalize(exposure: BatchRecorder, ranks: int = 1, rule: float | None = None, **more: Any) -> tuple[list, list]:
+    _, rows, weights, _ = Step(0.1, exposure.take(), **more).finalize(ranks, rule)
     return rows.tolist(), weights.tolist()
 
 
@@ -41,7 +41,7 @@ def test_rows_are_known_and_the_model_does_not_see_them() -> None:
     rows, weights = [], []
     for batch in loader:
         model(**batch, num_items_in_batch=torch.tensor(8))["loss"].backward()
-        step = settled(exposure)
+        step = finalize(exposure)
         rows.append(step[0])
         weights.append(step[1])
     assert rows == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
@@ -62,10 +62,10 @@ def test_without_a_count_the_loss_is_a_mean_and_the_loop_says_what_it_made_of_it
         (model(**batch)["loss"] * share * 1024.0).backward()
         labels = batch["labels"][:, 1:] if shifted else batch["labels"]
         expected += [share / 3 / int((labels != -100).sum())] * 4
-    rows, weights = settled(exposure, ranks=3, unscale=1024.0)
+    rows, weights = finalize(exposure, ranks=3, unscale=1024.0)
     assert rows == list(range(8))
     assert weights == pytest.approx(expected)
-    assert settled(exposure)[0] == []
+    assert finalize(exposure)[0] == []
 
 
 def test_a_loss_that_is_not_the_models_is_refused() -> None:
@@ -73,11 +73,11 @@ def test_a_loss_that_is_not_the_models_is_refused() -> None:
     batch = next(iter(loader))
     (model(**batch)["loss"].detach() * model.weight).backward()
     with pytest.raises(UnsupportedError, match="does not use the loss that the model returns"):
-        settled(exposure)
+        finalize(exposure)
     del batch["labels"]
     model(**batch)
     with pytest.raises(UnsupportedError, match="does not use the loss that the model returns"):
-        settled(exposure, rule=1.0)
+        finalize(exposure, rule=1.0)
 
 
 def test_a_rule_stands_in_for_a_loss_that_is_made_of_the_logits() -> None:
@@ -85,7 +85,7 @@ def test_a_rule_stands_in_for_a_loss_that_is_made_of_the_logits() -> None:
     batch = next(iter(loader))
     del batch["labels"]
     model(**batch, num_items_in_batch=7)
-    assert settled(exposure, ranks=2, rule=2.0)[1] == [pytest.approx(1 / 7)] * 4
+    assert finalize(exposure, ranks=2, rule=2.0)[1] == [pytest.approx(1 / 7)] * 4
 
 
 def test_evaluation_in_between_is_not_training() -> None:
@@ -95,7 +95,7 @@ def test_evaluation_in_between_is_not_training() -> None:
     batch[KEY] = torch.arange(4)
     model(**batch)
     model(input_ids=torch.zeros(1, 2))
-    assert settled(exposure)[0] == []
+    assert finalize(exposure)[0] == []
     assert KEY not in model.calls[0]
 
 

@@ -10,12 +10,12 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_fwdattr import ResponseCallback
 from hf_fwdattr.errors import UnsupportedError
-from hf_fwdattr.gradients.per_sample import RowGradients
+from hf_fwdattr.gradients.per_sample import PerSampleGradients
 from hf_fwdattr.models.likelihood import CAUSAL_LM, row_losses
-from hf_fwdattr.models.modes import at_rest
+from hf_fwdattr.models.modes import frozen
 from hf_fwdattr.models.parameters import Parameters
 from hf_fwdattr.trainer.clipping import Clipping
-from hf_fwdattr.trainer.row_weights import Micro, Step
+from hf_fwdattr.trainer.row_weights import MicroBatch, Step
 from tests.helpers.cases import adapted, padded, token_rows
 from tests.helpers.reference import agree
 from tests.helpers.runs import ask, base, config, fine_tune, queries, trainer_for, training_set, weights
@@ -87,8 +87,8 @@ def test_gradients_of_smoothed_losses_are_those_of_autograd(spec: str) -> None:
     live = parameters.tensors(model)
     logits, labels = CAUSAL_LM.forward(model, batch)
     plain = torch.autograd.grad(row_losses(logits, labels, 0.2).sum(), live)
-    with at_rest(model):
-        gradients, _ = RowGradients(model, parameters, CAUSAL_LM)(batch, smoothing=0.2)
+    with frozen(model):
+        gradients, _ = PerSampleGradients(model, parameters, CAUSAL_LM)(batch, smoothing=0.2)
     agree(gradients.sum(0), torch.cat([g.reshape(-1) for g in plain]), 1e-5)
 
 
@@ -103,11 +103,11 @@ def test_label_smoothing_is_part_of_the_push_and_said_in_the_bank(tmp_path: Path
 
 def test_smoothing_where_the_count_is_unknown_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="is not told num_items_in_batch"):
-        Step(0.1, [Micro(torch.arange(2))]).settled(1, 1.0)
-    micro = Micro(torch.arange(2))
-    micro.weigh(torch.tensor([[-0.5, -0.25]]))
+        Step(0.1, [MicroBatch(torch.arange(2))]).finalize(1, 1.0)
+    micro = MicroBatch(torch.arange(2))
+    micro.apply_row_weights(torch.tensor([[-0.5, -0.25]]))
     with pytest.raises(UnsupportedError, match="weighs some tokens more"):
-        Step(0.1, [micro]).settled(1, None)
+        Step(0.1, [micro]).finalize(1, None)
 
 
 def test_quantised_layers_on_a_cpu_are_refused_before_the_first_step(tmp_path: Path) -> None:
