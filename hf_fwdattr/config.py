@@ -1,150 +1,178 @@
-"""What a user may choose about a response bank."""
+"""Settings of a response bank."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
-def _help(text: str, **default: Any) -> Any:
-    return field(metadata={"help": text}, **default)
+__all__ = ["ResponseConfig"]
+
+AtLeastOne = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
-@dataclass
-class ResponseConfig:
+class ResponseConfig(BaseModel):
     """Settings of [`ResponseCallback`] and [`build_bank`]; the defaults are the measured ones.
 
+    Each field's description in `model_fields` says what it is and when to change it.
+
+    Example:
+        >>> ResponseConfig(directions=256, source_column="source")
+
     Raises:
-        ValueError: a value out of range, named with what is allowed.
+        ValueError: a value out of range, named with the allowed ones, or a name that is not a setting.
     """
 
-    parameters: str | list[str] = _help(
-        "Which weights respond: 'auto' (LoRA B matrices where there is LoRA, else every trainable Linear weight), "
-        "'lora_B', 'lora', 'trainable', or regular expressions on canonical names.",
-        default="auto",
-    )
-    segments: int = _help(
-        "Stretches of the run that are propagated one after the other; each costs two passes.", default=3
-    )
-    directions: int | float | str = _help(
-        "k, the number of directions; or a float below 1: the share of held-out score variance to keep; or 'exact'.",
-        default=128,
-    )
-    curvature_samples: int | None = _help(
-        "Sampled-label gradients per segment for the Gauss-Newton matrix; None: one per row, at most 4096.",
-        default=None,
-    )
-    horizon: dict[str, float] | None = _help(
-        "None: the run's own. Or the paper's form at the end of training: {'steps': K, 'step_size': eta, 'damping': "
-        "lambda}; 'steps' may be infinite.",
-        default=None,
-    )
-    averaging: str = _help(
-        "Where the run counts as having ended: 'none': where it did, so that scores are changes of this very model; "
-        "or 'trajectory', after any of its segments, so that responses and readouts are means over the run: closer to what "
-        "other runs on these rows would show, the more so the longer the run and the more segments.",
-        default="none",
-    )
-    row_id_column: str | None = _help("Column with the user's own integer row ids; None: the position.", default=None)
-    source_column: str | None = _help("Column that says which source a row belongs to.", default=None)
-    objective: str | Callable[..., Any] = _help(
-        "'auto', 'causal-lm', 'sequence-classification', or a function (model, batch) -> (logits, labels).",
-        default="auto",
-    )
-    dtype: str = _help(
-        "What directions and coordinates are stored in: 'float32', 'bfloat16' or 'float16'.", default="float32"
-    )
-    batch_size: int = _help("Rows per forward and backward of the passes.", default=16)
-    sample_rows: int = _help("Rows from which the directions are found (all, if there are fewer).", default=2048)
-    source_directions: int = _help(
-        "Sources get a direction of their own, hence exact scores, when there are at most this many.", default=64
-    )
-    gradient_predictor: bool = _help(
-        "Keep what predicts a query's gradient from one forward pass, so that rows can be named in two stages; costs "
-        "a pass over at most 512 rows.",
-        default=True,
-    )
-    responses_budget: int = _help(
-        "Bytes of rows' own responses, one for each row and responding parameter, that the bank may keep for the two "
-        "stages; it keeps all rows' or none, none with private_rows or more than sample_rows rows, and 0 keeps none.",
-        default=1 << 29,
-    )
-    memory_budget: int = _help(
-        "Bytes of matrices held in memory during the passes; more goes to disk.", default=4 << 30
-    )
-    seed: int = _help("Of sampled labels and of the choice of sample rows.", default=0)
-    private_rows: bool = _help(
-        "Keep the coordinates of whole sources only: no row, row id or row hash is in the bank, and only sources can "
-        "be scored. Needs source_column; rows without a source are left out.",
-        default=False,
-    )
-    include_text: bool | str = _help(
-        "Keep the rows' text in the bank, so that whoever has it sees the rows without the dataset: True for each "
-        "row's tokens, decoded, or the name of the column with the text. It is published with the bank.",
-        default=False,
-    )
-    self_check: int = _help(
-        "Sources (or twelfths of the rows) that are left out for real after training, one at a time, to see whether "
-        "what the bank says happens; the result goes into bank.json and the card. Costs self_check + 1 trainings.",
-        default=0,
-    )
-    folder: str = _help("Name of the bank's folder inside the model's.", default="fwdattr")
-    quiet: bool = _help("No progress bars.", default=False)
+    model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True, use_attribute_docstrings=True)
 
-    def __post_init__(self) -> None:
-        for name in ("segments", "batch_size", "sample_rows", "source_directions", "seed", "self_check"):
-            if type(getattr(self, name)) is not int:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be a whole number")
-        if type(self.directions) not in (int, float, str) or (
-            isinstance(self.directions, str) and self.directions != "exact"
-        ):
-            raise ValueError(
-                f"directions={self.directions!r}: a number of directions, a kept variance below 1, or 'exact'"
-            )
-        if isinstance(self.directions, float) and not 0 < self.directions < 1:
-            raise ValueError(f"directions={self.directions}: as a float it is the variance to keep, between 0 and 1")
-        for name in ("segments", "batch_size", "sample_rows") + (
-            ("directions",) if isinstance(self.directions, int) else ()
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.self_check < 0:
-            raise ValueError(f"self_check={self.self_check}: must not be negative")
-        if self.curvature_samples is not None and self.curvature_samples < 0:
-            raise ValueError(f"curvature_samples={self.curvature_samples}: must not be negative")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype={self.dtype!r}: 'float32', 'bfloat16' or 'float16'")
-        if self.horizon is not None and not {"steps"} <= set(self.horizon) <= {"steps", "step_size", "damping"}:
-            raise ValueError(f"horizon={self.horizon}: wants 'steps' and may have 'step_size' and 'damping'")
-        if self.averaging not in ("none", "trajectory"):
-            raise ValueError(f"averaging={self.averaging!r}: 'none' or 'trajectory'")
+    parameters: str | list[str] = "auto"
+    """The tracked weights: 'auto' (LoRA B matrices if there is LoRA, else every trainable Linear weight), 'lora_B',
+    'lora', 'linear', 'trainable', or regular expressions on canonical names. Leave it unless other weights were
+    trained."""
+    segments: AtLeastOne = 3
+    """Number of pieces into which the run is cut; each costs two passes over the rows. Leave it unless the run is long
+    or its learning rate changes much."""
+    directions: Literal["exact"] | AtLeastOne | Share = 128
+    """Number of directions that span the responses; or, as a float below 1, the share of the variance of held-out
+    scores to explain; or 'exact' for every tracked weight or row. Leave it unless a warning says that they explain too
+    little."""
+    curvature_samples: NotNegative | None = None
+    """Gradients with sampled labels per segment, for the Gauss-Newton matrix; None: one per row, at most 4096.
+    Leave it unless the passes take too long."""
+    horizon: dict[str, float] | None = None
+    """How far a row's effect is propagated; None: as far as the run itself went. Or {'steps': K, 'step_size': eta,
+    'damping': lambda} at the end of training, where 'steps' may be infinite. Leave it unless there is no record of the
+    run."""
+    averaging: Literal["none", "trajectory"] = "none"
+    """'none': scores are changes of this very model. 'trajectory': scores are means over the run, as if it could have
+    ended after any segment, and closer to what other runs on these rows would show. Leave it unless you care about
+    such runs more than about this model."""
+    row_id_column: str | None = None
+    """Column with your own integer row ids; None: the position. Leave it unless rows are to be named by other
+    numbers."""
+    source_column: str | None = None
+    """Column that names each row's source, such as a publisher. Leave it unless rows have sources."""
+    objective: str | Callable[..., Any] = "auto"
+    """'auto', 'causal-lm', 'sequence-classification', or a function (model, batch) -> (logits, labels). Leave it
+    unless the loss is your own."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number type in which directions and coordinates are stored. Leave it unless the bank is too large."""
+    batch_size: AtLeastOne = 16
+    """Rows per forward and backward pass. Leave it unless memory runs out or is left over."""
+    sample_rows: AtLeastOne = 2048
+    """Number of rows from which the directions are found; all, if there are fewer. Leave it unless memory or disk is
+    short."""
+    source_directions: NotNegative = 64
+    """Sources get a direction of their own, and so exact scores, if there are at most this many. Leave it unless you
+    have more sources and need exact scores."""
+    gradient_predictor: bool = True
+    """Keep the predictor of a query's gradient from one forward pass, so that rows are scored in two stages; costs a
+    pass over at most 512 rows. Leave it unless only sources are of interest."""
+    responses_budget: NotNegative = 1 << 29
+    """Bytes that the bank may keep of row codes (one byte for each row and tracked weight). It keeps all rows' or
+    none: none with private_rows or more than sample_rows rows, and 0 keeps none. Leave it unless the bank is too large
+    or tells too much of its rows."""
+    memory_budget: NotNegative = 4 << 30
+    """Bytes of matrices held in memory during the passes; more goes to disk. Leave it unless memory is short."""
+    seed: int = 0
+    """Seed of sampled labels and of the choice of sample rows. Leave it unless you test variation."""
+    private_rows: bool = False
+    """Keep the coordinates of whole sources only: no row, row id or row hash is in the bank, and only sources can be
+    scored. Needs source_column; rows without a source are left out. Leave it unless rows are confidential."""
+    include_text: bool | str = False
+    """Keep the rows' text in the bank, so that rows are shown without the dataset: True for each row's tokens,
+    decoded, or the name of the column with the text. It is published with the bank. Leave it unless the text may be
+    public."""
+    self_check: NotNegative = 0
+    """Number of sources (or twelfths of the rows) that are left out by retraining, one at a time, to compare with the
+    bank's prediction; the result goes into bank.json and the card. Costs self_check + 1 trainings. Leave it unless you
+    can afford them."""
+    folder: str = "fwdattr"
+    """Name of the bank's folder inside the model's. Leave it unless a model has two banks."""
+    quiet: bool = False
+    """No progress bars. Leave it unless they disturb a log."""
+
+    if not TYPE_CHECKING:  # type checkers and editors see one keyword argument for each setting
+
+        def __init__(self, **settings: Any):
+            try:
+                super().__init__(**settings)
+            except ValidationError as error:
+                raise ValueError(_message(error, type(self))) from None
+
+    @field_validator("horizon")
+    @classmethod
+    def _horizon_keys(cls, horizon: dict[str, float] | None) -> dict[str, float] | None:
+        if horizon is not None and not {"steps"} <= set(horizon) <= {"steps", "step_size", "damping"}:
+            raise ValueError("a dictionary with 'steps' and perhaps 'step_size' and 'damping'")
+        return horizon
+
+    @field_validator("include_text")
+    @classmethod
+    def _text_column(cls, include_text: bool | str) -> bool | str:
+        if include_text == "":
+            raise ValueError("True, False, or the name of the column with the text")
+        return include_text
+
+    @field_validator("folder")
+    @classmethod
+    def _plain_folder(cls, folder: str) -> str:
+        if not folder or "/" in folder or "\\" in folder or folder in (".", ".."):
+            raise ValueError("a plain folder name")
+        return folder
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
         if self.private_rows and self.self_check:
-            raise ValueError("self_check leaves out rows that the bank knows, and private_rows=True keeps none")
-        if self.private_rows and self.source_column is None:
-            raise ValueError("private_rows=True keeps sources only: name them with source_column")
-        if not isinstance(self.include_text, bool | str) or self.include_text == "":
             raise ValueError(
-                f"include_text={self.include_text!r}: True, False, or the name of the column with the text"
+                f"self_check={self.self_check} leaves out rows that the bank identifies, and private_rows=True keeps "
+                "none. Choose one"
             )
+        if self.private_rows and self.source_column is None:
+            raise ValueError("private_rows=True keeps sources only. Name them with source_column")
         if self.private_rows and self.include_text:
-            raise ValueError("private_rows=True keeps no rows and include_text their text: choose one")
-        if not self.folder or "/" in self.folder or "\\" in self.folder or self.folder in (".", ".."):
-            raise ValueError(f"folder={self.folder!r}: must be a plain folder name")
+            raise ValueError(
+                f"include_text={self.include_text!r} keeps the rows' text, and private_rows=True keeps no rows. "
+                "Choose one"
+            )
+        return self
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some settings changed, validated again."""
+        return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON; a callable objective becomes 'custom'."""
-        values = asdict(self)
-        return values | {"objective": self.objective if isinstance(self.objective, str) else "custom"}
+        """Return plain values, ready for JSON; a callable objective becomes 'custom'."""
+        values = self.model_dump(exclude={"objective"})
+        values["objective"] = self.objective if isinstance(self.objective, str) else "custom"
+        return {name: values[name] for name in type(self).model_fields}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "ResponseConfig":
-        """The inverse of `to_dict`.
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Return the settings that `to_dict` described.
 
         Raises:
-            ValueError: a key that is not a setting.
+            ValueError: a value out of range, or a key that is not a setting.
         """
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(
-                f"unknown setting(s) {', '.join(unknown)}; known are {', '.join(f.name for f in fields(cls))}"
-            )
         return cls(**values)
+
+
+def _message(error: ValidationError, config: type[BaseModel]) -> str:
+    """Return the first thing that is wrong: name, value, reason and the setting's meaning."""
+    errors = error.errors()
+    unknown = sorted(str(detail["loc"][0]) for detail in errors if detail["type"] == "extra_forbidden")
+    if unknown:
+        return f"unknown setting(s) {', '.join(unknown)}. Known are {', '.join(config.model_fields)}"
+    if not errors[0]["loc"]:
+        return errors[0]["msg"].removeprefix("Value error, ")
+    name = str(errors[0]["loc"][0])
+    reasons = " or ".join(dict.fromkeys(
+        detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        for detail in errors if detail["loc"][0] == name
+    ))  # fmt: skip
+    value = errors[0]["input"]
+    return (
+        f"{name}={value!r}: it should be {reasons}. {' '.join((config.model_fields[name].description or '').split())}"
+    )

@@ -1,4 +1,6 @@
-"""What can go wrong, one class per cure. Every message names what, where and what to do."""
+"""Errors of this package, one class per cure. Every message names what is wrong, its value, why, and what to do."""
+
+__all__ = ["AttributionError", "BankError", "MismatchError", "NumericalError", "QueryError", "UnsupportedError"]
 
 
 class AttributionError(Exception):
@@ -6,7 +8,7 @@ class AttributionError(Exception):
 
 
 class UnsupportedError(AttributionError):
-    """The model, the optimizer or a setting is outside what the mathematics covers; no score would be right."""
+    """A model, an optimizer or a setting outside the mathematics; no score would be right."""
 
 
 class QueryError(AttributionError, ValueError):
@@ -22,4 +24,4 @@ class BankError(AttributionError):
 
 
 class MismatchError(BankError):
-    """A sound bank that belongs to another model or another dataset than the one at hand."""
+    """A sound bank that belongs to another model or another dataset."""

@@ -1,4 +1,4 @@
-"""A fine-tune, its bank on disk, and the pipeline that reads it, held against slow definitions."""
+"""Fine-tunes, their banks and the pipeline, against slow definitions."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, Trainer, pipeline
 
 from hf_fwdattr import ResponseBank, ResponseCallback, ResponseConfig
-from hf_fwdattr.jvp.torch_func import read
+from hf_fwdattr.jvp.torch_func import TorchFuncJVP
 from hf_fwdattr.models.likelihood import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 from hf_fwdattr.pipeline import TASK
 from tests.helpers.cases import CONTEXT, VOCABULARY, adapted, llama, padded
@@ -38,8 +38,7 @@ def bank_of(callback: ResponseCallback) -> ResponseBank:
     return callback.bank
 
 
-def test_what_is_saved_is_all_that_a_query_needs(tmp_path: Path) -> None:
-    """The adapter's folder alone, opened by name, gives the scores of the oracle on the trained model."""
+def test_saved_adapter_gives_the_scores_of_the_trained_model(tmp_path: Path) -> None:
     model = saved_adapter(tmp_path / "adapter")
     attribute = pipeline(TASK, model=str(tmp_path / "adapter"), device="cpu")
     bank = ResponseBank.from_pretrained(tmp_path / "adapter")
@@ -59,7 +58,7 @@ def test_what_is_saved_is_all_that_a_query_needs(tmp_path: Path) -> None:
         ([r"h\.1\..*lora_B"], ["lora_B"]),
     ],
 )
-def test_every_choice_of_parameters_gives_its_own_oracles_scores(tmp_path: Path, spec: Any, live: list[str]) -> None:
+def test_scores_equal_reverse_mode_for_every_choice_of_parameters(tmp_path: Path, spec: Any, live: list[str]) -> None:
     model = adapted(base())
     bank = bank_of(fine_tune(tmp_path, model, config(parameters=spec)))
     names = [parameter.name for parameter in bank.manifest.parameters]
@@ -68,7 +67,7 @@ def test_every_choice_of_parameters_gives_its_own_oracles_scores(tmp_path: Path,
     agree(scores(model, bank), oracle(model, bank, queries()), 1e-6)
 
 
-def test_a_whole_model_responds_as_an_adapter_does(tmp_path: Path) -> None:
+def test_scores_equal_reverse_mode_for_a_whole_model(tmp_path: Path) -> None:
     model = llama()
     bank = bank_of(fine_tune(tmp_path, model, config(), learning_rate=1e-3))
     names = [parameter.name for parameter in bank.manifest.parameters]
@@ -77,7 +76,7 @@ def test_a_whole_model_responds_as_an_adapter_does(tmp_path: Path) -> None:
     agree(scores(model, bank), oracle(model, bank, queries()), 1e-5)
 
 
-def test_a_classifier_is_attributed_through_its_class(tmp_path: Path) -> None:
+def test_classifier_is_attributed_through_its_class(tmp_path: Path) -> None:
     settings = GPT2Config(
         vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=12, n_layer=1, n_head=2, pad_token_id=0, num_labels=3
     )
@@ -97,7 +96,7 @@ def test_a_classifier_is_attributed_through_its_class(tmp_path: Path) -> None:
     model.eval()
     parameters, directions = bank.check_model(model), bank.directions(torch.float64)
     batch = collate(queries())
-    found = read(model, parameters, SEQUENCE_CLASSIFICATION, batch, directions)
+    found = TorchFuncJVP(model, parameters, SEQUENCE_CLASSIFICATION, batch).jvp(directions)
     single = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(4)]
     gradients = torch.stack([row_gradient(model, parameters, SEQUENCE_CLASSIFICATION, one) for one in single])
     agree(found[:, 0], -gradients @ directions.T, 1e-6)
@@ -107,7 +106,7 @@ SMALL: dict[str, Any] = dict(learning_rate=1e-5, max_grad_norm=0, lr_scheduler_t
 
 
 @pytest.mark.parametrize(
-    "how",
+    "changes",
     [
         dict(optim="sgd"),
         dict(optim="sgd", gradient_accumulation_steps=2),
@@ -118,23 +117,23 @@ SMALL: dict[str, Any] = dict(learning_rate=1e-5, max_grad_norm=0, lr_scheduler_t
     ],
     ids=["plain", "accumulated", "accumulated, drop last", "by length", "workers", "stopped early"],
 )
-def test_all_responses_together_are_the_way_the_weights_went(tmp_path: Path, how: dict[str, Any]) -> None:
-    """With steps so small that nothing curves, the rows' responses add up to the movement that training made."""
+def test_responses_add_up_to_the_movement_of_the_weights(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """With steps so small that curvature does not matter."""
     model = adapted(base())
     before = weights(model, "lora")
-    bank = bank_of(fine_tune(tmp_path, model, config(parameters="lora"), **(SMALL | how)))
+    bank = bank_of(fine_tune(tmp_path, model, config(parameters="lora"), **(SMALL | changes)))
     coordinates = torch.cat([block.double() for _, _, block in bank.coordinates()])
     responses = coordinates @ bank.directions(torch.float64)[: bank.manifest.directions]
     agree(responses.sum(0), weights(model, "lora") - before, 2e-3)
 
 
-def test_momentum_makes_a_push_last(tmp_path: Path) -> None:
-    """A push of momentum b counts 1 / (1 - b) times; the last ones are cut short, so only nearly."""
+def test_momentum_extends_responses(tmp_path: Path) -> None:
+    """A push with momentum b counts 1 / (1 - b) times; only nearly, as the end cuts the last ones short."""
     model = adapted(base())
     before = weights(model, "lora")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-5, momentum=0.5)
-    how = SMALL | dict(lr_scheduler_type="constant", num_train_epochs=20, optimizers=(optimizer, None))
-    bank = bank_of(fine_tune(tmp_path, model, config(parameters="lora"), **how))
+    changes = SMALL | dict(lr_scheduler_type="constant", num_train_epochs=20, optimizers=(optimizer, None))
+    bank = bank_of(fine_tune(tmp_path, model, config(parameters="lora"), **changes))
     coordinates = torch.cat([block.double() for _, _, block in bank.coordinates()])
     responses = coordinates @ bank.directions(torch.float64)[: bank.manifest.directions]
     assert bank.manifest.optimizer == "sgd"
@@ -142,7 +141,7 @@ def test_momentum_makes_a_push_last(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "kind"),
+    ("changes", "kind"),
     [
         (dict(optim="adamw_torch"), "adamw"),
         (dict(optim="adamw_torch", weight_decay=0.1), "adamw"),
@@ -151,15 +150,15 @@ def test_momentum_makes_a_push_last(tmp_path: Path) -> None:
     ],
     ids=["AdamW", "weight decay", "SGD", "accumulated"],
 )
-def test_every_optimizer_gives_the_oracles_scores(tmp_path: Path, how: dict[str, Any], kind: str) -> None:
+def test_scores_equal_reverse_mode_for_every_optimizer(tmp_path: Path, changes: dict[str, Any], kind: str) -> None:
     model = adapted(base())
-    bank = bank_of(fine_tune(tmp_path, model, **how))
+    bank = bank_of(fine_tune(tmp_path, model, **changes))
     assert bank.manifest.optimizer == kind
-    assert all(segment.weight_decay == how.get("weight_decay", 0.0) for segment in bank.manifest.segments)
+    assert all(segment.weight_decay == changes.get("weight_decay", 0.0) for segment in bank.manifest.segments)
     agree(scores(model, bank), oracle(model, bank, queries()), 1e-6)
 
 
-def test_a_row_that_training_never_saw_scores_exactly_zero(tmp_path: Path) -> None:
+def test_unseen_row_scores_exactly_zero(tmp_path: Path) -> None:
     model = adapted(base())
     callback = fine_tune(tmp_path, model, config(directions=4), max_steps=2)
     seen = torch.unique(torch.cat(callback.recorder.record.rows)).tolist()
@@ -170,7 +169,7 @@ def test_a_row_that_training_never_saw_scores_exactly_zero(tmp_path: Path) -> No
     assert bool((found[:, seen] != 0).all())
 
 
-def test_a_source_is_the_sum_of_its_rows(tmp_path: Path) -> None:
+def test_source_score_is_the_sum_of_its_rows(tmp_path: Path) -> None:
     model, data = adapted(base()), training_set()
     bank = bank_of(fine_tune(tmp_path, model))
     attribute = ask(model, bank)
@@ -186,7 +185,7 @@ def test_a_source_is_the_sum_of_its_rows(tmp_path: Path) -> None:
 SOURCES_ = ["east", "north", "south"]
 
 
-def test_chunks_of_the_passes_change_nothing(tmp_path: Path) -> None:
+def test_batch_size_of_the_passes_does_not_change_scores(tmp_path: Path) -> None:
     found = []
     for size in (1, 5, 12):
         model = adapted(base())
@@ -196,8 +195,8 @@ def test_chunks_of_the_passes_change_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("segments", "averaging"), [(1, "none"), (3, "none"), (3, "trajectory")])
-def test_streaming_agrees_with_holding_every_row(tmp_path: Path, segments: int, averaging: str) -> None:
-    """With fewer sample rows than rows, coordinates come from dual directions that walked backwards."""
+def test_streamed_coordinates_equal_held_ones(tmp_path: Path, segments: int, averaging: str) -> None:
+    """With fewer sample rows than rows, coordinates come from the adjoint basis."""
 
     def made(**changes: Any) -> tuple[nn.Module, ResponseBank]:
         model = adapted(base())
@@ -222,7 +221,7 @@ def test_streaming_agrees_with_holding_every_row(tmp_path: Path, segments: int, 
 SIZED = training_set(120)
 
 
-def test_half_precision_storage_keeps_half_precisions_digits(tmp_path: Path) -> None:
+def test_half_precision_banks_keep_half_precision_digits(tmp_path: Path) -> None:
     model = adapted(base())
     full = scores(model, bank_of(fine_tune(tmp_path / "full", model)))
     for dtype, digits in (("bfloat16", 2e-2), ("float16", 3e-3)):
@@ -232,7 +231,7 @@ def test_half_precision_storage_keeps_half_precisions_digits(tmp_path: Path) -> 
         agree(scores(again, bank), full, digits)
 
 
-def test_the_papers_own_horizon_is_one_segment_at_the_end(tmp_path: Path) -> None:
+def test_explicit_horizon_is_one_segment_at_the_end(tmp_path: Path) -> None:
     model = adapted(base()).eval()
     settings = config(horizon={"steps": 1, "step_size": 0.5}, curvature_samples=0)
     bank = bank_of(fine_tune(tmp_path, model, settings))
@@ -241,14 +240,14 @@ def test_the_papers_own_horizon_is_one_segment_at_the_end(tmp_path: Path) -> Non
     parameters = bank.check_model(model)
     tokens = training_set().select_columns(["input_ids", "labels"])
     rows = [row_gradient(model, parameters, CAUSAL_LM, padded([row])) for row in tokens]
-    asked = [row_gradient(model, parameters, CAUSAL_LM, padded([row])) for row in queries()]
-    ratio = scores(model, bank) / (torch.stack(asked) @ torch.stack(rows).T)
+    query_gradients = [row_gradient(model, parameters, CAUSAL_LM, padded([row])) for row in queries()]
+    ratio = scores(model, bank) / (torch.stack(query_gradients) @ torch.stack(rows).T)
     agree(ratio, ratio[:1].expand_as(ratio), 1e-4)
     assert bool((ratio > 0).all())
 
 
-def test_a_user_types_little(tmp_path: Path) -> None:
-    """The defaults, but quiet: 128 directions of 12 rows are all of them, and no sources were asked for."""
+def test_defaults_suffice(tmp_path: Path) -> None:
+    """128 directions of 12 rows are all of them, and without source_column there are no sources."""
     model = adapted(base(torch.float32))
     bank = bank_of(fine_tune(tmp_path, model, ResponseConfig(quiet=True)))
     assert (bank.manifest.directions, bank.manifest.source_directions, len(bank)) == (12, 0, ROWS)

@@ -47,7 +47,7 @@ def attribute(folder: Path) -> TrainingDataAttributionPipeline:
 
 
 def same(one: Any, other: Any) -> None:
-    """Two results that differ by rounding at most."""
+    """Assert that two results differ by rounding at most."""
     assert one["generated_text"] == other["generated_text"]
     assert one["tokens"] == other["tokens"]
     for name in ("examples", "sources"):
@@ -59,34 +59,35 @@ def same(one: Any, other: Any) -> None:
         )
 
 
-def test_a_prompt_is_continued_and_attributed(attribute: TrainingDataAttributionPipeline) -> None:
+def test_prompt_is_continued_and_attributed(attribute: TrainingDataAttributionPipeline) -> None:
     result = attribute(PROMPTS[0], top_k=20, dataset=training_set(), **GREEDY)
     assert set(result) == {"generated_text", "tokens", "examples", "sources"}
     words = tokenizer()(PROMPTS[0], return_tensors="pt")
-    said = attribute.model.generate(**words, **GREEDY, pad_token_id=0)[0, 3:].tolist()
-    assert result["tokens"] == [tokenizer().decode([token]) for token in said]
-    assert result["generated_text"] == tokenizer().decode(said, skip_special_tokens=True)
-    ids = words["input_ids"][0].tolist() + said
-    (line,) = attribute.scores([{"input_ids": ids, "labels": [-100] * 3 + said}])
+    output = attribute.model.generate(**words, **GREEDY, pad_token_id=0)[0, 3:].tolist()
+    assert result["tokens"] == [tokenizer().decode([token]) for token in output]
+    assert result["generated_text"] == tokenizer().decode(output, skip_special_tokens=True)
+    ids = words["input_ids"][0].tolist() + output
+    (line,) = attribute.scores([{"input_ids": ids, "labels": [-100] * 3 + output}])
     data = training_set()
     assert len(result["examples"]) == ROWS
     values = [example["score"] for example in result["examples"]]
     assert values == sorted(values, reverse=True)
     for example in result["examples"]:
-        place = data["number"].index(example["row"])
-        assert example["score"] == pytest.approx(float(line[place]), rel=1e-5)
-        assert example["example"] == data[place]
-        assert example["source"] == data[place]["source"]
+        index = data["number"].index(example["row"])
+        assert example["score"] == pytest.approx(float(line[index]), rel=1e-5)
+        assert example["example"] == data[index]
+        assert example["source"] == data[index]["source"]
         assert len(example["token_scores"]) == len(result["tokens"])
         assert sum(example["token_scores"]) == pytest.approx(example["score"], rel=1e-4, abs=1e-6)
 
 
-def test_token_scores_are_those_of_each_token_alone(attribute: TrainingDataAttributionPipeline) -> None:
+def test_token_scores_equal_scores_of_single_tokens(attribute: TrainingDataAttributionPipeline) -> None:
     result = attribute({"prompt": "w3 w4", "completion": "w5 w6 w7"}, top_k=20)
     assert result["tokens"] == ["w5", "w6", "w7"]
     ids = [3, 4, 5, 6, 7]
     alone = [
-        {"input_ids": ids, "labels": [t if place == at else -100 for at, t in enumerate(ids)]} for place in (2, 3, 4)
+        {"input_ids": ids, "labels": [token if i == position else -100 for i, token in enumerate(ids)]}
+        for position in (2, 3, 4)
     ]
     lines = attribute.scores(alone)
     for example in result["examples"]:
@@ -94,33 +95,33 @@ def test_token_scores_are_those_of_each_token_alone(attribute: TrainingDataAttri
         assert example["token_scores"] == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-7)
 
 
-def test_no_prompts_have_no_answers(attribute: TrainingDataAttributionPipeline) -> None:
+def test_no_inputs_give_no_results(attribute: TrainingDataAttributionPipeline) -> None:
     assert attribute([]) == []
     assert attribute(()) == []
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_many_prompts_are_prompts_one_by_one(attribute: TrainingDataAttributionPipeline, batch_size: int) -> None:
-    group_size = attribute(PROMPTS, batch_size=batch_size, **GREEDY)
-    assert len(group_size) == len(PROMPTS)
-    for prompt, result in zip(PROMPTS, group_size, strict=True):
+def test_batched_prompts_equal_single_prompts(attribute: TrainingDataAttributionPipeline, batch_size: int) -> None:
+    results = attribute(PROMPTS, batch_size=batch_size, **GREEDY)
+    assert len(results) == len(PROMPTS)
+    for prompt, result in zip(PROMPTS, results, strict=True):
         same(attribute(prompt, **GREEDY), result)
 
 
-def test_given_and_generated_outputs_mix_in_a_batch(attribute: TrainingDataAttributionPipeline) -> None:
+def test_given_and_generated_outputs_share_a_batch(attribute: TrainingDataAttributionPipeline) -> None:
     given = {"prompt": "w9", "completion": "w1 w2"}
     one, other = attribute([PROMPTS[0], given], batch_size=2, **GREEDY)
     same(one, attribute(PROMPTS[0], **GREEDY))
     same(other, attribute(given))
 
 
-def test_what_was_generated_can_be_given(attribute: TrainingDataAttributionPipeline) -> None:
-    said = attribute(PROMPTS[1], **GREEDY)
-    same(said, attribute({"prompt": PROMPTS[1], "completion": said["generated_text"]}))
-    same(said, attribute({"prompt": PROMPTS[1]}, **GREEDY))
+def test_generated_output_can_be_given(attribute: TrainingDataAttributionPipeline) -> None:
+    output = attribute(PROMPTS[1], **GREEDY)
+    same(output, attribute({"prompt": PROMPTS[1], "completion": output["generated_text"]}))
+    same(output, attribute({"prompt": PROMPTS[1]}, **GREEDY))
 
 
-def test_a_stream_of_prompts_is_answered_as_it_comes(attribute: TrainingDataAttributionPipeline) -> None:
+def test_generator_of_prompts_is_attributed(attribute: TrainingDataAttributionPipeline) -> None:
     def prompts() -> Iterator[str]:
         yield from PROMPTS[:2]
 
@@ -129,7 +130,7 @@ def test_a_stream_of_prompts_is_answered_as_it_comes(attribute: TrainingDataAttr
     same(results[0], attribute(PROMPTS[0], **GREEDY))
 
 
-def test_chats_go_through_the_template(attribute: TrainingDataAttributionPipeline) -> None:
+def test_chats_use_the_template(attribute: TrainingDataAttributionPipeline) -> None:
     chat = [{"role": "user", "content": "w2 w3"}, {"role": "assistant", "content": "w4"}]
     same(attribute(chat, **GREEDY), attribute("w2 w3 w4 w1", **GREEDY))
     one, other = attribute([chat, chat[:1]], **GREEDY)
@@ -139,20 +140,36 @@ def test_chats_go_through_the_template(attribute: TrainingDataAttributionPipelin
     same(attribute(given), attribute({"prompt": "w2 w3 w4 w1", "completion": "w7 w8"}))
 
 
+def test_options_at_construction_hold_for_all_calls(folder: Path) -> None:
+    options: dict[str, Any] = dict(dataset=training_set(), top_k=2, budget="all")
+    query = {"prompt": "w3 w4", "completion": "w5 w6"}
+    expected = pipeline(TASK, model=str(folder), device="cpu")(query, **options)
+    attribute = pipeline(TASK, model=str(folder), device="cpu", **options)
+    assert attribute(query) == expected
+    assert len(attribute(query, top_k=1)["examples"]) == 2
+
+
+def test_directional_derivatives_follow_the_banks_directions(attribute: TrainingDataAttributionPipeline) -> None:
+    directions = attribute.bank.directions(lines=slice(2, 5))
+    by_index = attribute.scorer.directional_derivatives(queries(2), slice(2, 5))
+    assert torch.equal(attribute.scorer.directional_derivatives(queries(2), directions), by_index)
+    assert by_index.shape == (2, max(len(query["labels"]) for query in queries(2)) - 1, 3)
+
+
 def test_top_k_counts_each_side(attribute: TrainingDataAttributionPipeline) -> None:
     query = {"prompt": "w3 w4", "completion": "w5 w6"}
     everything = [example["score"] for example in attribute(query, top_k=20)["examples"]]
     positive = sum(value > 0 for value in everything)
     assert 2 < positive < ROWS - 2
     for k in (0, 1, 2):
-        found = [example["score"] for example in attribute(query, top_k=k)["examples"]]
-        assert found == pytest.approx(everything[:k] + everything[len(everything) - k :])
+        scores = [example["score"] for example in attribute(query, top_k=k)["examples"]]
+        assert scores == pytest.approx(everything[:k] + everything[len(everything) - k :])
     assert len(attribute(query)["examples"]) == min(5, positive) + min(5, ROWS - positive)
     with pytest.raises(ValueError, match="top_k=-1"):
         attribute(query, top_k=-1)
 
 
-def test_a_live_model_needs_only_its_tokenizer_and_its_bank(tmp_path: Path, folder: Path) -> None:
+def test_live_model_needs_only_tokenizer_and_bank(tmp_path: Path, folder: Path) -> None:
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(f"{folder}-base"), folder)
     bank = ResponseBank.from_pretrained(folder)
     expected = pipeline(TASK, model=str(folder), device="cpu").scores(queries())
@@ -163,7 +180,7 @@ def test_a_live_model_needs_only_its_tokenizer_and_its_bank(tmp_path: Path, fold
         pipeline(TASK, model=model, tokenizer=tokenizer(), bank=tmp_path, device="cpu")
 
 
-def test_scores_are_additive_over_tokens_and_do_not_depend_on_the_batch(
+def test_scores_are_additive_over_tokens_and_independent_of_the_batch(
     attribute: TrainingDataAttributionPipeline,
 ) -> None:
     asked = queries(5)
@@ -179,13 +196,13 @@ def test_scores_are_additive_over_tokens_and_do_not_depend_on_the_batch(
 
 
 @pytest.mark.parametrize("readout", ["auto", "jvp", "difference"])
-def test_both_readouts_are_the_oracle(folder: Path, readout: str) -> None:
+def test_scores_equal_reverse_mode(folder: Path, readout: str) -> None:
     attribute = pipeline(TASK, model=str(folder), device="cpu", readout=readout)
     agree(attribute.scores(queries()), oracle(attribute.model, attribute.bank, queries()), 1e-5)
 
 
 @pytest.mark.parametrize("limit", [0, 64])
-def test_source_scores_with_and_without_probes_of_their_own(tmp_path: Path, limit: int) -> None:
+def test_source_scores_are_sums_of_row_scores(tmp_path: Path, limit: int) -> None:
     model = adapted(base())
     bank = fine_tune(tmp_path, model, config(source_directions=limit)).bank
     assert bank is not None
@@ -204,7 +221,7 @@ def test_source_scores_with_and_without_probes_of_their_own(tmp_path: Path, limi
 
 
 class Backwards(AssertionError):
-    """Somebody ran a backward pass."""
+    """A backward pass was run."""
 
 
 def test_no_query_runs_a_backward_pass(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +231,7 @@ def test_no_query_runs_a_backward_pass(folder: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.Tensor, "backward", forbidden)
     monkeypatch.setattr(torch.autograd, "backward", forbidden)
     monkeypatch.setattr(torch.autograd, "grad", forbidden)
-    # Whatever way is taken, the engine is entered here; functorch's grad and vjp come through it as well.
+    # Every backward pass enters the engine here, those of functorch's grad and vjp included.
     monkeypatch.setattr(torch.autograd.graph, "_engine_run_backward", forbidden)
     monkeypatch.setattr(torch.autograd, "_engine_run_backward", forbidden)
     x = torch.ones(1, requires_grad=True)
@@ -246,7 +263,7 @@ def test_no_query_runs_a_backward_pass(folder: Path, monkeypatch: pytest.MonkeyP
         ({"text": "w1"}, "cannot attribute a dict"),
     ],
 )
-def test_a_query_that_cannot_be_attributed_is_named(
+def test_input_that_cannot_be_attributed_is_refused(
     attribute: TrainingDataAttributionPipeline, query: Any, message: str
 ) -> None:
     with pytest.raises(QueryError, match=message):
@@ -266,23 +283,21 @@ def test_a_query_that_cannot_be_attributed_is_named(
         ([{"input_ids": [1, 99], "labels": [1, 2]}], "query 0 has the token 99"),
     ],
 )
-def test_token_lists_that_cannot_be_scored_are_named(
+def test_query_that_cannot_be_scored_is_refused(
     attribute: TrainingDataAttributionPipeline, asked: Any, message: str
 ) -> None:
     with pytest.raises(QueryError, match=message):
         attribute.scores(asked)
 
 
-def test_other_settings_that_make_no_sense_are_refused(
-    attribute: TrainingDataAttributionPipeline, folder: Path
-) -> None:
+def test_impossible_options_are_refused(attribute: TrainingDataAttributionPipeline, folder: Path) -> None:
     with pytest.raises(QueryError, match="num_return_sequences is more than one"):
         attribute("w1", num_return_sequences=2, do_sample=True, max_new_tokens=2)
     with pytest.raises(ValueError, match="readout='reverse': one of auto, jvp, difference"):
         pipeline(TASK, model=str(folder), device="cpu", readout="reverse")
 
 
-def test_a_bank_of_other_weights_is_refused(tmp_path: Path, folder: Path) -> None:
+def test_bank_of_other_weights_is_refused(tmp_path: Path, folder: Path) -> None:
     other = adapted(base())
     fine_tune(tmp_path, other, learning_rate=2e-2)
     other.save_pretrained(tmp_path)
@@ -313,18 +328,18 @@ def changed(data: Dataset, row: int, **values: Any) -> Dataset:
     ],
     ids=["fewer", "empty", "reversed", "one differs", "no tokens", "a list without tokens"],
 )
-def test_another_dataset_is_refused(
+def test_other_dataset_is_refused(
     attribute: TrainingDataAttributionPipeline, data: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         attribute(PROMPTS[0], dataset=data, **GREEDY)
 
 
-def test_verification_reads_each_dataset_once_and_a_changed_list_again(
+def test_dataset_is_verified_once_and_a_list_every_time(
     attribute: TrainingDataAttributionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     query = {"prompt": "w3 w4", "completion": "w5 w6"}
-    hashed = []
+    hashed: list[int] = []
 
     def counted(*given: Any) -> bytes:
         hashed.append(1)
@@ -344,7 +359,7 @@ def test_verification_reads_each_dataset_once_and_a_changed_list_again(
 
 
 def test_verification_reads_tokens_only(attribute: TrainingDataAttributionPipeline) -> None:
-    """A column that cannot be read does no harm: only the rows that are shown are read whole."""
+    """Only the rows that are shown are read whole."""
     data = training_set()
     shown: list[Any] = []
 
@@ -357,7 +372,7 @@ def test_verification_reads_tokens_only(attribute: TrainingDataAttributionPipeli
     assert shown == [1, 1]
 
 
-def test_padded_rows_are_the_rows(attribute: TrainingDataAttributionPipeline) -> None:
+def test_padded_rows_are_recognized(attribute: TrainingDataAttributionPipeline) -> None:
     rows = training_set().to_list()
     for row in rows:
         pad = CONTEXT - len(row["input_ids"])
@@ -368,7 +383,7 @@ def test_padded_rows_are_the_rows(attribute: TrainingDataAttributionPipeline) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_weights_hash_survives_saving_and_loading(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_saved_adapter_matches_its_bank(tmp_path: Path, dtype: torch.dtype) -> None:
     """A base in either dtype, an adapter in float32 on it, as peft trains it."""
     raw = base(dtype)
     raw.save_pretrained(tmp_path / "base")

@@ -1,8 +1,8 @@
-"""Rows' own responses in one byte a number, so that a bank can keep them and a query can read along them.
+"""Row codes: a row's response in 8 bits a number, so that a bank can keep every row's.
 
-Each row is cut into stretches of `WIDTH` numbers; a stretch is stored as whole multiples of its largest magnitude
-over 127. A number is therefore off by at most half such a step, and a score by at most the sum over stretches of half
-a step times the query's absolute derivatives there.
+Each row is cut into groups of `GROUP` numbers; a group is stored as whole multiples of its scale, its largest
+magnitude over 127. A number is therefore off by at most half a scale, and a score by at most the sum over groups of
+half the scale times the query's absolute derivatives there.
 """
 
 from dataclasses import dataclass
@@ -10,9 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .schema import GROUP
 
-WIDTH = 128
-_CHUNK = 1 << 26  # numbers that are unpacked together
+
+__all__ = ["RowCodes", "group_count"]
+
+_CHUNK = 1 << 26  # numbers that are decoded together
 
 
 @dataclass
@@ -20,54 +23,54 @@ class RowCodes:
     """A matrix (rows, P) in 8 bits.
 
     Attributes:
-        values (`Tensor`): (rows, P), int8.
-        steps (`Tensor`): (rows, stretches), float32; a number is its value times the step of its stretch.
+        codes (`Tensor`): (rows, P), int8.
+        scales (`Tensor`): (rows, groups), float32; a number is its code times the scale of its group.
     """
 
-    values: Tensor
-    steps: Tensor
+    codes: Tensor
+    scales: Tensor
 
     @classmethod
     def of(cls, matrix: Tensor) -> "RowCodes":
-        """The nearest such matrix; `matrix` may be mapped from disk and is read by blocks of rows."""
+        """Encode a matrix (rows, P), which may be mapped from disk and is read by blocks of rows."""
         rows, size = matrix.shape
         result = cls(torch.empty(rows, size, dtype=torch.int8), torch.empty(rows, group_count(size)))
         width = max(1, _CHUNK // max(size, 1))
         for start in range(0, rows, width):
-            block = _cut(matrix[start : start + width].float())
-            steps = block.abs().amax(-1) / 127
-            values = (block / steps.clamp(min=torch.finfo(steps.dtype).tiny).unsqueeze(-1)).round()
-            result.values[start : start + width] = values.flatten(1)[:, :size].to(torch.int8)
-            result.steps[start : start + width] = steps
+            block = _grouped(matrix[start : start + width].float())
+            scales = block.abs().amax(-1) / 127
+            codes = (block / scales.clamp(min=torch.finfo(scales.dtype).tiny).unsqueeze(-1)).round()
+            result.codes[start : start + width] = codes.flatten(1)[:, :size].to(torch.int8)
+            result.scales[start : start + width] = scales
         return result
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.codes)
 
     def decode(self) -> Tensor:
         """(rows, P), float32."""
-        return (_cut(self.values.float()) * self.steps.unsqueeze(-1)).flatten(1)[:, : self.values.shape[1]]
+        return (_grouped(self.codes.float()) * self.scales.unsqueeze(-1)).flatten(1)[:, : self.codes.shape[1]]
 
     def products(self, vectors: Tensor) -> Tensor:
         """(queries, rows), float64: inner products with vectors (queries, P), by blocks of rows."""
-        width = max(1, _CHUNK // max(self.values.shape[1], 1))
+        width = max(1, _CHUNK // max(self.codes.shape[1], 1))
         result = torch.zeros(len(vectors), len(self), dtype=torch.float64)
         for at in range(0, len(self), width):
-            block = RowCodes(self.values[at : at + width], self.steps[at : at + width]).decode()
+            block = RowCodes(self.codes[at : at + width], self.scales[at : at + width]).decode()
             result[:, at : at + width] = (vectors.float() @ block.T).double()
         return result
 
     def bound(self, vectors: Tensor) -> Tensor:
-        """(queries, rows): how far `products` may be from those of the matrix before it was quantised."""
-        return _cut(vectors.double().abs()).sum(-1) @ (self.steps.double() / 2).T
+        """(queries, rows): the largest error of `products` against those of the matrix that was encoded."""
+        return _grouped(vectors.double().abs()).sum(-1) @ (self.scales.double() / 2).T
 
 
 def group_count(size: int) -> int:
-    """Stretches of a row of this many numbers."""
-    return -(-size // WIDTH)
+    """Return the number of groups of a row of this many numbers."""
+    return -(-size // GROUP)
 
 
-def _cut(matrix: Tensor) -> Tensor:
-    """(rows, stretches, WIDTH), the last one filled up with zeros."""
-    filled = torch.nn.functional.pad(matrix, (0, group_count(matrix.shape[1]) * WIDTH - matrix.shape[1]))
-    return filled.unflatten(1, (-1, WIDTH))
+def _grouped(matrix: Tensor) -> Tensor:
+    """(rows, groups, GROUP), the last group filled up with zeros."""
+    padded = torch.nn.functional.pad(matrix, (0, group_count(matrix.shape[1]) * GROUP - matrix.shape[1]))
+    return padded.unflatten(1, (-1, GROUP))

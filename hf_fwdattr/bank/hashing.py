@@ -1,4 +1,4 @@
-"""The training rows as the passes read them: batches in a fixed order, each row with its position in the dataset."""
+"""Hashes of rows: of their tokens or tensors, salted for one bank, so that a dataset can be compared with it."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,21 +10,24 @@ from torch import Tensor
 from ..errors import QueryError
 
 
+__all__ = ["content_hash", "row_hash", "row_hashes"]
+
 _READ = 1000  # rows whose tokens are read together
 
 
 def row_hash(tokens: Sequence[int] | Tensor, salt: bytes = b"") -> bytes:
-    """128-bit hash of a row's token ids, keyed by the bank's salt (16 bytes)."""
+    """Return the 128-bit hash of a row's token ids, keyed by the bank's salt (16 bytes)."""
     data = torch.as_tensor(tokens, dtype=torch.int64).cpu().numpy().astype("<i8").tobytes()
     return hashlib.blake2b(data, digest_size=16, key=salt).digest()
 
 
 def content_hash(batch: Mapping[str, Any], salt: bytes = b"") -> bytes:
-    """128-bit hash of a row that has no tokens, from a batch of it alone: its tensors by name, type, shape and value.
+    """Return the 128-bit hash of a row without tokens, from its tensors by name, type, shape and value.
 
-    `bank.check_rows(content_hash(collate([row]), bank.salt) for row in dataset)` compares a dataset with a bank.
+    `batch` holds that row alone, so that a dataset is compared with a bank by
+    `bank.check_rows(content_hash(collate([row]), bank.salt) for row in dataset)`.
     """
-    if isinstance(batch.get("input_ids"), Tensor):  # tokens that the collator made: what they are is what counts
+    if isinstance(batch.get("input_ids"), Tensor):  # tokens that the collator made
         return row_hash(batch["input_ids"].reshape(-1), salt)
     digest = hashlib.blake2b(digest_size=16, key=salt)
     for name in sorted(key for key, value in batch.items() if isinstance(value, Tensor)):
@@ -35,32 +38,35 @@ def content_hash(batch: Mapping[str, Any], salt: bytes = b"") -> bytes:
 
 
 def row_hashes(dataset: Any, salt: bytes) -> Iterator[bytes] | None:
-    """Hashes of the rows of a dataset in order, from their `input_ids` without padding; None if it has none.
+    """Return hashes of a dataset's rows in order, from their `input_ids` without padding; None if it has none.
 
-    Of a `datasets.Dataset` only the columns that are needed are read.
+    Only the needed columns of a `datasets.Dataset` are read.
+
+    Raises:
+        QueryError: a row of a stream has no `input_ids`.
     """
     if not hasattr(dataset, "__len__"):
-        return _streamed(dataset, salt)
+        return _hash_stream(dataset, salt)
     names = getattr(dataset, "column_names", None)
     if names is None:
-        return _hashed(dataset, salt) if hasattr(dataset[0], "keys") and "input_ids" in dataset[0] else None
-    return _hashed_columns(dataset, salt) if "input_ids" in names else None
+        return _hash_rows(dataset, salt) if hasattr(dataset[0], "keys") and "input_ids" in dataset[0] else None
+    return _hash_columns(dataset, salt) if "input_ids" in names else None
 
 
-def _streamed(dataset: Any, salt: bytes) -> Iterator[bytes]:
-    for at, row in enumerate(dataset):
+def _hash_stream(dataset: Any, salt: bytes) -> Iterator[bytes]:
+    for index, row in enumerate(dataset):
         if "input_ids" not in row:
-            raise QueryError(f"row {at} of the dataset has no 'input_ids'; pass the tokenized training set")
+            raise QueryError(f"row {index} of the dataset has no 'input_ids'. Pass the tokenized training set")
         yield row_hash(_unpadded(row["input_ids"], row.get("attention_mask")), salt)
 
 
-def _hashed(dataset: Any, salt: bytes) -> Iterator[bytes]:
+def _hash_rows(dataset: Any, salt: bytes) -> Iterator[bytes]:
     for index in range(len(dataset)):
         row = dataset[index]
         yield row_hash(_unpadded(row["input_ids"], row.get("attention_mask")), salt)
 
 
-def _hashed_columns(dataset: Any, salt: bytes) -> Iterator[bytes]:
+def _hash_columns(dataset: Any, salt: bytes) -> Iterator[bytes]:
     columns = [name for name in ("input_ids", "attention_mask") if name in dataset.column_names]
     plain = dataset.with_format(None).select_columns(columns)
     for start in range(0, len(plain), _READ):

@@ -1,4 +1,4 @@
-"""Banks on the Hub: found from a model's name, pinned to one commit, downloaded file by file as they are needed."""
+"""Banks on the Hub: pinned to one commit, downloaded and verified file by file as they are needed."""
 
 import re
 from collections.abc import Iterator
@@ -23,8 +23,13 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 
 from ..errors import BankError
-from .files import refuse_unknown_files
-from .schema import LARGEST, MANIFEST, File, Pointer
+from .files import Header
+from .schema import Pointer, ShardFile
+from .verification import LARGEST_MANIFEST, MANIFEST, refuse_unknown_files
+
+
+__all__ = ["REPOSITORY", "Remote", "Unreachable", "commit_in_cache", "explained", "is_repository", "pinned",
+           "repository_in_cache"]  # fmt: skip
 
 
 REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -38,7 +43,7 @@ class Remote:
         repo (`str`): name of the repository; `repo_type` is `model` or `dataset`.
         commit (`str`): the commit that everything is read from.
         subfolder (`str`): where in the repository, "" for its root.
-        token, cache_dir, local_files_only, force_download: as of `hf_hub_download`.
+        token, cache_dir, local_files_only, force_download: as in `hf_hub_download`.
     """
 
     repo: str
@@ -55,28 +60,28 @@ class Remote:
 
     @property
     def offline(self) -> bool:
-        """Whether only the cache may be read."""
+        """True if only the cache may be read."""
         return self.local_files_only or constants.is_offline_mode()
 
     def path(self, name: str) -> str:
-        """A file's path in the repository."""
+        """Return a file's path in the repository."""
         return f"{self.subfolder}/{name}" if self.subfolder else name
 
     def fetch(self, name: str) -> Path:
-        """A file of the bank in the Hub's cache, downloaded if it is not there.
+        """Return the path of a file of the bank in the Hub's cache, downloaded if it is not there.
 
         Raises:
             BankError: it is not in the repository, or cannot be downloaded.
         """
         with explained(f"{self.path(name)} of {self}"):
-            found = hf_hub_download(
+            path = hf_hub_download(
                 self.repo, self.path(name), repo_type=self.repo_type, revision=self.commit, token=self.token,
                 cache_dir=self.cache_dir, local_files_only=self.local_files_only, force_download=self.force_download,
             )  # fmt: skip
-        return Path(found)
+        return Path(path)
 
     def listing(self) -> dict[str, RepoFile] | None:
-        """What the folder holds by name, sizes and hashes included; None where only the cache is read."""
+        """Return the folder's files by name, with sizes and hashes; None if only the cache is read."""
         if self.offline:
             return None
         try:
@@ -89,18 +94,19 @@ class Remote:
             return None  # what is in the cache may be enough; every file is checked again when it is opened
 
     def manifest(self) -> Path:
-        """`bank.json` in the cache, refused before its download if it is too large to be one."""
+        """Return the path of `bank.json` in the cache; one that is too large is refused before its download."""
         listed = self.listing()
         if listed is not None and MANIFEST not in listed:
             raise BankError(_absent(self))
-        if listed is not None and listed[MANIFEST].size > LARGEST:
+        if listed is not None and listed[MANIFEST].size > LARGEST_MANIFEST:
             raise BankError(
-                f"{MANIFEST} of {self} has {listed[MANIFEST].size} bytes; a manifest has at most {LARGEST}"
+                f"{MANIFEST} of {self} has {listed[MANIFEST].size} bytes. A manifest has at most "
+                f"{LARGEST_MANIFEST}. Push the bank again"
             )
         return self.fetch(MANIFEST)
 
-    def check(self, files: list[File]) -> None:
-        """Compare what `bank.json` says with what the repository holds, before any of it is downloaded.
+    def check(self, files: list[ShardFile]) -> None:
+        """Compare `bank.json` with the files in the repository, before any of them is downloaded.
 
         Raises:
             BankError: a shard is missing, or of another size or hash.
@@ -110,39 +116,39 @@ class Remote:
             return
         refuse_unknown_files(listed, [MANIFEST, *(file.name for file in files)], self)
         for file in files:
-            found = listed.get(file.name)
-            if found is None:
-                raise BankError(f"{self.path(file.name)} is missing in {self}; push the bank again")
-            if found.size != file.size:
+            entry = listed.get(file.name)
+            if entry is None:
+                raise BankError(f"{self.path(file.name)} is missing in {self}. Push the bank again")
+            if entry.size != file.size:
                 raise BankError(
-                    f"{self.path(file.name)} has {found.size} bytes in {self} and bank.json says {file.size}; push "
+                    f"{self.path(file.name)} has {entry.size} bytes in {self} and bank.json says {file.size}. Push "
                     "the bank again"
                 )
-            if found.lfs is not None and found.lfs.sha256 != file.sha256:
+            if entry.lfs is not None and entry.lfs.sha256 != file.sha256:
                 raise BankError(
-                    f"{self.path(file.name)} in {self} has sha256 {found.lfs.sha256[:16]}... and bank.json says "
-                    f"{file.sha256[:16]}...; push the bank again"
+                    f"{self.path(file.name)} in {self} has sha256 {entry.lfs.sha256[:16]}... and bank.json says "
+                    f"{file.sha256[:16]}.... Push the bank again"
                 )
 
-    def header(self, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """dtype and shape of every tensor in a shard, from its first bytes alone.
+    def header(self, name: str) -> Header:
+        """Return dtype and shape of every tensor in a shard, from its first bytes alone.
 
         Raises:
             BankError: they are no safetensors header.
         """
         with explained(f"the header of {self.path(name)} of {self}"):
             try:
-                found = HfApi(token=self.token).parse_safetensors_file_metadata(
+                metadata = HfApi(token=self.token).parse_safetensors_file_metadata(
                     self.repo, self.path(name), repo_type=self.repo_type, revision=self.commit
                 )
-                return {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in found.tensors.items()}
+                return {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in metadata.tensors.items()}
             except (SafetensorsParsingError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise BankError(
-                    f"{self.path(name)} of {self} has no sound safetensors header ({_first(error)}); push it again"
+                    f"{self.path(name)} of {self} has no sound safetensors header ({_first(error)}). Push it again"
                 ) from error
 
     def follow(self, pointer: Pointer) -> "Remote":
-        """Where a pointer leads; the same token and cache."""
+        """Return the place that a pointer leads to, with the same token and cache."""
         return replace(
             self, repo=pointer.bank_repo, repo_type=pointer.repo_type, commit=pointer.revision,
             subfolder=pointer.subfolder,
@@ -154,7 +160,7 @@ class Unreachable(BankError):
 
 
 def is_repository(name: str) -> bool:
-    """Whether something could be the name of a repository, and is no folder here."""
+    """Return whether a name could be a repository's, and is no folder on this machine."""
     return not Path(name).exists() and REPOSITORY.fullmatch(name) is not None
 
 
@@ -169,21 +175,21 @@ def pinned(
     local_files_only: bool = False,
     force_download: bool = False,
 ) -> Remote:
-    """The bank's place in a repository, with a branch or tag resolved to the commit it now points to.
+    """Return a bank's place in a repository, with a branch or tag resolved to the commit it now points to.
 
     Raises:
-        BankError: no such repository or revision, or no way to ask.
+        BankError: no such repository or revision, or the Hub cannot be reached.
     """
     with explained(f"{repo}" + (f" at {revision}" if revision else "")):
-        found = HfApi().resolve_revision(
+        resolved = HfApi().resolve_revision(
             repo, repo_type=repo_type, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only,
             token=token,
         )  # fmt: skip
-    return Remote(repo, repo_type, found.resolved, subfolder, token, cache_dir, local_files_only, force_download)
+    return Remote(repo, repo_type, resolved.resolved, subfolder, token, cache_dir, local_files_only, force_download)
 
 
 def commit_in_cache(name: str) -> str | None:
-    """The commit to which a repository's default branch was resolved when it was last read; None if it never was."""
+    """Return the commit to which a repository's default branch was last resolved; None if it never was."""
     if not is_repository(name):
         return None
     try:
@@ -193,50 +199,52 @@ def commit_in_cache(name: str) -> str | None:
 
 
 def repository_in_cache(owner: str, name: str, commit: str) -> str | None:
-    """A dataset repository of which a commit was downloaded, by a name whose capitals and underscores were lost."""
+    """Return the dataset repository whose commit was downloaded, by a name that lost its capitals and underscores."""
     for folder in Path(constants.HF_HUB_CACHE).glob(f"datasets--{owner}--*/snapshots/{commit}"):
-        spelled = folder.parents[1].name.split("--", 2)[2]
-        if spelled.lower().replace("_", "") == name.lower().replace("_", ""):
-            return f"{owner}/{spelled}"
+        exact = folder.parents[1].name.split("--", 2)[2]
+        if exact.lower().replace("_", "") == name.lower().replace("_", ""):
+            return f"{owner}/{exact}"
     return None
 
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """The Hub's errors as this package's, with their cure."""
+    """Raise the Hub's errors as this package's, with their cure."""
     try:
         yield
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError) as error:
         raise Unreachable(
-            f"{what} is not in the cache and the Hub cannot be asked ({_first(error)}); connect, or download it once "
+            f"{what} is not in the cache and the Hub cannot be asked ({_first(error)}). Connect, or download it once "
             "before going offline"
         ) from error
     except RevisionNotFoundError as error:
-        raise BankError(f"{what}: there is no such revision; name a branch, tag or commit that exists") from error
+        raise BankError(f"{what}: there is no such revision. Name a branch, tag or commit that exists") from error
     except EntryNotFoundError as error:
-        raise BankError(f"no bank: {what} does not exist; push one with ResponseBank.push_to_hub") from error
+        raise BankError(f"no bank: {what} does not exist. Push one with ResponseBank.push_to_hub") from error
     except RepositoryNotFoundError as error:
         raise BankError(
-            f"{what}: no such repository, or it is private; check the name, and log in or pass token="
+            f"{what}: no such repository, or it is private. Check the name, and log in or pass token="
         ) from error
     except HfHubHTTPError as error:
-        raise BankError(f"{what}: the Hub answered {error.response.status_code} ({_first(error)})") from error
+        raise BankError(
+            f"{what}: the Hub answered {error.response.status_code} ({_first(error)}). Try again later"
+        ) from error
     except HFValidationError as error:
         raise BankError(f"{what}: {_first(error)}") from error
     except (httpx2.HTTPError, OSError, RuntimeError) as error:
         if type(error) is RuntimeError and not isinstance(error.__cause__, httpx2.HTTPError):
             raise
-        raise Unreachable(f"{what}: the connection failed ({_first(error)}); try again") from error
+        raise Unreachable(f"{what}: the connection failed ({_first(error)}). Try again") from error
 
 
 def _first(error: Any) -> str:
-    """The first line of an error's text, without the name of the server."""
+    """Return the first line of an error's text, without the name of the server."""
     lines = str(error).strip().splitlines()
     return re.sub(r"https?://[^/\s]+", "", lines[0]) if lines else type(error).__name__
 
 
 def _absent(remote: Remote) -> str:
     return (
-        f"no bank in {remote}: there is no {remote.path(MANIFEST)}; train with ResponseCallback and push, or name the "
+        f"no bank in {remote}: there is no {remote.path(MANIFEST)}. Train with ResponseCallback and push, or name the "
         "repository that has one"
     )

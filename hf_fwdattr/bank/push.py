@@ -1,6 +1,7 @@
-"""A bank into a repository: in one commit with its card, on top of what was there, never over somebody else's push."""
+"""Pushing a bank: in one commit with its card, on top of the repository as it was seen, never over another push."""
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,90 +11,100 @@ from huggingface_hub.hf_api import RepoFile
 
 from ..errors import BankError
 from .card import with_section
-from .files import SHARD_PATTERN
 from .hub import REPOSITORY, explained
-from .schema import MANIFEST, File, Manifest, Pointer, read_manifest, read_pointer
+from .schema import SHARD_PATTERN, Manifest, Pointer, ShardFile
+from .verification import MANIFEST, read_manifest, read_pointer
 
+
+__all__ = ["PushOptions", "push", "remove_stale_on_hub"]
 
 _CARD = "README.md"
 
 
-def push(
-    manifest: Manifest,
-    shards: Sequence[tuple[File, Path]],
-    repo_id: str,
-    *,
-    repo_type: str = "model",
-    subfolder: str = "fwdattr",
-    pointer_in: str | None = None,
-    commit_message: str = "Response bank",
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    parent_commit: str | None = None,
-) -> str:
-    """Upload a bank; the shards of an older one are deleted in the same commit, files of others stay.
+@dataclass(frozen=True)
+class PushOptions:
+    """Options of a push.
+
+    Attributes:
+        repo_type (`str`, defaults to `model`): `dataset` for a bank in a repository of its own.
+        subfolder (`str`, defaults to `fwdattr`): the bank's folder in the repository.
+        pointer_in (`str`, *optional*): a model repository whose `bank.json` shall point to this bank at this commit.
+        parent_commit (`str`, *optional*): the commit that the push is based on; the newest one by default.
+        commit_message, private, token, revision, create_pr: as in `HfApi.upload_folder` and `create_repo`.
+    """
+
+    repo_type: str = "model"
+    subfolder: str = "fwdattr"
+    pointer_in: str | None = None
+    parent_commit: str | None = None
+    commit_message: str = "Response bank"
+    private: bool | None = None
+    token: str | bool | None = None
+    revision: str | None = None
+    create_pr: bool = False
+
+
+def push(manifest: Manifest, shards: Sequence[tuple[ShardFile, Path]], repo_id: str, options: PushOptions) -> str:
+    """Upload a bank; shards of an older one are deleted in the same commit, other files stay.
 
     A push that was cut off leaves the repository as it was. The next one uploads only what has not arrived yet.
 
     Args:
-        manifest (`Manifest`): `bank.json`, and what the card's section says.
-        shards: the manifest's files and where they are.
-        repo_id (`str`): made if there is none.
-        repo_type (`str`, defaults to `model`): `dataset` for a bank in a repository of its own.
-        pointer_in (`str`, *optional*): a model repository whose `bank.json` shall point to this bank at this commit.
-        parent_commit (`str`, *optional*): the commit that the push is based on; the newest one by default.
-        commit_message, private, token, revision, create_pr: as of `HfApi.upload_folder` and `create_repo`.
+        manifest (`Manifest`): the content of `bank.json`, and of the card's section.
+        shards: the manifest's files and their paths on disk.
+        repo_id (`str`): created if there is none.
 
     Returns:
         The address of the commit, or of the pull request.
 
     Raises:
-        BankError: the repository changed meanwhile, is not to be written, or cannot be reached.
+        BankError: the repository changed meanwhile, may not be written, or cannot be reached.
     """
-    if pointer_in is not None and create_pr:
-        raise ValueError("pointer_in needs the commit of the bank, which a pull request does not have yet")
+    if options.pointer_in is not None and options.create_pr:
+        raise ValueError(
+            f"pointer_in={options.pointer_in!r} needs the commit of the bank, which a pull request does not have yet. "
+            "Leave create_pr out"
+        )
     if manifest.model is not None and not REPOSITORY.fullmatch(manifest.model):
-        # A path of somebody's machine, as banks of version 0.1 name it.
-        manifest = manifest.model_copy(update={"model": None, "revision": None})
-    place = _Place(HfApi(token=token), repo_type, revision, token)
-    operations = [CommitOperationAdd(f"{subfolder}/{file.name}", str(path)) for file, path in shards]
-    operations.append(CommitOperationAdd(f"{subfolder}/{MANIFEST}", manifest.to_json()))
-    commit = place.commit(repo_id, operations, manifest, subfolder, commit_message, private, create_pr, parent_commit)
-    if pointer_in is None:
+        manifest = manifest.model_copy(update={"model": None, "revision": None})  # a path on the author's machine
+    subfolder = options.subfolder
+    files = {f"{subfolder}/{file.name}": str(path) for file, path in shards}
+    branch = _Branch(HfApi(token=options.token), options)
+    commit = branch.commit(repo_id, files | {f"{subfolder}/{MANIFEST}": manifest.to_json()}, manifest)
+    if options.pointer_in is None:
         return str(commit.pr_url or commit.commit_url)
     pointer = Pointer.model_validate(
-        {"bank_repo": repo_id, "repo_type": repo_type, "revision": commit.oid, "subfolder": subfolder}
+        {"bank_repo": repo_id, "repo_type": options.repo_type, "revision": commit.oid, "subfolder": subfolder}
     )
-    operations = [CommitOperationAdd(f"{subfolder}/{MANIFEST}", pointer.to_json())]
-    place = _Place(place.api, "model", None, token)
-    commit = place.commit(pointer_in, operations, manifest, subfolder, commit_message, private, False, None, pointer)
+    beside = replace(options, repo_type="model", revision=None, parent_commit=None)
+    branch = _Branch(branch.api, beside)
+    commit = branch.commit(options.pointer_in, {f"{subfolder}/{MANIFEST}": pointer.to_json()}, manifest, pointer)
     return str(commit.commit_url)
 
 
 def remove_stale_on_hub(
     repo_id: str, *, subfolder: str = "fwdattr", token: str | bool | None = None, revision: str | None = None
 ) -> list[str]:
-    """Delete shards of older banks that a repository's `bank.json` does not name; returns their paths.
+    """Delete shards of older banks that a repository's `bank.json` does not name; return their paths.
 
-    For a folder that was uploaded by somebody who only adds files, as Trainer does.
+    For a folder that is uploaded by adding files only, as Trainer does.
 
     Raises:
-        BankError: somebody else pushes at the same moment, or the repository cannot be reached or written.
+        BankError: another push happens at the same moment, or the repository cannot be reached or written.
     """
-    place = _Place(HfApi(token=token), "model", revision, token)
+    branch = _Branch(HfApi(token=token), PushOptions(subfolder=subfolder, token=token, revision=revision))
+    manifest = f"{subfolder}/{MANIFEST}"
     with explained(f"removing older shards from {repo_id}"):
-        head = place.api.repo_info(repo_id, **place.where).sha
-        listed = place.listed(repo_id, subfolder, head)
-        if f"{subfolder}/{MANIFEST}" not in listed:
+        head = branch.api.repo_info(repo_id, **branch.where).sha
+        listed = branch.listed(repo_id, head)
+        if manifest not in listed:
             return []
-        path = Path(hf_hub_download(repo_id, f"{subfolder}/{MANIFEST}", revision=head, token=token))
+        path = Path(hf_hub_download(repo_id, manifest, revision=head, token=token))
         named = [] if read_pointer(path) is not None else [file.name for file in read_manifest(path.parent).files]
         stale = _stale(listed, {f"{subfolder}/{name}" for name in named})
         if stale:
             operations = [CommitOperationDelete(path) for path in stale]
-            place.on_top_of(head, repo_id, operations, commit_message="Remove shards of an older response bank")
+            branch.on_top_of(head, repo_id, operations, commit_message="Remove shards of an older response bank")
         return stale
 
 
@@ -101,59 +112,52 @@ def _stale(listed: Iterable[str], kept: Collection[str]) -> list[str]:
     return [path for path in listed if path not in kept and SHARD_PATTERN.fullmatch(path.rpartition("/")[2])]
 
 
-class _Place:
-    """A repository of a kind, at a branch."""
+class _Branch:
+    """A branch of a repository of one type."""
 
-    def __init__(self, api: HfApi, repo_type: str, revision: str | None, token: str | bool | None):
-        self.api, self.token = api, token
-        self.where: dict[str, Any] = {"repo_type": repo_type, "revision": revision}
+    def __init__(self, api: HfApi, options: PushOptions):
+        self.api, self.options = api, options
+        self.where: dict[str, Any] = {"repo_type": options.repo_type, "revision": options.revision}
 
     def commit(
-        self,
-        repo_id: str,
-        operations: list[Any],
-        manifest: Manifest,
-        subfolder: str,
-        message: str,
-        private: bool | None,
-        create_pr: bool,
-        parent: str | None,
-        pointer: Pointer | None = None,
+        self, repo_id: str, files: dict[str, str | bytes], manifest: Manifest, pointer: Pointer | None = None
     ) -> Any:
-        """The files, the card's section, and the end of older shards, as one commit on `parent`."""
+        """Add files and the card's section and delete older shards, as one commit on the parent."""
+        options = self.options
         with explained(f"pushing to {repo_id}"):
-            made = self.api.create_repo(repo_id, repo_type=self.where["repo_type"], private=private, exist_ok=True)
-            repo_id = made.repo_id
-            parent = parent or self.api.repo_info(repo_id, **self.where).sha
-            kept = {operation.path_in_repo for operation in operations}
-            stale = _stale(self.listed(repo_id, subfolder, parent), kept)
-            card = with_section(self._card(repo_id, parent), manifest, repo_id, pointer, subfolder)
+            repo_id = self.api.create_repo(
+                repo_id, repo_type=options.repo_type, private=options.private, exist_ok=True
+            ).repo_id
+            parent = options.parent_commit or self.api.repo_info(repo_id, **self.where).sha
+            card = with_section(self._card(repo_id, parent), manifest, repo_id, pointer, options.subfolder)
+            stale = _stale(self.listed(repo_id, parent), files)
             operations = [
-                *operations, CommitOperationAdd(_CARD, card.encode()), *(CommitOperationDelete(path) for path in stale)
+                *(CommitOperationAdd(path, content) for path, content in files.items()),
+                CommitOperationAdd(_CARD, card.encode()), *(CommitOperationDelete(path) for path in stale),
             ]  # fmt: skip
-            return self.on_top_of(parent, repo_id, operations, commit_message=message, create_pr=create_pr)
+            how = {"commit_message": options.commit_message, "create_pr": options.create_pr}
+            return self.on_top_of(parent, repo_id, operations, **how)
 
     def on_top_of(self, parent: str | None, repo_id: str, operations: list[Any], **how: Any) -> Any:
-        """A commit whose parent is the one that was looked at, or none.
+        """Create a commit whose parent is the one that was looked at, or none.
 
         Raises:
-            BankError: somebody was faster.
+            BankError: the repository has changed since.
         """
         try:
             return self.api.create_commit(repo_id, operations, parent_commit=parent, **how, **self.where)
         except HfHubHTTPError as error:
             if error.response.status_code in (409, 412):
                 raise BankError(
-                    f"{repo_id} changed while the bank was being pushed (it was at {parent}); look at what came, "
-                    "and push again"
+                    f"{repo_id} changed while the bank was being pushed (it was at {parent}). Look at the newer "
+                    "commit, and push again"
                 ) from error
             raise
 
-    def listed(self, repo_id: str, subfolder: str, commit: str | None) -> list[str]:
-        """Paths of the files in the folder at a commit."""
-        where = self.where | {"revision": commit}
+    def listed(self, repo_id: str, commit: str | None) -> list[str]:
+        """Return the paths of the files in the bank's folder at a commit."""
         try:
-            items = self.api.list_repo_tree(repo_id, subfolder, **where)
+            items = self.api.list_repo_tree(repo_id, self.options.subfolder, **self.where | {"revision": commit})
             return [item.path for item in items if isinstance(item, RepoFile)]
         except RemoteEntryNotFoundError:
             return []
@@ -161,6 +165,7 @@ class _Place:
     def _card(self, repo_id: str, commit: str | None) -> str:
         where = self.where | {"revision": commit}
         try:
-            return Path(hf_hub_download(repo_id, _CARD, token=self.token, **where)).read_text(encoding="utf-8")
+            path = hf_hub_download(repo_id, _CARD, token=self.options.token, **where)
+            return Path(path).read_text(encoding="utf-8")
         except RemoteEntryNotFoundError:
             return ""

@@ -1,4 +1,4 @@
-"""What was measured of a bank, written into its `bank.json` and its model's card."""
+"""Measured quality of a bank, written into its `bank.json` and its model's card."""
 
 import math
 from pathlib import Path
@@ -6,11 +6,15 @@ from typing import Any
 
 from .card import repository_in, with_section
 from .files import write_atomically
-from .schema import MANIFEST, Manifest, read_manifest
+from .schema import Manifest
+from .verification import MANIFEST, read_manifest
+
+
+__all__ = ["add_quality"]
 
 
 def add_quality(folder: str | Path, measured: dict[str, Any]) -> Manifest:
-    """Add figures to `quality` in the `bank.json` of a bank's folder; older ones of other names stay.
+    """Add figures to `quality` in the `bank.json` of a bank's folder; those of other names stay.
 
     The file is replaced as a whole or not at all. A card in the folder above that has the bank's section shows them
     too.
@@ -21,7 +25,7 @@ def add_quality(folder: str | Path, measured: dict[str, Any]) -> Manifest:
 
     Raises:
         BankError: there is no bank.
-        ValueError: something that JSON has no word for, such as NaN.
+        ValueError: a value that JSON cannot hold, such as NaN.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -41,6 +45,6 @@ def _refuse_nan(value: Any, where: str) -> None:
         for key, inner in value.items():
             _refuse_nan(inner, f"{where}.{key}")
     elif isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{where}={value}: no finite number, so the measurement went wrong; nothing was written")
+        raise ValueError(f"{where}={value}: not a finite number, so the measurement went wrong. Nothing was written")
     elif not isinstance(value, str | int | float):
-        raise ValueError(f"{where}={value!r} is not a number, a text or a dictionary of them")
+        raise ValueError(f"{where}={value!r}: not a number, a text or a dictionary of them. Nothing was written")

@@ -1,47 +1,74 @@
-"""What `bank.json` says: a strict schema, so that a bank from elsewhere is understood wholly or refused."""
+"""Schema of `bank.json`: strict, so that a bank from elsewhere is understood wholly or refused.
 
-from pathlib import Path
+`SHARD_KINDS` is the one table of what a bank's shards hold: a new kind of shard is one more entry there.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from ..errors import BankError
-from .codes import group_count
-from .files import check_header, digest, inside, no_link, unique_json
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
-SCHEMA = 2
-MANIFEST = "bank.json"
-LARGEST = 1 << 26  # bytes
+__all__ = [
+    "GROUP", "SCHEMA_VERSION", "SHARD_KINDS", "SHARD_PATTERN", "DatasetIdentity", "Manifest", "Parameter", "Pointer",
+    "Privacy", "Run", "SegmentInfo", "ShardFile", "ShardKind", "checksum", "sealed",
+]  # fmt: skip
+SCHEMA_VERSION = 2
+GROUP = 128  # numbers of a row code that share a scale
 Count = Annotated[int, Field(ge=0, le=1 << 48)]
-Some = Annotated[int, Field(ge=1, le=1 << 48)]
-Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+AtLeastOne = Annotated[int, Field(ge=1, le=1 << 48)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def checksum(values: dict[str, Any]) -> str:
+    """Return the sha256 of a `bank.json`'s content: its values without `checksum`, keys sorted, no white space."""
+    content = {name: value for name, value in values.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def sealed(values: dict[str, Any]) -> bytes:
+    """Return the text of a `bank.json` with these values and their checksum."""
+    content = values | {"checksum": checksum(values)}
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+class _Document(_Strict):
+    """A whole `bank.json`; its checksum belongs to the file and not to the values."""
+
+    def to_json(self) -> bytes:
+        """Return the text of `bank.json`, with its checksum."""
+        return sealed(json.loads(self.model_dump_json()))
+
+
 class Parameter(_Strict):
-    """A responding parameter: canonical name and shape."""
+    """A tensor by its canonical name, and its shape."""
 
     name: str
     shape: list[Count]
 
 
 class SegmentInfo(_Strict):
-    """A segment: its length in optimizer time, the sum of its rates, and how far its curvature was shrunk."""
+    """A segment: its length in optimizer time (the sum of its learning rates), weight decay, curvature shrinkage."""
 
     length: float
-    weight_decay: Positive = 0.0
-    shrinkage: Positive = 0.0
+    weight_decay: NonNegative = 0.0
+    shrinkage: NonNegative = 0.0
 
 
 class DatasetIdentity(_Strict):
-    """What is known of the training set; rows themselves are known by their hashes."""
+    """The training set as far as it names itself; its rows are identified by their hashes."""
 
-    rows: Some
+    rows: AtLeastOne
     repo: str | None = None
     config: str | None = None
     split: str | None = None
@@ -51,47 +78,60 @@ class DatasetIdentity(_Strict):
     tokenizer: str | None = None
 
 
-class File(_Strict):
-    """One shard: its name, its size in bytes, its hash, and which lines of the whole it holds."""
+class ShardFile(_Strict):
+    """A shard: its file name, kind, size in bytes and sha256, and the range of lines it holds of all of its kind."""
 
     name: str
-    kind: Literal[
-        "directions", "coordinates", "text", "row_codes", "error_projections", "error_covariance", "averaged_weights"
-    ]
+    kind: str
     size: Count
     sha256: Sha256
     first: Count
     lines: Count
 
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        if kind not in SHARD_KINDS:
+            raise ValueError(f"a shard is one of {', '.join(SHARD_KINDS)}")
+        return kind
+
 
 class Privacy(_Strict):
-    """What of the rows leaves with the bank: their ids and salted hashes, or nothing but their sources' sums; and
-    whether their text does, which it never does unasked."""
+    """The part of the rows that is in the bank.
+
+    Attributes:
+        rows (`str`): `identified` for row ids and salted hashes, `sources` for the sums of whole sources alone.
+        text (`bool`): whether the rows' text is kept, which it is only on request.
+    """
 
     rows: Literal["identified", "sources"] = "identified"
     text: bool = False
 
 
 class Run(_Strict):
-    """The fine-tune: its planned optimizer steps, and how many of them were taken before anything was recorded.
+    """The fine-tuning run: its planned optimizer steps, and the number taken before recording began.
 
-    Responses to steps that were not recorded are unknown: with `first` above 0, the bank is of the steps after it.
+    Responses to steps that were not recorded are unknown: with `first` above 0, the bank covers the steps after it.
     """
 
     steps: Count = 0
     first: Count = 0
-    label_smoothing: Positive = 0.0
+    label_smoothing: NonNegative = 0.0
 
 
-class Manifest(_Strict):
-    """The whole of `bank.json`.
+class Manifest(_Document):
+    """The content of `bank.json`.
 
     Attributes (those that do not speak for themselves):
-        averaging (`str`): `none` where queries are read at the model's own weights; `trajectory` where the bank keeps others.
-        responses (`int`): rows whose own responses are kept, all or none.
-        kernel (`bool`): whether it is kept how errors of first looks go together; see `kriging`.
-        maps (`list[Parameter]`): matrices from the error at the end of the model to that at a layer's output.
-        gradient_predictor (`float`): share of the variance of training rows' scores that one forward explains.
+        averaging (`str`): `none` where queries are evaluated at the model's own weights; `trajectory` where the bank
+            keeps the run's mean weights for that.
+        explained_variance (`float`): share of the variance of held-out scores that the directions keep.
+        row_codes (`int`): number of rows whose responses are kept as codes: all or none.
+        predictor_explained_variance (`float`): share of the variance of training rows' scores that the gradient
+            predictor explains, which needs one forward pass.
+        error_projections (`list[Parameter]`): matrices of the gradient predictor, from the error at the end of the
+            model to that at a layer's output.
+        error_covariance (`bool`): whether the covariance of the gradient predictor's errors is kept.
     """
 
     schema_version: Literal[2] = 2
@@ -106,11 +146,11 @@ class Manifest(_Strict):
     config: dict[str, Any]
     curvature_samples: Count
     averaging: Literal["none", "trajectory"] = "none"
-    directions: Some
+    directions: AtLeastOne
     source_directions: Count
-    source_scales: list[Positive]
+    source_scales: list[NonNegative]
     exact: bool
-    explained_variance: Positive
+    explained_variance: NonNegative
     row_codes: Count = 0
     predictor_explained_variance: Annotated[float, Field(le=1, allow_inf_nan=False)] | None = None
     error_projections: list[Parameter] = []
@@ -122,7 +162,7 @@ class Manifest(_Strict):
     quality: dict[str, Any] = {}
     privacy: Privacy = Privacy()
     run: Run = Run()
-    files: list[File]
+    files: list[ShardFile]
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Manifest":
@@ -130,7 +170,7 @@ class Manifest(_Strict):
             ("parameters", [parameter.name for parameter in self.parameters]),
             ("sources", self.sources),
             ("files", [file.name for file in self.files]),
-            ("error_projections", [table.name for table in self.error_projections]),
+            ("error_projections", [matrix.name for matrix in self.error_projections]),
         ):
             if len(set(values)) < len(values):
                 raise ValueError(f"{what} names something twice")
@@ -141,38 +181,47 @@ class Manifest(_Strict):
             )
         if self.row_codes not in (0, self.dataset.rows) or (self.row_codes and self.privacy.rows == "sources"):
             raise ValueError(
-                f"row_codes={self.row_codes} are neither none nor those of {self.dataset.rows} known rows"
+                f"row_codes={self.row_codes} are neither none nor those of {self.dataset.rows} identified rows"
             )
         if self.error_covariance and not (self.row_codes and self.error_projections):
-            raise ValueError("a kernel of errors without rows' responses and maps is of no use")
-        if any(len(table.shape) != 2 for table in self.error_projections):
-            raise ValueError("a map of errors is a matrix")
+            raise ValueError("error_covariance is of no use without row_codes and error_projections")
+        if any(len(matrix.shape) != 2 for matrix in self.error_projections):
+            raise ValueError("an error projection is a matrix")
         if self.privacy.text and self.privacy.rows == "sources":
             raise ValueError("privacy keeps the rows' text and no rows: one excludes the other")
         return self
 
     @property
     def lines(self) -> int:
-        """Lines of coordinates: one for each row, or for each source where only these were kept."""
+        """Lines of coordinates: one for each row, or for each source where only these are kept."""
         return len(self.sources) if self.privacy.rows == "sources" else self.dataset.rows
 
     @property
     def size(self) -> int:
-        """P."""
-        total = 0
-        for parameter in self.parameters:
-            count = 1
-            for extent in parameter.shape:
-                count *= extent
-            total += count
-        return total
+        """P, the number of tracked parameters."""
+        return sum(math.prod(parameter.shape) for parameter in self.parameters)
 
-    def to_json(self) -> bytes:
-        """As it is written."""
-        return (self.model_dump_json(indent=2) + "\n").encode()
+    @property
+    def stored(self) -> str:
+        """The safetensors name of the dtype of directions and coordinates."""
+        return {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[self.dtype]
+
+    @property
+    def bytes(self) -> int:
+        """Size of all shards."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of the shards that grow with the number of rows."""
+        return sum(file.size for file in self.files if SHARD_KINDS[file.kind].per_row)
+
+    def files_of(self, kind: str) -> list[ShardFile]:
+        """Return the shards of a kind, in order."""
+        return [file for file in self.files if file.kind == kind]
 
 
-class Pointer(_Strict):
+class Pointer(_Document):
     """A `bank.json` beside a model whose bank lies elsewhere on the Hub, at a fixed commit."""
 
     schema_version: Literal[2] = 2
@@ -181,131 +230,77 @@ class Pointer(_Strict):
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
     subfolder: Annotated[str, Field(pattern=r"^[\w-]*$")] = "fwdattr"
 
-    def to_json(self) -> bytes:
-        """As it is written."""
-        return (self.model_dump_json(indent=2) + "\n").encode()
+
+Shape = tuple[int | None, ...]  # None: any extent
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the bank in `folder`.
+@dataclass(frozen=True)
+class ShardKind:
+    """A kind of shard.
 
-    Raises:
-        BankError: there is none, it is no JSON, or a field is missing, unknown or of the wrong kind.
+    Attributes:
+        tensors: (manifest, lines of the shard) -> safetensors dtype and shape of every tensor by name.
+        lines: manifest -> lines in all shards of this kind together; 0 where there are none.
+        count: shapes of a shard's tensors, in the order of `tensors` -> its lines.
+        per_row (`bool`): whether its size grows with the number of rows.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise BankError(f"no bank in {folder}: there is no {MANIFEST}")
-    values = _values(path)
-    if "bank_repo" in values:
-        raise BankError(f"{path} only points to a bank in {values['bank_repo']!r}, which cannot point on again")
-    return _parsed(path, values, Manifest)
+
+    tensors: Callable[[Manifest, int], dict[str, tuple[str, Shape]]]
+    lines: Callable[[Manifest], int]
+    count: Callable[[list[tuple[int, ...]]], int] = lambda shapes: shapes[0][0]
+    per_row: bool = False
 
 
-def read_pointer(path: Path) -> Pointer | None:
-    """Where a `bank.json` points to; None if it is a bank's own.
-
-    Raises:
-        BankError: it is no JSON, or a pointer with a field that is missing, unknown or of the wrong kind.
-    """
-    values = _values(path)
-    return _parsed(path, values, Pointer) if "bank_repo" in values else None
-
-
-def _values(path: Path) -> dict[str, Any]:
-    no_link(path)
-    if path.stat().st_size > LARGEST:
-        raise BankError(f"{path} has {path.stat().st_size} bytes; a manifest has at most {LARGEST}")
-    try:
-        values = unique_json(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BankError(f"{path} is not sound JSON: {error}") from error
-    version = values.get("schema_version") if isinstance(values, dict) else None
-    if not isinstance(values, dict) or type(version) is not int or version != SCHEMA:
-        raise BankError(f"{path}: schema_version is {version!r} and this package reads {SCHEMA}; update hf-fwdattr")
-    return values
-
-
-def _parsed(path: Path, values: dict[str, Any], kind: type[Any]) -> Any:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise BankError(f"{path}: {field}: {first['msg']} (found {str(first.get('input'))[:80]!r})") from error
-
-
-KINDS = ("directions", "coordinates", "text", "row_codes", "error_projections", "error_covariance", "averaged_weights")
-_STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-
-
-def check_layout(manifest: Manifest) -> None:
-    """The shards that a manifest names follow each other without a gap and hold all lines.
-
-    Raises:
-        BankError: naming the file, and both values.
-    """
-    expected: dict[str, int] = dict.fromkeys(KINDS, 0)
-    for file in manifest.files:
-        inside(Path(), file.name)
-        if file.first != expected[file.kind]:
-            raise BankError(f"{file.name} begins at line {file.first} and should begin at {expected[file.kind]}")
-        expected[file.kind] += file.lines
-    width, texts = (
-        manifest.directions + manifest.source_directions,
-        manifest.dataset.rows if manifest.privacy.text else 0,
-    )
-    said = {
-        "directions": width, "coordinates": manifest.lines, "text": texts, "row_codes": manifest.row_codes,
-        "error_projections": len(manifest.error_projections), "averaged_weights": int(manifest.averaging == "trajectory"),
-        "error_covariance": manifest.row_codes if manifest.error_covariance else 0,
-    }  # fmt: skip
-    for kind, lines in expected.items():
-        if lines != said[kind]:
-            raise BankError(f"the shards hold {lines} lines of {kind} and bank.json says {said[kind]}")
-
-
-def check_shard(path: Path, file: File, manifest: Manifest, verify: bool = True) -> None:
-    """One file is what the manifest says; nothing is allocated for it before that.
-
-    Args:
-        verify (`bool`, defaults to `True`): its hash too.
-
-    Raises:
-        BankError: naming the file, and both values.
-    """
-    no_link(path)
-    if not path.is_file():
-        raise BankError(f"{path} is missing; download the bank again")
-    size = path.stat().st_size
-    if size != file.size:
-        raise BankError(f"{path} has {size} bytes and bank.json says {file.size}; download the bank again")
-    if verify and digest(path) != file.sha256:
-        raise BankError(f"{path} was changed: its sha256 is not {file.sha256[:16]}... as bank.json says")
-    check_table(check_header(path), file, manifest)
-
-
-def check_table(found: dict[str, tuple[str, tuple[int, ...]]], file: File, manifest: Manifest) -> None:
-    """dtype and shape of every tensor in a shard against the manifest's.
-
-    Raises:
-        BankError: naming the file, and both values.
-    """
-    lines, stored = file.lines, _STORED[manifest.dtype]
-    letters = found.get("text", ("", ()))[1]  # as many as there are; the file's length was compared
-    tables: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
-        "directions": {"directions": (stored, (lines, manifest.size))},
-        "coordinates": {
-            "coordinates": (stored, (lines, manifest.directions)), "row_ids": ("I64", (lines,)),
+SHARD_KINDS = {
+    # u_j: directions of rows, then one for each source.
+    "directions": ShardKind(
+        lambda manifest, lines: {"directions": (manifest.stored, (lines, manifest.size))},
+        lambda manifest: manifest.directions + manifest.source_directions,
+    ),
+    # c_i, with the row's id, salted hash and source (-1: none).
+    "coordinates": ShardKind(
+        lambda manifest, lines: {
+            "coordinates": (manifest.stored, (lines, manifest.directions)), "row_ids": ("I64", (lines,)),
             "row_hashes": ("U8", (lines, 16)), "sources": ("I32", (lines,)),
         },
-        "row_codes": {
-            "codes": ("I8", (lines, manifest.size)), "scales": ("F32", (lines, group_count(manifest.size))),
+        lambda manifest: manifest.lines,
+        per_row=True,
+    ),
+    # UTF-8 of all rows, and where each begins and the last ends.
+    "text": ShardKind(
+        lambda manifest, lines: {"offsets": ("I64", (lines + 1,)), "text": ("U8", (None,))},
+        lambda manifest: manifest.dataset.rows if manifest.privacy.text else 0,
+        count=lambda shapes: shapes[0][0] - 1,
+        per_row=True,
+    ),
+    # r_i in 8 bits a number.
+    "row_codes": ShardKind(
+        lambda manifest, lines: {
+            "codes": ("I8", (lines, manifest.size)), "scales": ("F32", (lines, -(-manifest.size // GROUP))),
         },
-        "error_projections": {table.name: ("F16", tuple(table.shape)) for table in manifest.error_projections},
-        "error_covariance": {"error_covariance": ("F16", (manifest.row_codes, manifest.row_codes))},
-        "averaged_weights": {"averaged_weights": ("F32", (manifest.size,))},
-        "text": {"text": ("U8", letters if len(letters) == 1 else (0,)), "offsets": ("I64", (lines + 1,))},
-    }  # fmt: skip
-    wanted = tables[file.kind]
-    if found != wanted:
-        raise BankError(f"{file.name} holds {found} and bank.json says {wanted}")
+        lambda manifest: manifest.row_codes,
+        per_row=True,
+    ),
+    # All matrices of the gradient predictor in one shard: every query needs all.
+    "error_projections": ShardKind(
+        lambda manifest, lines: {matrix.name: ("F16", tuple(matrix.shape)) for matrix in manifest.error_projections},
+        lambda manifest: len(manifest.error_projections),
+        count=len,
+    ),
+    "error_covariance": ShardKind(
+        lambda manifest, lines: {"error_covariance": ("F16", (manifest.row_codes, manifest.row_codes))},
+        lambda manifest: manifest.row_codes if manifest.error_covariance else 0,
+        per_row=True,
+    ),
+    # Weights at which queries are evaluated, with averaging="trajectory".
+    "averaged_weights": ShardKind(
+        lambda manifest, lines: {"averaged_weights": ("F32", (manifest.size,))},
+        lambda manifest: int(manifest.averaging == "trajectory"),
+        count=len,
+    ),
+}  # fmt: skip
+# Names of shards, and of unfinished files (safetensors writes its files as .tmp and six letters first, and a kill
+# leaves them). Nothing else in a bank's folder is ever deleted.
+SHARD_PATTERN = re.compile(
+    rf"(?:{'|'.join(SHARD_KINDS)})-[0-9a-f]{{8}}-[0-9]{{5}}\.safetensors|\.partial-.+|\.tmp[0-9A-Za-z]{{6}}"
+)

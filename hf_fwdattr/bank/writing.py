@@ -1,10 +1,11 @@
-"""A bank is written: new shards beside the old ones, then `bank.json`, then the old shards go."""
+"""Writing a bank: new shards beside the old ones, then `bank.json`, then the old shards are removed."""
 
 import secrets
 import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,43 +14,115 @@ from torch import Tensor
 
 from .bank import ResponseBank
 from .codes import RowCodes
-from .files import digest, finite, names_in, refuse_unknown_files, remove_stale, write_atomically, write_tensors
-from .schema import MANIFEST, File, Manifest
-from .text import packed
+from .files import sha256_of, write_atomically
+from .schema import SHARD_KINDS, Manifest, ShardFile
+from .tensors import finite, write_tensors
+from .text import text_shards
+from .verification import MANIFEST, names_in, refuse_unknown_files, remove_stale
 
+
+__all__ = ["BankContents", "temporary_bank_folder", "write_bank"]
 
 _SHARD = 1 << 30  # bytes per shard: few and large
-_TEXT = 1 << 22  # bytes of text per shard: whoever looks at a handful of rows downloads the shards they are in
-_RESPONSES = 1 << 28  # of rows' own responses
+_TEXT = 1 << 22  # bytes of text per shard: showing a few rows downloads the shards they are in
+_ROW_CODES = 1 << 28
 
 
-def write_bank(
-    folder: Path,
-    described: dict[str, Any],
-    directions: Sequence[Tensor],
-    coordinates: Tensor,
-    row_ids: Tensor,
-    row_hashes: Tensor,
-    sources: Tensor,
-    shard_size: int = _SHARD,
-    texts: Iterable[str] | None = None,
-    responses: RowCodes | None = None,
-    error_projections: Mapping[str, Tensor] | None = None,
-    error_covariance: Tensor | None = None,
-    weights: Tensor | None = None,
-) -> ResponseBank:
+@dataclass
+class BankContents:
+    """Everything that is written into a bank.
+
+    Attributes:
+        description (`dict`): the manifest's fields, except those that follow from the tensors: `files`, `row_codes`,
+            `error_projections`, `error_covariance`.
+        directions (`Sequence[Tensor]`): matrices (k_i, P) whose lines follow each other.
+        coordinates (`Tensor`): (rows, k).
+        row_ids, sources (`Tensor`): (rows,).
+        row_hashes (`Tensor`): (rows, 16) bytes.
+        texts: of every row, in order; empty for none.
+        row_codes (`RowCodes`, *optional*): responses of every row, in order.
+        error_projections (`Mapping[str, Tensor]`): matrices of the gradient predictor by layer.
+        error_covariance (`Tensor`, *optional*): (rows, rows) covariance of the gradient predictor's errors.
+        averaged_weights (`Tensor`, *optional*): (P,) at which queries are evaluated, with `averaging="trajectory"`.
+    """
+
+    description: dict[str, Any]
+    directions: Sequence[Tensor]
+    coordinates: Tensor
+    row_ids: Tensor
+    row_hashes: Tensor
+    sources: Tensor
+    texts: Iterable[str] | None = None
+    row_codes: RowCodes | None = None
+    error_projections: Mapping[str, Tensor] = field(default_factory=dict)
+    error_covariance: Tensor | None = None
+    averaged_weights: Tensor | None = None
+
+    def manifest(self, files: list[ShardFile]) -> Manifest:
+        """Return the manifest of these contents in these files."""
+        matrices = [{"name": name, "shape": list(table.shape)} for name, table in self.error_projections.items()]
+        derived = {
+            "row_codes": 0 if self.row_codes is None else len(self.row_codes), "error_projections": matrices,
+            "error_covariance": self.error_covariance is not None, "files": files,
+        }  # fmt: skip
+        return Manifest.model_validate(self.description | derived)
+
+    def shards(self, shard_size: int) -> Iterator[tuple[str, Iterable[dict[str, Tensor]]]]:
+        """Yield every kind of shard with its shards' tensors, in the order in which they are written."""
+        yield "directions", self._direction_shards(shard_size)
+        yield "coordinates", self._row_shards(shard_size)
+        yield "text", text_shards(self.texts or (), min(shard_size, _TEXT))
+        yield "row_codes", self._code_shards(min(shard_size, _ROW_CODES))
+        if self.error_projections:
+            yield "error_projections", [
+                {name: finite(matrix.half(), f"the error projection of {name}")
+                 for name, matrix in self.error_projections.items()}
+            ]  # fmt: skip
+        if self.error_covariance is not None:
+            covariance = finite(self.error_covariance.half(), "the error covariance in float16")
+            yield "error_covariance", [{"error_covariance": covariance}]
+        if self.averaged_weights is not None:
+            weights = finite(self.averaged_weights.float(), "an averaged weight")
+            yield "averaged_weights", [{"averaged_weights": weights}]
+
+    def _direction_shards(self, size: int) -> Iterator[dict[str, Tensor]]:
+        """Yield rows' and sources' directions in shards of their own, so that a query of sources needs only theirs."""
+        dtype, k = getattr(torch, self.description["dtype"]), self.description["directions"]
+        width = max(1, size // (self.directions[0].shape[1] * dtype.itemsize))
+        total = sum(len(part) for part in self.directions)
+        for start, end in ((0, min(k, total)), (k, total)):
+            for at in range(start, end, width):
+                block = _lines(self.directions, at, min(at + width, end)).to(dtype)
+                yield {"directions": finite(block, f"a direction in {self.description['dtype']}")}
+
+    def _row_shards(self, size: int) -> Iterator[dict[str, Tensor]]:
+        """Yield coordinates, with ids, hashes and sources of the same rows."""
+        dtype = getattr(torch, self.description["dtype"])
+        width = max(1, size // (self.coordinates.shape[1] * dtype.itemsize + 32))
+        for at in range(0, len(self.coordinates), width):
+            block = slice(at, at + width)
+            coordinates = self.coordinates[block].to(dtype)
+            yield {
+                "coordinates": finite(coordinates, f"a coordinate in {self.description['dtype']}"),
+                "row_ids": self.row_ids[block],
+                "row_hashes": self.row_hashes[block],
+                "sources": self.sources[block].to(torch.int32),
+            }
+
+    def _code_shards(self, size: int) -> Iterator[dict[str, Tensor]]:
+        if self.row_codes is not None:
+            codes, scales = self.row_codes.codes, self.row_codes.scales
+            width = max(1, size // max(codes.shape[1], 1))
+            for at in range(0, len(codes), width):
+                yield {"codes": codes[at : at + width], "scales": finite(scales[at : at + width], "a row code")}
+
+
+def write_bank(folder: Path, contents: BankContents, shard_size: int = _SHARD) -> ResponseBank:
     """Write a bank and open it.
 
     Args:
         folder (`Path`): the bank's folder; an old bank in it stays whole until the last moment.
-        described (`dict`): the manifest's fields, but `files`.
-        directions (`Sequence[Tensor]`): matrices (k_i, P) whose lines follow each other.
-        coordinates (`Tensor`): (rows, k). row_ids, sources: (rows,). row_hashes: (rows, 16) bytes.
-        texts (*optional*): of every row, in order.
-        responses (`RowCodes`, *optional*): of every row, in order.
-        error_projections (`Mapping[str, Tensor]`, *optional*): of errors; see `synthetic.gradients`.
-        error_covariance (`Tensor`, *optional*): (rows, rows) how errors of first looks go together; see `kriging`.
-        weights (`Tensor`, *optional*): (P,) at which queries are read, where `averaging` is `trajectory`.
+        shard_size (`int`): bytes per shard, at most.
 
     Raises:
         BankError: a value that is not finite, or a file in the folder that is no part of a bank.
@@ -57,95 +130,35 @@ def write_bank(
     folder.mkdir(parents=True, exist_ok=True)
     refuse_unknown_files(names_in(folder), [MANIFEST], folder)
     tag = secrets.token_hex(4)
-    written: list[File] = []
+    written: list[ShardFile] = []
     try:
-        lines = (coordinates, row_ids, row_hashes, sources.to(torch.int32))
-        shards = {
-            "directions": _probe_shards(directions, described, shard_size),
-            "coordinates": _row_shards(lines, described, shard_size),
-            "text": packed(texts or (), min(shard_size, _TEXT)),
-            "row_codes": _response_shards(responses, min(shard_size, _RESPONSES)),
-            "error_projections": _map_shards(error_projections or {}),
-            "error_covariance": []
-            if error_covariance is None
-            else [{"error_covariance": finite(error_covariance.half(), "the kernel of first looks")}],
-            "averaged_weights": _weights_shard(weights),
-        }
-        for kind, parts in shards.items():
+        for kind, parts in contents.shards(shard_size):
             first = 0
             for number, tensors in enumerate(parts):
-                written.append(_shard(folder, f"{kind}-{tag}-{number:05d}.safetensors", kind, first, tensors))
+                written.append(_write_shard(folder / f"{kind}-{tag}-{number:05d}.safetensors", kind, first, tensors))
                 first += written[-1].lines
-        tables = [{"name": name, "shape": list(table.shape)} for name, table in (error_projections or {}).items()]
-        kept = {
-            "row_codes": 0 if responses is None else len(responses),
-            "error_projections": tables,
-            "error_covariance": error_covariance is not None,
-        }
-        manifest = Manifest.model_validate(described | kept | {"files": written})
+        manifest = contents.manifest(written)
         write_atomically(folder / MANIFEST, manifest.to_json())
     except BaseException:
-        # An interrupt may come just after bank.json was renamed into place: what it names must stay.
+        # An interrupt may come just after bank.json was renamed into place: the files it names must stay.
         named = (folder / MANIFEST).read_text() if (folder / MANIFEST).is_file() else ""
-        for file in folder.glob(f"*-{tag}-*.safetensors"):
-            if file.name not in named:
-                file.unlink(missing_ok=True)
+        for path in folder.glob(f"*-{tag}-*.safetensors"):
+            if path.name not in named:
+                path.unlink(missing_ok=True)
         raise
     remove_stale(folder, [file.name for file in manifest.files])
     return ResponseBank(folder)
 
 
-def temporary_bank_folder() -> tuple[Path, Any]:
-    """A folder for a bank that nobody gave a place, and the object whose end of life removes it."""
-    keeper = type("Keeper", (), {})()
-    folder = tempfile.mkdtemp(prefix="fwdattr-bank-")
-    weakref.finalize(keeper, shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder), keeper
-
-
-def _probe_shards(directions: Sequence[Tensor], described: dict[str, Any], size: int) -> Iterator[dict[str, Tensor]]:
-    """Rows' directions and sources' directions in shards of their own, so that a query of sources needs only theirs."""
-    dtype, k = getattr(torch, described["dtype"]), described["directions"]
-    width, total = max(1, size // (directions[0].shape[1] * dtype.itemsize)), sum(len(part) for part in directions)
-    for start, end in ((0, min(k, total)), (k, total)):
-        for at in range(start, end, width):
-            block = _lines(directions, at, min(at + width, end)).to(dtype)
-            yield {"directions": finite(block, f"a direction in {described['dtype']}")}
-
-
-def _row_shards(parts: Sequence[Tensor], described: dict[str, Any], size: int) -> Iterator[dict[str, Tensor]]:
-    """Coordinates, with ids, hashes and sources of the same rows."""
-    dtype = getattr(torch, described["dtype"])
-    width = max(1, size // (parts[0].shape[1] * dtype.itemsize + 32))
-    for at in range(0, len(parts[0]), width):
-        coordinates, ids, hashes, sources = (part[at : at + width] for part in parts)
-        coordinates = finite(coordinates.to(dtype), f"a coordinate in {described['dtype']}")
-        yield {"coordinates": coordinates, "row_ids": ids, "row_hashes": hashes, "sources": sources}
-
-
-def _response_shards(responses: RowCodes | None, size: int) -> Iterator[dict[str, Tensor]]:
-    if responses is not None:
-        width = max(1, size // max(responses.values.shape[1], 1))
-        for at in range(0, len(responses), width):
-            steps = finite(responses.steps[at : at + width], "a row's own response")
-            yield {"codes": responses.values[at : at + width], "scales": steps}
-
-
-def _map_shards(error_projections: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """All of them in one shard: each query needs all."""
-    if error_projections:
-        yield {
-            name: finite(table.to(torch.float16), f"the map of {name}") for name, table in error_projections.items()
-        }
-
-
-def _weights_shard(weights: Tensor | None) -> Iterator[dict[str, Tensor]]:
-    if weights is not None:
-        yield {"averaged_weights": finite(weights.float(), "a mean of weights")}
+def _write_shard(path: Path, kind: str, first: int, tensors: dict[str, Tensor]) -> ShardFile:
+    write_tensors(path, tensors)
+    lines = SHARD_KINDS[kind].count([tuple(tensor.shape) for tensor in tensors.values()])
+    size = path.stat().st_size
+    return ShardFile(name=path.name, kind=kind, size=size, sha256=sha256_of(path), first=first, lines=lines)
 
 
 def _lines(parts: Sequence[Tensor], start: int, end: int) -> Tensor:
-    """Lines start..end of matrices laid below each other, without joining all of them."""
+    """Return lines start..end of matrices laid below each other, without joining all of them."""
     chosen, at = [], 0
     for part in parts:
         first, last = max(start - at, 0), min(end - at, len(part))
@@ -155,10 +168,9 @@ def _lines(parts: Sequence[Tensor], start: int, end: int) -> Tensor:
     return torch.cat(chosen)
 
 
-def _shard(folder: Path, name: str, kind: Any, first: int, tensors: dict[str, Tensor]) -> File:
-    write_tensors(folder / name, tensors)
-    path, lines = folder / name, len(next(iter(tensors.values())))
-    if kind in ("error_projections", "averaged_weights"):
-        lines = len(tensors)
-    lines -= kind == "text"  # its first tensor says where each row begins, and where the last ends
-    return File(name=name, kind=kind, size=path.stat().st_size, sha256=digest(path), first=first, lines=lines)
+def temporary_bank_folder() -> tuple[Path, Any]:
+    """Return a temporary folder for a bank, and the object whose end of life removes it."""
+    keeper = type("Keeper", (), {})()
+    folder = tempfile.mkdtemp(prefix="fwdattr-bank-")
+    weakref.finalize(keeper, shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder), keeper

@@ -1,40 +1,92 @@
-"""The commands and their options; each is a few lines over the library."""
+"""The commands and their options. Whatever imports torch is imported inside a command."""
 
-import contextlib
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..config import ResponseConfig
 from ..errors import AttributionError
 
 
+__all__ = ["app"]
+
 app = typer.Typer(
     name="hf-fwdattr",
-    help="Which training rows made a model say this? Response banks for fine-tuned Hugging Face models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+_EXTRAS = {"rich": "cli", "bm25s": "demo", "jinja2": "demo", "scipy": "eval"}
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Progress bars and notices of other libraries too.")]
+TextColumn = Annotated[str, typer.Option(help="Column with the text of a row.")]
+Split = Annotated[str, typer.Option(help="Split of the dataset.")]
+Subfolder = Annotated[str, typer.Option(help="The bank's folder inside.")]
+RepoType = Annotated[str, typer.Option(help="model, or dataset for a bank of its own.")]
 
 
-def _fail(error: Exception) -> None:
-    """One message, no traceback: what, where, and the cure."""
-    typer.echo(f"error: {error}", err=True)
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"hf-fwdattr {version('hf-fwdattr')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Which training rows made a model say this? Response banks for fine-tuned Hugging Face models."""
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Turn an expected error into one line and exit code 1, without a traceback."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library not in _EXTRAS:
+            raise
+        _fail(f"{library} is not installed. Run: pip install 'hf-fwdattr[{_EXTRAS[library]}]'")
+    except (AttributionError, OSError, ValueError) as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"error: {message}", err=True)
     raise typer.Exit(1)
 
 
-def _probes(text: str | None) -> int | float | str | None:
-    """A number where it is one; judged before anything is trained."""
-    value: int | float | str | None = text
+def _parse_directions(text: str | None) -> Any:
+    """Parse and check the number of directions, before anything is trained."""
+    from ..config import ResponseConfig
+
+    value: Any = text
     for kind in (float, int):
-        with contextlib.suppress(ValueError, TypeError):
+        with suppress(ValueError, TypeError):
             value = kind(text)  # type: ignore[arg-type]
     return None if value is None else ResponseConfig(directions=value).directions
+
+
+def _parse_budget(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.lstrip("-").isdigit() else text
+
+
+def _show(value: Any, as_json: bool, print_table: Callable[[], None]) -> None:
+    if as_json:
+        json.dump(value, sys.stdout, indent=2, default=str)
+        sys.stdout.write("\n")
+    else:
+        print_table()
 
 
 @app.command()
@@ -42,30 +94,36 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for the model, its bank, and the page.")] = Path("fwdattr-demo"),
     model: Annotated[str | None, typer.Option(help="A causal language model: Hub id or local path.")] = None,
     dataset: Annotated[str | None, typer.Option(help="A dataset with a text column: Hub id or local file.")] = None,
-    text_column: Annotated[str, typer.Option(help="Column with the text of a row.")] = "text",
+    text_column: TextColumn = "text",
     source_column: Annotated[str | None, typer.Option(help="Column with the source of a row.")] = None,
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
-    rows: Annotated[int | None, typer.Option(help="Rows of the dataset to use at most.")] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="What to ask; may be given several times.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Of the fine-tune.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of the fine-tune.")] = None,
+    split: Split = "train",
+    rows: Annotated[int | None, typer.Option(help="Largest number of rows of the dataset.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Epochs of the fine-tune.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Learning rate of the fine-tune.")] = None,
     directions: Annotated[
-        str | None, typer.Option(help="A number of directions, a variance to keep, or 'exact'.")
+        str | None, typer.Option(help="A number of directions, a variance to explain, or 'exact'.")
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Fine-tune again without the rows that are named.")] = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Fine-tune a small model on facts, ask it, and show the rows and sources behind each answer."""
-    from ..demo.run import run_demo
+    with _plain_errors():
+        checked = _parse_directions(directions)
+        from ..demo.run import DemoSettings, TextRows, run_demo
+        from .commands import quiet_libraries
+        from .datasets import DatasetSource
 
-    try:
-        run_demo(
-            output, model=model, dataset=dataset, text_column=text_column, source_column=source_column,
-            split=split, rows=rows, prompts=prompt or None, epochs=epochs, learning_rate=learning_rate,
-            directions=_probes(directions), check=check, quiet=quiet,
-        )  # fmt: skip
-    except (AttributionError, OSError, ValueError) as error:
-        _fail(error)
+        with quiet_libraries(verbose):
+            texts = None
+            if dataset is not None:
+                texts = TextRows(dataset, *DatasetSource(dataset, split, text_column).texts(source_column, rows))
+            settings = DemoSettings(
+                model=model, rows=texts, prompts=prompt or None, epochs=epochs, learning_rate=learning_rate,
+                directions=checked, check=check, quiet=quiet,
+            )  # fmt: skip
+            run_demo(output, settings)
 
 
 @app.command()
@@ -79,63 +137,58 @@ def build(
     output: Annotated[
         Path | None, typer.Option(help="Where the bank's folder goes; beside a local model by default.")
     ] = None,
-    text_column: Annotated[str, typer.Option(help="Column with the text, if the dataset has no input_ids.")] = "text",
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
+    text_column: TextColumn = "text",
+    split: Split = "train",
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Make the response bank of a model that is already fine-tuned."""
-    from .commands import build_for, silence
+    with _plain_errors():
+        from ..config import ResponseConfig
+        from . import commands
+        from .datasets import DatasetSource
 
-    try:
-        with silence(quiet):
-            folder = build_for(model, dataset, config, record, output, text_column, split, quiet)
-    except (AttributionError, OSError, ValueError) as error:
-        _fail(error)
-    else:
+        settings = ResponseConfig.from_dict(json.loads(config.read_text()) if config else {})
+        settings.quiet = settings.quiet or quiet
+        with commands.quiet_libraries(verbose):
+            folder = commands.build(model, DatasetSource(dataset, split, text_column), settings, record, output)
         typer.echo(f"wrote {folder}")
 
 
 @app.command()
 def attribute(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of the model or adapter with its bank.")],
-    prompt: Annotated[str, typer.Argument(help="What the model is asked.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt.")],
     completion: Annotated[str | None, typer.Option(help="Attribute this output instead of generating one.")] = None,
     dataset: Annotated[str | None, typer.Option(help="The training set, to show the rows themselves.")] = None,
     bank: Annotated[str | None, typer.Option(help="Where the bank is, if not beside the model.")] = None,
-    text_column: Annotated[str, typer.Option(help="Column to show of a row.")] = "text",
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
+    text_column: TextColumn = "text",
+    split: Split = "train",
     top_k: Annotated[int, typer.Option(help="Rows to name on either side.")] = 5,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of the output.")] = 16,
-    readout: Annotated[str, typer.Option(help="auto, jvp or difference.")] = "auto",
-    precision: Annotated[str, typer.Option(help="Of products in forward mode: auto, full or half.")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(help="Largest length of the output.")] = 16,
+    readout: Annotated[str, typer.Option(help="Directional derivatives: auto, jvp or difference.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Precision of their products: auto, full or half.")] = "auto",
     budget: Annotated[
-        str | None,
-        typer.Option(help="Forward passes for naming rows: a number, certain, or all of the bank's directions."),
+        str | None, typer.Option(help="Forward passes for naming rows: a number, 'adaptive', or 'all'.")
     ] = None,
     as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Ask a model, and name the rows and sources behind what it says."""
-    from .commands import attribute_with
-    from .tables import attribution_table
+    """Ask a model, and name the rows and sources behind its answer."""
+    with _plain_errors():
+        from . import commands
+        from .datasets import DatasetSource
+        from .tables import attribution_table
 
-    try:
-        result = attribute_with(
-            model,
-            prompt,
-            completion,
-            dataset,
-            bank,
-            split,
-            top_k,
-            max_new_tokens,
-            readout,
-            text_column,
-            budget,
-            precision,
-        )
-    except (AttributionError, OSError, ValueError) as error:
-        _fail(error)
-    else:
+        with commands.quiet_libraries(verbose):
+            pipeline = commands.open_pipeline(model, bank, readout=readout, precision=precision)
+            rows = None
+            if dataset is not None:
+                source = DatasetSource(dataset, split, text_column)
+                rows = source.tokenized(pipeline.tokenizer, commands.context_length(pipeline.model))
+            query: Any = prompt if completion is None else {"prompt": prompt, "completion": completion}
+            more = {} if budget is None else {"budget": _parse_budget(budget)}
+            result = pipeline(query, dataset=rows, top_k=top_k, max_new_tokens=max_new_tokens, **more)
         _show(result, as_json, lambda: attribution_table(prompt, result, text_column))
 
 
@@ -147,24 +200,22 @@ def evaluate(
     seeds: Annotated[int, typer.Option(help="Retrainings of each half.")] = 2,
     rows: Annotated[int, typer.Option(help="Rows left out one at a time, in the same order.")] = 0,
     sources: Annotated[int, typer.Option(help="Sources left out one at a time, in the same order.")] = 0,
-    seed: Annotated[int, typer.Option(help="What make_trainer was given for the model's own run.")] = 0,
-    folder: Annotated[Path, typer.Option(help="Where outcomes are kept; a run that is killed goes on there.")] = Path(
+    seed: Annotated[int, typer.Option(help="Seed of make_trainer in the model's own run.")] = 0,
+    folder: Annotated[Path, typer.Option(help="Folder of the outcomes; a killed run resumes from it.")] = Path(
         "fwdattr-retrained"
     ),
     as_json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Retrain without rows, compare with what the bank says, and write the result into bank.json and the card."""
-    from .commands import silence
-    from .evaluation import evaluate_with
-    from .tables import quality_table
+    """Retrain without rows, compare with the bank's scores, and write the result into bank.json and the card."""
+    with _plain_errors():
+        from . import commands
+        from .tables import quality_table
 
-    try:
-        with silence(quiet):
-            measured = evaluate_with(script, model, halves, seeds, rows, sources, seed, folder, quiet or as_json)
-    except (AttributionError, OSError, ValueError) as error:
-        _fail(error)
-    else:
+        plan = commands.RetrainingPlan(halves, seeds, rows, sources, seed, folder)
+        with commands.quiet_libraries(verbose):
+            measured = commands.evaluate(script, model, plan, quiet or as_json)
         _show(measured, as_json, lambda: quality_table(measured))
 
 
@@ -172,57 +223,42 @@ def evaluate(
 def inspect(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model with a bank, or of the bank itself.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
-    repo_type: Annotated[str, typer.Option(help="model, or dataset for a bank of its own.")] = "model",
-    subfolder: Annotated[str, typer.Option(help="The bank's folder inside.")] = "fwdattr",
+    repo_type: RepoType = "model",
+    subfolder: Subfolder = "fwdattr",
     as_json: Json = False,
 ) -> None:
-    """Verify a bank and say what it holds; of one on the Hub only the manifest and headers are read."""
-    from ..bank.bank import ResponseBank
-    from .tables import bank_table
+    """Verify a bank and show its contents; of one on the Hub only the manifest and headers are read."""
+    with _plain_errors():
+        from ..bank.inspection import inspect_bank
+        from .tables import bank_table
 
-    try:
-        bank = ResponseBank.from_pretrained(model, revision=revision, repo_type=repo_type, subfolder=subfolder)
-        bank.inspect()
-    except (AttributionError, OSError) as error:
-        _fail(error)
-    else:
-        seen = (
-            "verified" if bank.remote is None else f"{bank.remote}: sizes, hashes and headers agree, values not read"
-        )
-        _show(json.loads(bank.manifest.to_json()), as_json, lambda: bank_table(bank.manifest, seen))
+        bank = inspect_bank(model, revision=revision, repo_type=repo_type, subfolder=subfolder)
+        checks = "verified"
+        if bank.remote is not None:
+            checks = f"{bank.remote}: sizes, hashes and headers agree, values not read"
+        _show(json.loads(bank.manifest.to_json()), as_json, lambda: bank_table(bank.manifest, checks))
 
 
 @app.command()
 def push(
     model: Annotated[str, typer.Argument(help="Folder of a model with a bank, or of the bank itself.")],
-    repo: Annotated[str, typer.Argument(help="Repository on the Hub; made if there is none.")],
-    repo_type: Annotated[str, typer.Option(help="model, or dataset for a bank of its own.")] = "model",
+    repo: Annotated[str, typer.Argument(help="Repository on the Hub; made if it does not exist.")],
+    repo_type: RepoType = "model",
     pointer_in: Annotated[
         str | None, typer.Option(help="Model repository whose bank.json shall point to the bank in REPO.")
     ] = None,
-    subfolder: Annotated[str, typer.Option(help="The bank's folder inside.")] = "fwdattr",
+    subfolder: Subfolder = "fwdattr",
     revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
     private: Annotated[bool | None, typer.Option(help="Make a new repository private.")] = None,
     create_pr: Annotated[bool, typer.Option(help="Open a pull request instead of pushing.")] = False,
     message: Annotated[str, typer.Option(help="Commit message.")] = "Response bank",
 ) -> None:
     """Put a bank beside its model on the Hub, with a section in the card."""
-    from ..bank.bank import ResponseBank
+    with _plain_errors():
+        from ..bank.bank import ResponseBank
 
-    try:
         address = ResponseBank.from_pretrained(model, subfolder=subfolder).push_to_hub(
             repo, repo_type=repo_type, pointer_in=pointer_in, subfolder=subfolder, revision=revision, private=private,
             create_pr=create_pr, commit_message=message,
         )  # fmt: skip
-    except (AttributionError, OSError, ValueError) as error:
-        _fail(error)
-    else:
         typer.echo(f"pushed: {address}")
-
-
-def _show(value: Any, as_json: bool, table: Any) -> None:
-    if as_json:
-        json.dump(value, sys.stdout, indent=2, default=str)
-        sys.stdout.write("\n")
-    else:
-        table()

@@ -1,95 +1,199 @@
-"""What the commands do between their options and the library: open models and datasets by name."""
+"""The work of the commands: build a bank, open the pipeline, evaluate by retraining, silence other libraries."""
 
+import hashlib
 import json
+import runpy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from torch import Tensor
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, pipeline
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+from transformers.utils import logging as transformers_logging
 
 from ..bank.bank import ResponseBank
+from ..bank.quality import add_quality
 from ..config import ResponseConfig
 from ..errors import QueryError
-from ..pipeline import TASK, AutoModelForAttribution
+from ..evaluation.agreement import leave_sources_out, loo
+from ..evaluation.designs import random_halves, random_rows, without_rows, without_sources
+from ..evaluation.metrics import lds, noise_ceiling
+from ..evaluation.retrain import retrain
+from ..pipeline import TASK, AutoModelForAttribution, TrainingDataAttributionPipeline
 from ..trainer.build import build_bank
-from .datasets import open_dataset, tokenized
+from ..trainer.reweighting import RetrainFunction, query_losses
+from .datasets import DatasetSource
 
 
-def open_tokenizer(model: str) -> Any:
-    """The tokenizer of a model or adapter folder, which may have it itself or leave it to the base model."""
+__all__ = ["RetrainingPlan", "build", "context_length", "evaluate", "open_pipeline", "quiet_libraries"]
+
+
+@contextmanager
+def quiet_libraries(verbose: bool = False) -> Iterator[None]:
+    """Silence progress bars and notices of other libraries, unless `verbose`; restored afterwards."""
+    if verbose:
+        yield
+        return
+    verbosity, model_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    dataset_bars = not are_progress_bars_disabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            for category in (DeprecationWarning, FutureWarning):
+                warnings.filterwarnings("ignore", category=category, module=r"(datasets|peft|torch|transformers)\b")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if model_bars:
+            transformers_logging.enable_progress_bar()
+        if dataset_bars:
+            enable_progress_bars()
+
+
+def _open_tokenizer(model: str) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def build_for(
-    model: str,
-    dataset: str,
-    config: Path | None,
-    record: Path | None,
-    output: Path | None,
-    text_column: str,
-    split: str,
-    quiet: bool,
-) -> Path:
-    """`hf-fwdattr build`; returns the bank's folder."""
-    settings = ResponseConfig.from_dict(json.loads(config.read_text()) if config else {})
-    settings.quiet = settings.quiet or quiet
+def context_length(model: Any) -> int | None:
+    """Return the length of a model's context in tokens, if its configuration limits it."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def open_pipeline(model: str, bank: str | None = None, **settings: Any) -> TrainingDataAttributionPipeline:
+    """Open the attribution pipeline of a model or adapter with its tokenizer and bank."""
+    if bank is not None:
+        settings["bank"] = ResponseBank.from_pretrained(bank)
+    return pipeline(TASK, model=model, tokenizer=_open_tokenizer(model), **settings)
+
+
+def build(model: str, source: DatasetSource, config: ResponseConfig, record: Path | None, output: Path | None) -> Path:
+    """Build the bank of a fine-tuned model, and return its folder.
+
+    Raises:
+        QueryError: `output` is not given, and the model is not a local folder.
+    """
     if output is None and not Path(model).is_dir():
         raise QueryError(f"{model} is no local folder to put the bank into; say --output")
     loaded = AutoModelForAttribution.from_pretrained(model)
-    tokenizer = open_tokenizer(model)
-    length = getattr(loaded.config, "max_position_embeddings", None)
-    rows = tokenized(open_dataset(dataset, split), tokenizer, text_column, length)
-    own = "labels" in rows.column_names  # the other collator would make labels of all tokens, masked ones too
-    collate = DataCollatorForSeq2Seq(tokenizer) if own else DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    folder = (output or Path(model)) / settings.folder
-    build_bank(loaded, rows, settings, data_collator=collate, processing_class=tokenizer, record=record, folder=folder)
+    tokenizer = _open_tokenizer(model)
+    rows = source.tokenized(tokenizer, context_length(loaded))
+    if "labels" in rows.column_names:  # the other collator would make labels of all tokens, masked ones too
+        collate = DataCollatorForSeq2Seq(tokenizer)
+    else:
+        collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    folder = (output or Path(model)) / config.folder
+    build_bank(loaded, rows, config, data_collator=collate, processing_class=tokenizer, record=record, folder=folder)
     return folder
 
 
-@contextmanager
-def silence(wanted: bool) -> Iterator[None]:
-    """No progress bars of transformers and datasets either."""
-    loud = wanted and is_progress_bar_enabled(), wanted and not are_progress_bars_disabled()
-    if wanted:
-        disable_progress_bar()
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if loud[0]:
-            enable_progress_bar()
-        if loud[1]:
-            enable_progress_bars()
+@dataclass(frozen=True)
+class RetrainingPlan:
+    """Retrainings that a bank is compared with.
+
+    Attributes:
+        halves, seeds (`int`): random halves of the rows for the linear datamodeling score, and retrainings of each.
+        rows, sources (`int`): rows and sources to leave out one at a time, in the order of the run with `seed`.
+        folder (`Path`): keeps the outcomes, so that a killed run resumes.
+    """
+
+    halves: int
+    seeds: int
+    rows: int
+    sources: int
+    seed: int
+    folder: Path
 
 
-def attribute_with(
-    model: str,
-    prompt: str,
-    completion: str | None,
-    dataset: str | None,
-    bank: str | None,
-    split: str,
-    top_k: int,
-    max_new_tokens: int,
-    readout: str,
-    text_column: str,
-    budget: str | None = None,
-    precision: str = "auto",
+def evaluate(script: Path, model: str, plan: RetrainingPlan, quiet: bool = False) -> dict[str, Any]:
+    """Retrain by a script, compare with the bank, write `quality` into the bank and its card, and return it.
+
+    Args:
+        script (`Path`): a Python file with `make_trainer(seed)`, a fresh Trainer with all rows, and `queries`, token
+            lists with `input_ids` and `labels`; `objective` is optional.
+        model (`str`): folder of the fine-tuned model with its bank.
+    """
+    names = _run_script(script)
+    queries = [dict(query) for query in names["queries"]]
+    attribute = open_pipeline(model)
+    train = RetrainFunction(names["make_trainer"], queries, names.get("objective", "auto"))
+    content = script.read_bytes() + json.dumps(queries, sort_keys=True).encode()
+    settings = {"folder": plan.folder, "quiet": quiet, "name": hashlib.sha256(content).hexdigest()}
+    measured: dict[str, Any] = {}
+    if plan.halves:
+        measured["LDS"] = _halves(attribute, train, plan, settings)
+    if plan.rows:
+        measured["leave_one_out"] = _rows(attribute, train, plan, settings)
+    if plan.sources:
+        measured["sources_left_out"] = _sources(attribute, train, plan, settings)
+    add_quality(attribute.bank.folder, measured)
+    return measured
+
+
+def _run_script(script: Path) -> dict[str, Any]:
+    if not script.is_file():
+        raise QueryError(f"there is no script {script}")
+    names = runpy.run_path(str(script))
+    for name in ("make_trainer", "queries"):
+        if name not in names:
+            raise QueryError(
+                f"{script} does not define {name!r}: it needs make_trainer(seed), which returns a fresh Trainer with "
+                "all rows, and queries, a list of {'input_ids': ..., 'labels': ...}"
+            )
+    return names
+
+
+def _halves(
+    attribute: TrainingDataAttributionPipeline, train: RetrainFunction, plan: RetrainingPlan, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """`hf-fwdattr attribute`; returns the pipeline's result."""
-    extra: dict[str, Any] = {"readout": readout, "precision": precision}
-    if bank is not None:
-        extra["bank"] = ResponseBank.from_pretrained(bank)
-    run = pipeline(TASK, model=model, tokenizer=open_tokenizer(model), **extra)
-    length = getattr(run.model.config, "max_position_embeddings", None)
-    rows = None if dataset is None else tokenized(open_dataset(dataset, split), run.tokenizer, text_column, length)
-    query: Any = prompt if completion is None else {"prompt": prompt, "completion": completion}
-    more = {} if budget is None else {"budget": int(budget) if budget.lstrip("-").isdigit() else budget}
-    result: dict[str, Any] = run(query, dataset=rows, top_k=top_k, max_new_tokens=max_new_tokens, **more)
-    return result
+    scores, kept = attribute.scores(train.queries), random_halves(len(attribute.bank), plan.halves)
+    outcomes = retrain(train, kept, range(1, plan.seeds + 1), description="halves", **settings)
+    score = lds(scores, kept, outcomes.mean(0))
+    measured = {
+        "mean": round(score.mean, 3), "low": round(score.low, 3), "high": round(score.high, 3), "halves": plan.halves,
+        "seeds": plan.seeds, "queries": len(train.queries),
+    }  # fmt: skip
+    if plan.seeds > 1:
+        measured["one_retraining"] = round(noise_ceiling(outcomes).mean, 3)
+    return measured
+
+
+def _rows(
+    attribute: TrainingDataAttributionPipeline, train: RetrainFunction, plan: RetrainingPlan, settings: dict[str, Any]
+) -> dict[str, Any]:
+    total = len(attribute.bank)
+    left_out = random_rows(total, plan.rows)
+    outcomes = retrain(train, without_rows(total, left_out), [plan.seed], description="rows", **settings)[0]
+    result = loo(attribute.scores(train.queries), left_out, outcomes)
+    return {"rows": len(left_out)} | result.summary() | _replay_gap(attribute, train, outcomes)
+
+
+def _sources(
+    attribute: TrainingDataAttributionPipeline, train: RetrainFunction, plan: RetrainingPlan, settings: dict[str, Any]
+) -> dict[str, Any]:
+    bank = attribute.bank
+    if not bank.manifest.sources:
+        raise QueryError("the bank knows no sources to leave out; make it with ResponseConfig(source_column=...)")
+    row_sources = torch.cat([sources for _, sources, _ in bank.coordinates()]).long()
+    left_out = random_rows(len(bank.manifest.sources), plan.sources)
+    weights = without_sources(row_sources, left_out)
+    outcomes = retrain(train, weights, [plan.seed], description="sources", **settings)[0]
+    result = leave_sources_out(attribute.source_scores(train.queries), left_out, outcomes)
+    return {"sources": len(left_out)} | result.summary() | _replay_gap(attribute, train, outcomes)
+
+
+def _replay_gap(
+    attribute: TrainingDataAttributionPipeline, train: RetrainFunction, outcomes: Tensor
+) -> dict[str, Any]:
+    """Compare the run with all rows with the bank's own model: the gap is large if seed or script differ."""
+    losses = query_losses(attribute.model, train.queries, train.objective)
+    return {"replay_gap_nats": round(float((outcomes[0] - losses).abs().max()), 4)}

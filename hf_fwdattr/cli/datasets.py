@@ -1,38 +1,84 @@
-"""What the commands do between their options and the library: open models and datasets by name."""
+"""Datasets named on the command line: Hub id, local file, or folder written by `save_to_disk`."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from ..errors import QueryError
 
 
-_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+__all__ = ["DatasetSource"]
+
+_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
-def open_dataset(name: str, split: str = "train") -> Dataset:
-    """A dataset by Hub id, local file (JSON, CSV, parquet, text) or folder written by `save_to_disk`."""
-    path = Path(name)
-    if path.is_file():
-        if path.suffix not in _READERS:
-            raise QueryError(f"cannot read {path}; known are {', '.join(sorted(_READERS))} and saved datasets")
-        return load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
-    if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
-        loaded = load_from_disk(name)
-        return loaded if isinstance(loaded, Dataset) else loaded[split]
-    return load_dataset(name, split=split)
+@dataclass(frozen=True)
+class DatasetSource:
+    """A dataset by name.
 
+    Attributes:
+        name (`str`): Hub id, file (JSON, CSV, parquet, text), or folder written by `save_to_disk`.
+        split (`str`): its split; a file has one only.
+        text_column (`str`): the column with the text of a row.
+    """
 
-def tokenized(dataset: Dataset, tokenizer: Any, text_column: str, length: int | None) -> Dataset:
-    """The dataset with `input_ids`; its own are kept if it has them."""
-    if "input_ids" in dataset.column_names:
-        return dataset
-    if text_column not in dataset.column_names:
-        raise QueryError(
-            f"the dataset has the columns {dataset.column_names}: neither 'input_ids' nor {text_column!r}"
+    name: str
+    split: str = "train"
+    text_column: str = "text"
+
+    def load(self) -> Dataset:
+        """Load the rows.
+
+        Raises:
+            QueryError: a file of an unknown kind, or a split that the dataset does not have.
+        """
+        path = Path(self.name)
+        if path.is_file():
+            if path.suffix not in _BUILDERS:
+                raise QueryError(f"cannot read {path}; known are {', '.join(sorted(_BUILDERS))} and saved datasets")
+            return load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
+        if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            return load_dataset(self.name, split=self.split)
+        dataset = load_from_disk(self.name)
+        if not isinstance(dataset, DatasetDict):
+            return dataset
+        if self.split not in dataset:
+            raise QueryError(f"{self.name} has no split {self.split!r}; it has {', '.join(dataset)}")
+        return dataset[self.split]
+
+    def tokenized(self, tokenizer: Any, max_length: int | None) -> Dataset:
+        """Load the rows with their `input_ids`, tokenized here where the dataset has only text.
+
+        Raises:
+            QueryError: the dataset has neither `input_ids` nor the column of text.
+        """
+        dataset, column = self.load(), self.text_column
+        if "input_ids" in dataset.column_names:
+            return dataset
+        if column not in dataset.column_names:
+            raise QueryError(f"the dataset has the columns {dataset.column_names}: neither 'input_ids' nor {column!r}")
+        return dataset.map(
+            lambda rows: {"input_ids": tokenizer(rows[column], truncation=True, max_length=max_length)["input_ids"]},
+            batched=True,
         )
-    return dataset.map(
-        lambda rows: {"input_ids": tokenizer(rows[text_column], truncation=True, max_length=length)["input_ids"]},
-        batched=True,
-    )
+
+    def texts(self, source_column: str | None = None, limit: int | None = None) -> tuple[list[str], list[str] | None]:
+        """Load the first `limit` texts that are not empty and, given their column, the sources.
+
+        Raises:
+            QueryError: a column is missing, or no row has text.
+        """
+        dataset = self.load()
+        for column in (self.text_column, source_column):
+            if column is not None and column not in dataset.column_names:
+                raise QueryError(
+                    f"{self.name} has no column {column!r}; it has {', '.join(dataset.column_names)}. "
+                    "Say which with --text-column and --source-column"
+                )
+        rows = [row for row in dataset if str(row[self.text_column] or "").strip()][:limit]
+        if not rows:
+            raise QueryError(f"no row of {self.name} has text in its column {self.text_column!r}")
+        texts = [str(row[self.text_column]) for row in rows]
+        return texts, [str(row[source_column]) for row in rows] if source_column else None

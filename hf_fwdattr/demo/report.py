@@ -7,12 +7,15 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from .asking import Answer, Named, Recall
-from .removal import Removal
+from .ask import Answer, NamedRow, Recall
+from .finetune import Removal
 
 
-def said(answer: Answer) -> Text:
-    """Prompt and answer, every token of the answer coloured by the score of the row that is named first."""
+__all__ = ["print_answer", "print_recall", "print_removal"]
+
+
+def _coloured(answer: Answer) -> Text:
+    """Return prompt and answer, every token of the answer coloured by the score of the row that is named first."""
     text = Text(answer.prompt, style="dim")
     rows = answer.proponents or answer.opponents
     scores = rows[0].token_scores if rows else [0.0] * len(answer.tokens)
@@ -25,32 +28,32 @@ def said(answer: Answer) -> Text:
     return text
 
 
-def _lines(table: Table, rows: Sequence[Named], style: str) -> None:
+def _add_rows(table: Table, rows: Sequence[NamedRow], style: str) -> None:
     for row in rows:
         mark = "[green]teaches this[/]" if row.teaches else ""
         table.add_row(f"[{style}]{row.score:+.2f}[/]", escape(row.text), escape(row.source or ""), mark)
 
 
 def print_answer(console: Console, answer: Answer, rows: int = 3) -> None:
-    """The answer, the first rows of either side, and the sources that moved it most."""
+    """Print the answer, the first rows of either side, and the sources with the largest scores."""
     console.print()
-    console.print(said(answer))
+    console.print(_coloured(answer))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("nats", justify="right")
     table.add_column("row", overflow="fold")
     table.add_column("source")
     table.add_column("")
-    _lines(table, answer.proponents[:rows], "blue")
-    _lines(table, answer.opponents[: max(1, rows - 2)], "yellow")
+    _add_rows(table, answer.proponents[:rows], "blue")
+    _add_rows(table, answer.opponents[: max(1, rows - 2)], "yellow")
     console.print(table)
     if answer.sources:
-        first = sorted(answer.sources, key=lambda line: -abs(line[1]))[:4]
-        sources = ", ".join(f"{escape(source)} {score:+.2f}" for source, score in first)
+        largest = sorted(answer.sources, key=lambda line: -abs(line[1]))[:4]
+        sources = ", ".join(f"{escape(source)} {score:+.2f}" for source, score in largest)
         console.print(f"[dim]sources: {sources}[/]")
 
 
 def print_recall(console: Console, lines: Sequence[Recall], k: int = 5) -> None:
-    """How often a row that teaches the fact is ranked first and in the top k, for every method."""
+    """Print how often a row that teaches the fact is ranked first and in the top k, for every method."""
     if not lines:
         return
     methods = list(lines[-1].first)
@@ -70,7 +73,7 @@ def print_recall(console: Console, lines: Sequence[Recall], k: int = 5) -> None:
 
 
 def print_removal(console: Console, lines: Sequence[Removal]) -> None:
-    """What is left of the answers after a fine-tune without the rows that a method ranks first."""
+    """Print the answers that remain after a fine-tune without the rows that a method ranks first."""
     if not lines:
         return
     console.print()

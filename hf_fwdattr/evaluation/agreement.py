@@ -1,15 +1,43 @@
-"""A mean over queries with the interval in which it would fall for other queries."""
+"""Agreement between predicted and measured changes of losses, and the interval of a mean over queries."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from scipy.stats import bootstrap, spearmanr
 from torch import Tensor
+
+
+__all__ = [
+    "Agreement",
+    "Interval",
+    "agreement",
+    "leave_sources_out",
+    "loo",
+    "require_finite",
+    "scipy_stats",
+    "spearman",
+    "sum_over_sources",
+]
+
+
+def scipy_stats() -> Any:
+    """Return the module `scipy.stats`.
+
+    Raises:
+        ModuleNotFoundError: scipy is not installed.
+    """
+    try:
+        from scipy import stats
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "evaluation: scipy is not installed. Run: pip install 'hf-fwdattr[eval]'", name="scipy"
+        ) from error
+    return stats
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over queries.
+    """A mean over queries with the interval in which it would fall for other queries.
 
     Attributes:
         mean (`float`): over queries.
@@ -24,38 +52,39 @@ class Interval:
 
     @classmethod
     def of(cls, per_query: Tensor, seed: int = 0) -> "Interval":
-        """The interval of values (queries,); without width where there are no two different ones."""
+        """Compute the interval of values (queries,); its width is zero where no two values differ."""
         per_query = per_query.double()
         mean = float(per_query.mean())
         if len(per_query) < 2 or bool((per_query == per_query[0]).all()):
             return cls(mean, mean, mean, per_query)
-        found = bootstrap((per_query.numpy(),), lambda x, axis: x.mean(axis), rng=seed, method="percentile")
-        low, high = found.confidence_interval
+        bootstrap = scipy_stats().bootstrap
+        result = bootstrap((per_query.numpy(),), lambda x, axis: x.mean(axis), rng=seed, method="percentile")
+        low, high = result.confidence_interval
         return cls(mean, float(low), float(high), per_query)
 
 
-def finite(**named: Tensor) -> None:
+def require_finite(**tensors: Tensor) -> None:
     """Refuse tensors with values that are not finite.
 
     Raises:
-        ValueError: the first that has one, by its name.
+        ValueError: the first such tensor, by its name.
     """
-    for name, value in named.items():
+    for name, value in tensors.items():
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name} hold values that are not finite")
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well predicted changes agree with measured ones.
+    """Agreement between predicted and measured changes.
 
     Attributes:
-        spearman (`Interval`): rank correlation over what was left out, per query, and its mean over queries.
-        pearson (`float`): correlation over all pairs of query and what was left out.
+        spearman (`Interval`): rank correlation over the removals, per query, and its mean over queries.
+        pearson (`float`): correlation over all pairs of query and removal.
         cosine (`float`): the same without subtracting means, so that a common shift counts.
-        slope (`float`): of measured on predicted through the origin, over all pairs: 1 where scores are nats, below 1
-            where they promise too much. 0 where nothing was predicted.
-        predicted, measured (`Tensor`): (queries, left out), nats of loss.
+        slope (`float`): regression of measured on predicted changes through the origin, over all pairs: 1 where scores
+            are in nats, below 1 where they are too large. 0 where every prediction is zero.
+        predicted, measured (`Tensor`): (queries, removals), nats of loss.
     """
 
     spearman: Interval
@@ -66,7 +95,7 @@ class Agreement:
     measured: Tensor
 
     def summary(self) -> dict[str, float]:
-        """The figures alone, rounded to four digits."""
+        """Return the numbers without the tensors, rounded to four digits."""
         values = {
             "spearman": self.spearman.mean, "spearman_low": self.spearman.low, "spearman_high": self.spearman.high,
             "pearson": self.pearson, "cosine": self.cosine, "slope": self.slope,
@@ -75,11 +104,10 @@ class Agreement:
 
 
 def agreement(predicted: Tensor, measured: Tensor, seed: int = 0) -> Agreement:
-    """Compare changes of losses.
+    """Compare predicted with measured changes of losses.
 
     Args:
-        predicted, measured (`Tensor`): (queries, left out): by how much each query's loss rises, in nats, when
-            something is left out.
+        predicted, measured (`Tensor`): (queries, removals): the rise of each query's loss in nats after each removal.
 
     Raises:
         ValueError: shapes that differ, or values that are not finite.
@@ -89,7 +117,7 @@ def agreement(predicted: Tensor, measured: Tensor, seed: int = 0) -> Agreement:
             f"predicted {tuple(predicted.shape)} and measured {tuple(measured.shape)} changes must both be "
             "(queries, left out)"
         )
-    finite(predicted=predicted, measured=measured)
+    require_finite(predicted=predicted, measured=measured)
     x, y = predicted.double(), measured.double()
     power = float((x * x).sum())
     centred = x - x.mean(), y - y.mean()
@@ -104,7 +132,8 @@ def agreement(predicted: Tensor, measured: Tensor, seed: int = 0) -> Agreement:
 
 
 def spearman(predicted: Tensor, measured: Tensor) -> Tensor:
-    """Rank correlation of each column of two (n, queries) matrices, (queries,); a constant column counts as zero."""
+    """Compute the rank correlation of each column of two (n, queries) matrices: (queries,), constant columns zero."""
+    spearmanr = scipy_stats().spearmanr
     values = []
     for query in range(predicted.shape[1]):
         x, y = predicted[:, query], measured[:, query]
@@ -119,13 +148,13 @@ def _cosine(x: Tensor, y: Tensor) -> float:
 
 
 def loo(scores: Tensor, left_out: Tensor, outcomes: Tensor, seed: int = 0) -> Agreement:
-    """Compare scores with real leave-one-out.
+    """Compare scores with leave-one-out retraining.
 
     Args:
         scores (`Tensor`): (queries, rows) in nats: without the row, a query's loss rises by its score.
-        left_out (`Tensor`): (n,) positions of the rows that were left out.
-        outcomes (`Tensor`): (n + 1, queries) losses, first with all rows, then without each: what `retrain` gives for
-            [`without_rows`] and one seed.
+        left_out (`Tensor`): (n,) indices of the rows that were left out.
+        outcomes (`Tensor`): (n + 1, queries) losses, first with all rows, then without each row: the result of
+            [`retrain`] on [`without_rows`] for one seed.
 
     Raises:
         ValueError: shapes that do not fit together, or values that are not finite.
@@ -141,27 +170,29 @@ def loo(scores: Tensor, left_out: Tensor, outcomes: Tensor, seed: int = 0) -> Ag
     return agreement(scores[:, left_out], measured, seed)
 
 
-def summed(scores: Tensor, owner: Tensor, sources: int) -> Tensor:
-    """(queries, sources): scores of rows (queries, rows) summed over each source; rows of source -1 go nowhere."""
-    if owner.shape != scores.shape[1:]:
-        raise ValueError(
-            f"owner {tuple(owner.shape)} must name the source of each of the {scores.shape[1]} rows that have scores"
-        )
-    member = torch.zeros(scores.shape[1], sources, dtype=torch.float64)
-    inside = owner >= 0
-    member[inside.nonzero().flatten(), owner[inside]] = 1.0
-    return scores.double() @ member
-
-
 def leave_sources_out(source_scores: Tensor, left_out: Tensor, outcomes: Tensor, seed: int = 0) -> Agreement:
-    """Compare scores of sources with real removal.
+    """Compare scores of sources with retraining without each source; arguments as in [`loo`], sources for rows.
 
-    Args:
-        source_scores (`Tensor`): (queries, sources) in nats, a bank's own or rows' [`summed`].
-        left_out (`Tensor`): (n,) sources that were left out.
-        outcomes (`Tensor`): (n + 1, queries) losses, first with all rows, then without each source.
-
-    Raises:
-        ValueError: shapes that do not fit together, or values that are not finite.
+    `source_scores` (queries, sources) are a bank's own, or those of rows after [`sum_over_sources`].
     """
     return loo(source_scores, left_out, outcomes, seed)
+
+
+def sum_over_sources(scores: Tensor, row_sources: Tensor, sources: int) -> Tensor:
+    """Sum scores of rows (queries, rows) over each source: (queries, sources).
+
+    Args:
+        row_sources (`Tensor`): (rows,) source of each row; rows of source -1 belong to none.
+
+    Raises:
+        ValueError: not one source per row.
+    """
+    if row_sources.shape != scores.shape[1:]:
+        raise ValueError(
+            f"row_sources {tuple(row_sources.shape)} must name the source of each of the {scores.shape[1]} rows that "
+            "have scores"
+        )
+    member = torch.zeros(scores.shape[1], sources, dtype=torch.float64)
+    inside = row_sources >= 0
+    member[inside.nonzero().flatten(), row_sources[inside]] = 1.0
+    return scores.double() @ member

@@ -1,4 +1,4 @@
-"""What a query costs, as a ratio to a plain forward pass measured in turn with it."""
+"""Cost of a query as a ratio to a plain forward pass, measured in alternation."""
 
 import statistics
 import time
@@ -6,13 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 
+__all__ = ["Cost", "cost"]
+
+
 @dataclass(frozen=True)
 class Cost:
-    """Result of [`cost`].
+    """Cost of a query in plain forward passes.
 
     Attributes:
         ratio, low, high (`float`): median, lowest and highest ratio of the repeats.
-        seconds (`float`): median time of one call.
+        seconds (`float`): median time of one query.
     """
 
     ratio: float
@@ -27,18 +30,21 @@ def cost(
     repeats: int = 5,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Cost:
-    """Time `query` against `forward`, alternating, so that a busy machine slows both; one call of each warms up.
+    """Time `query` against `forward` in alternation, so that a busy machine slows both; one call of each warms up.
 
     Args:
-        query (`Callable`): everything that is done for the query, until its scores are there.
+        query (`Callable`): all work for one query, until its scores are known.
         forward (`Callable`): one plain forward pass of the same query.
+
+    Raises:
+        ValueError: `repeats` below 1.
     """
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: at least one")
 
-    def seconds(what: Callable[[], object]) -> float:
+    def seconds(call: Callable[[], object]) -> float:
         began = clock()
-        what()
+        call()
         return clock() - began
 
     query(), forward()

@@ -1,24 +1,35 @@
-"""Linear datamodeling score: do summed scores of the kept rows rank retrained models as they really rank?
-
-Park et al. 2023 (TRAK), section 4: for a query, the Spearman correlation over random subsets between the predicted and
-the measured outcome of training on the subset; averaged over queries.
-"""
+"""Metrics of attribution scores, for the scores of any method: plain tensors in, plain numbers out."""
 
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
-from .agreement import Interval, finite, spearman
+from .agreement import Interval, require_finite, scipy_stats, spearman
+
+
+__all__ = [
+    "Brittleness",
+    "Recall",
+    "Removal",
+    "brittleness",
+    "lds",
+    "mislabelled_auc",
+    "noise_ceiling",
+    "recall",
+    "removal",
+]
 
 
 def lds(scores: Tensor, subsets: Tensor, outcomes: Tensor, seed: int = 0) -> Interval:
-    """Linear datamodeling score of a matrix of scores.
+    """Compute the linear datamodeling score: do summed scores of the kept rows rank the retrained models correctly?
+
+    Park et al. 2023 (TRAK), section 4: per query, the Spearman correlation over random subsets between the predicted
+    and the measured outcome of training on the subset; averaged over queries.
 
     Args:
         scores (`Tensor`): (queries, rows); a larger score says that the row makes the query likelier.
-        subsets (`Tensor`): (subsets, rows), booleans or weights: what each retraining kept.
+        subsets (`Tensor`): (subsets, rows), booleans or weights of the rows in each retraining.
         outcomes (`Tensor`): (subsets, queries) losses after retraining, in nats. They are negated here, so that a
             method of the right sign scores above zero.
 
@@ -31,16 +42,19 @@ def lds(scores: Tensor, subsets: Tensor, outcomes: Tensor, seed: int = 0) -> Int
             f"scores {tuple(scores.shape)} (queries, rows), subsets {tuple(subsets.shape)} (subsets, rows) and "
             f"outcomes {tuple(outcomes.shape)} do not fit; outcomes must be (subsets, queries) = {wanted}"
         )
-    finite(scores=scores, outcomes=outcomes)
+    require_finite(scores=scores, outcomes=outcomes)
     predicted = subsets.double() @ scores.double().T
     return Interval.of(spearman(predicted, -outcomes.double()), seed)
 
 
 def noise_ceiling(outcomes: Tensor, seed: int = 0) -> Interval:
-    """How well retrainings predict each other: one against the mean of the others.
+    """Compute the rank correlation of one retraining with the mean of the others, every seed in turn.
 
     Args:
-        outcomes (`Tensor`): (seeds, subsets, queries), at least two seeds. Every seed is left out once.
+        outcomes (`Tensor`): (seeds, subsets, queries), at least two seeds.
+
+    Raises:
+        ValueError: fewer than two seeds.
     """
     if len(outcomes) < 2:
         raise ValueError(
@@ -53,12 +67,12 @@ def noise_ceiling(outcomes: Tensor, seed: int = 0) -> Interval:
 
 @dataclass(frozen=True)
 class Recall:
-    """Result of [`recall`].
+    """Recall of relevant rows, result of [`recall`].
 
     Attributes:
-        at (`dict[int, Interval]`): recall@k: share of a query's teachers among its first k rows.
-        hits (`dict[int, Interval]`): share of queries with a teacher among the first k.
-        mrr (`Interval`): mean reciprocal rank of the first teacher.
+        at (`dict[int, Interval]`): recall@k: share of a query's relevant rows among its first k rows.
+        hits (`dict[int, Interval]`): share of queries with a relevant row among the first k.
+        mrr (`Interval`): mean reciprocal rank of the first relevant row.
     """
 
     at: dict[int, Interval]
@@ -66,34 +80,34 @@ class Recall:
     mrr: Interval
 
 
-def recall(scores: Tensor, teachers: Tensor, ks: tuple[int, ...] = (1, 5, 50), seed: int = 0) -> Recall:
-    """Rank rows by score and look where the teachers stand.
+def recall(scores: Tensor, relevant: Tensor, ks: tuple[int, ...] = (1, 5, 50), seed: int = 0) -> Recall:
+    """Rank rows by score and find the ranks of the relevant ones.
 
-    Among equal scores teachers stand last, so that a method that says nothing finds nothing.
+    Among equal scores relevant rows rank last, so that constant scores find nothing.
 
     Args:
         scores (`Tensor`): (queries, rows).
-        teachers (`Tensor`): (queries, rows) booleans; every query has one at least.
+        relevant (`Tensor`): (queries, rows) booleans; at least one per query.
 
     Raises:
-        ValueError: shapes that do not fit, values that are not finite, or a query without a teacher.
+        ValueError: shapes that do not fit, values that are not finite, or a query without a relevant row.
     """
-    if scores.shape != teachers.shape or scores.ndim != 2 or teachers.dtype != torch.bool:
+    if scores.shape != relevant.shape or scores.ndim != 2 or relevant.dtype != torch.bool:
         raise ValueError(
-            f"scores {tuple(scores.shape)} and teachers {tuple(teachers.shape)} {teachers.dtype} must both be "
+            f"scores {tuple(scores.shape)} and relevant {tuple(relevant.shape)} {relevant.dtype} must both be "
             "(queries, rows), the second booleans"
         )
-    finite(scores=scores)
-    if not bool(teachers.any(1).all()):
-        bad = (~teachers.any(1)).nonzero().flatten().tolist()
-        raise ValueError(f"queries {bad} have no teacher among the rows, so nothing could be found: leave them out")
-    last = teachers.long().argsort(dim=1, stable=True)
-    order = last.gather(1, scores.gather(1, last).argsort(dim=1, descending=True, stable=True))
-    found = teachers.gather(1, order)
-    first = found.long().argmax(1) + 1
-    total = teachers.sum(1)
+    require_finite(scores=scores)
+    if not bool(relevant.any(1).all()):
+        bad = (~relevant.any(1)).nonzero().flatten().tolist()
+        raise ValueError(f"queries {bad} have no relevant row, so none could be found: leave them out")
+    relevant_last = relevant.long().argsort(dim=1, stable=True)
+    order = relevant_last.gather(1, scores.gather(1, relevant_last).argsort(dim=1, descending=True, stable=True))
+    ranked = relevant.gather(1, order)
+    first = ranked.long().argmax(1) + 1
+    total = relevant.sum(1)
     return Recall(
-        at={k: Interval.of(found[:, :k].sum(1) / total, seed) for k in ks},
+        at={k: Interval.of(ranked[:, :k].sum(1) / total, seed) for k in ks},
         hits={k: Interval.of((first <= k).double(), seed) for k in ks},
         mrr=Interval.of(1.0 / first.double(), seed),
     )
@@ -101,11 +115,11 @@ def recall(scores: Tensor, teachers: Tensor, ks: tuple[int, ...] = (1, 5, 50), s
 
 @dataclass(frozen=True)
 class Removal:
-    """Result of [`removal`], in nats of loss.
+    """Rise of losses without rows, in nats, result of [`removal`].
 
     Attributes:
-        top (`Interval`): rise of each query's loss without the rows ranked first for it.
-        random (`Interval`): rise without as many random rows.
+        top (`Interval`): without the rows ranked first for each query.
+        random (`Interval`): without as many random rows.
     """
 
     top: Interval
@@ -113,11 +127,11 @@ class Removal:
 
 
 def removal(outcomes: Tensor, random: Tensor, base: Tensor, seed: int = 0) -> Removal:
-    """Compare removed rows with random ones.
+    """Compare retraining without the first rows of each query with retraining without random rows.
 
     Args:
-        outcomes (`Tensor`): (queries, queries) losses; line q is the retraining without query q's own first rows.
-            Only its own loss is looked at: the diagonal.
+        outcomes (`Tensor`): (queries, queries) losses; line q is the retraining without the first rows of query q.
+            Only the loss of that query is used: the diagonal.
         random (`Tensor`): (draws, queries) losses after leaving out as many random rows.
         base (`Tensor`): (queries,) losses with all rows.
 
@@ -130,19 +144,19 @@ def removal(outcomes: Tensor, random: Tensor, base: Tensor, seed: int = 0) -> Re
             f"for base (queries,) = ({queries},), outcomes must be (queries, queries) and random (draws, queries), "
             f"not {tuple(outcomes.shape)} and {tuple(random.shape)}"
         )
-    finite(outcomes=outcomes, random=random, base=base)
-    own = outcomes.double().diagonal()
-    return Removal(Interval.of(own - base, seed), Interval.of(random.double().mean(0) - base, seed))
+    require_finite(outcomes=outcomes, random=random, base=base)
+    top = outcomes.double().diagonal()
+    return Removal(Interval.of(top - base, seed), Interval.of(random.double().mean(0) - base, seed))
 
 
 @dataclass(frozen=True)
 class Brittleness:
-    """Result of [`brittleness`].
+    """Number of rows whose removal changes an answer, result of [`brittleness`].
 
     Attributes:
         counts (`Tensor`): (levels,) numbers of rows left out.
-        lost (`Tensor`): (levels,) share of queries whose answer was lost with so many rows or with fewer.
-        smallest (`Tensor`): (queries,) the fewest rows that lost it; infinite where none of the levels did.
+        lost (`Tensor`): (levels,) share of queries whose answer was lost at this level or a lower one.
+        smallest (`Tensor`): (queries,) the lowest count that lost the answer; infinite where no level did.
     """
 
     counts: Tensor
@@ -151,11 +165,11 @@ class Brittleness:
 
 
 def brittleness(answered: Tensor, counts: Tensor) -> Brittleness:
-    """Summarise retrainings without the first rows.
+    """Summarise retrainings without more and more of the first rows of each query.
 
     Args:
         answered (`Tensor`): (levels, queries) booleans: the answer is still given after leaving out that many of the
-            query's first rows (see `removal.without_top`).
+            query's first rows (see [`without_top`]).
         counts (`Tensor`): (levels,) numbers of rows left out, ascending.
 
     Raises:
@@ -175,11 +189,13 @@ def brittleness(answered: Tensor, counts: Tensor) -> Brittleness:
 
 
 def mislabelled_auc(suspicion: Tensor, mislabelled: Tensor) -> float:
-    """Chance that a mislabelled row is more suspect than a right one; equal suspicion counts half.
+    """Compute the area under the ROC curve: the chance that a mislabelled row is more suspect than a correct one.
+
+    Equal suspicion counts half.
 
     Args:
-        suspicion (`Tensor`): (rows,), larger is more suspect: a row's score for its own label (it alone explains it),
-            or minus its mean score for held-out queries (it harms them).
+        suspicion (`Tensor`): (rows,), larger is more suspect: a row's score for its own label (no other row explains
+            it), or minus its mean score for held-out queries (it harms them).
         mislabelled (`Tensor`): (rows,) booleans.
 
     Raises:
@@ -190,10 +206,10 @@ def mislabelled_auc(suspicion: Tensor, mislabelled: Tensor) -> float:
             f"suspicion {tuple(suspicion.shape)} and mislabelled {tuple(mislabelled.shape)} {mislabelled.dtype}: both "
             "must be (rows,), the second booleans"
         )
-    finite(suspicion=suspicion)
+    require_finite(suspicion=suspicion)
     wrong = int(mislabelled.sum())
-    right = len(mislabelled) - wrong
-    if not wrong or not right:
-        raise ValueError(f"{wrong} mislabelled and {right} right rows: the area needs both kinds")
-    ranks = torch.from_numpy(rankdata(suspicion.double().numpy()))
-    return (float(ranks[mislabelled].sum()) - wrong * (wrong + 1) / 2) / (wrong * right)
+    correct = len(mislabelled) - wrong
+    if not wrong or not correct:
+        raise ValueError(f"{wrong} mislabelled and {correct} correct rows: the area needs both kinds")
+    ranks = torch.from_numpy(scipy_stats().rankdata(suspicion.double().numpy()))
+    return (float(ranks[mislabelled].sum()) - wrong * (wrong + 1) / 2) / (wrong * correct)

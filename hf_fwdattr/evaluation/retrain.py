@@ -1,10 +1,11 @@
-"""Ground truth by retraining: resumable, because every run's outcome is a file of its own."""
+"""Ground truth by retraining, resumable: the outcome of every run is a file."""
 
 import hashlib
 import inspect
 import json
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+
+
+__all__ = ["identity", "retrain"]
 
 
 def retrain(
@@ -27,26 +31,26 @@ def retrain(
     name: str | None = None,
     group_size: int = 0,
 ) -> Tensor:
-    """Outcomes of retraining on each subset with each seed.
+    """Retrain on each subset with each seed, and return the outcomes.
 
     Args:
         train (`Callable`): (subset (rows,), seed) -> outcomes (queries,), for example each query's loss in nats. The
             subset is a line of `subsets`: booleans that keep rows, or float weights.
         subsets (`Tensor`): (subsets, rows).
         seeds (`Sequence[int]`): one retraining per subset and seed.
-        folder (`str` or `Path`): where outcomes are kept; runs found there are not repeated. A run is known by
-            `name`, the subset's content, and the seed.
+        folder (`str` or `Path`): keeps the outcomes; runs with an outcome there are not repeated. A run is identified
+            by `name`, the subset's content, and the seed.
         workers (`int`): processes that train side by side, with one thread each; `train` must then be importable.
-        name (`str`, *optional*): what tells this `train` from another one, with the version of whatever it reads.
-            By default its name and its source code; what it calls is not looked at.
-        together (`int`): where positive, `train` takes (subsets (n, rows), list of n seeds) with n up to this number
-            and gives (n, queries).
+        name (`str`, *optional*): identifies `train` and the version of everything that it reads. By default its name
+            and its source code, without the code of the functions that it calls.
+        group_size (`int`): where positive, `train` takes (subsets (n, rows), list of n seeds) with n up to this number
+            and returns (n, queries).
 
     Returns:
         (seeds, subsets, queries), float64.
 
     Raises:
-        ValueError: `train` cannot be told from others by its code (a closure or an object), and `name` is not given.
+        ValueError: `train` cannot be identified by its code (a closure or an object), and `name` is not given.
     """
     name = identity(train) if name is None else name
     folder = Path(folder)
@@ -55,18 +59,16 @@ def retrain(
     paths = {run: folder / f"{_key(name, subsets[run[0]], run[1])}.json" for run in runs}
     missing = [run for run in runs if not paths[run].exists()]
     size = max(group_size, 1)
-    handfuls = [missing[start : start + size] for start in range(0, len(missing), size)]
+    groups = [missing[start : start + size] for start in range(0, len(missing), size)]
     jobs = [
-        (
-            train,
-            [subsets[i] for i, _ in runs],
-            [seed for _, seed in runs],
-            [paths[run] for run in runs],
-            group_size > 0,
-        )
-        for runs in handfuls
+        (train, [subsets[i] for i, _ in group], [seed for _, seed in group], [paths[run] for run in group], group_size)
+        for group in groups
     ]
-    with tqdm(total=len(runs), initial=len(runs) - len(missing), desc=description, disable=quiet) as bar:
+    interval = 0.1 if sys.stderr.isatty() else 60.0  # seconds between two lines of a log
+    with tqdm(
+        total=len(runs), initial=len(runs) - len(missing), desc=description, disable=quiet, mininterval=interval,
+        maxinterval=max(interval, 10.0),
+    ) as bar:  # fmt: skip
         if workers == 1:
             for job in jobs:
                 bar.update(_run(*job))
@@ -82,16 +84,16 @@ def retrain(
 
 
 def identity(train: Callable[..., Any]) -> str:
-    """Name and source code of a plain function, hashed: another `train` in the same folder is not mistaken for it.
+    """Return the name and hashed source code of a plain function, which tell it from another one in the same folder.
 
     Raises:
-        ValueError: it is no plain function, or one that remembers values of where it was made.
+        ValueError: not a plain function, or one with a closure.
     """
     function = inspect.unwrap(train)
     if not inspect.isfunction(function) or function.__closure__:
         raise ValueError(
             f"train={train!r} holds values that its code does not show, so its runs could be mistaken for another's "
-            "in the same folder; say name=, with whatever its outcome depends on"
+            "in the same folder; say name=, with everything that its outcome depends on"
         )
     try:
         code = inspect.getsource(function)
@@ -101,9 +103,9 @@ def identity(train: Callable[..., Any]) -> str:
 
 
 def _compiled(code: CodeType) -> tuple[Any, ...]:
-    """What tells one compiled function from another, functions within it too: no place in memory, so that it lasts."""
-    within = [_compiled(value) if isinstance(value, CodeType) else value for value in code.co_consts]
-    return code.co_code, code.co_names, within
+    """Return the operations, names and constants of a compiled function and its inner ones, without addresses."""
+    constants = [_compiled(value) if isinstance(value, CodeType) else value for value in code.co_consts]
+    return code.co_code, code.co_names, constants
 
 
 def _key(name: str, subset: Tensor, seed: int) -> str:
@@ -111,15 +113,12 @@ def _key(name: str, subset: Tensor, seed: int) -> str:
 
 
 def _run(
-    train: Callable[..., Tensor], subsets: list[Tensor], seeds: list[int], paths: list[Path], group_size: bool
+    train: Callable[..., Tensor], subsets: list[Tensor], seeds: list[int], paths: list[Path], group_size: int
 ) -> int:
-    """A handful of retrainings, whose outcomes appear under their names only when they are whole."""
-    if group_size:
-        outcomes = train(torch.stack(subsets), seeds)
-    else:
-        outcomes = train(subsets[0], seeds[0])[None]
+    """Retrain one group and write its outcomes; a file appears under its name only when it is complete."""
+    outcomes = train(torch.stack(subsets), seeds) if group_size > 0 else train(subsets[0], seeds[0])[None]
     if len(outcomes) != len(paths):
-        raise ValueError(f"train gave outcomes of {len(outcomes)} retrainings where {len(paths)} were asked for")
+        raise ValueError(f"train returned outcomes of {len(outcomes)} retrainings where {len(paths)} were asked for")
     for outcome, path in zip(outcomes.double().tolist(), paths, strict=True):
         scratch = path.with_suffix(f".{os.getpid()}")
         scratch.write_text(json.dumps(outcome))

@@ -1,157 +1,212 @@
-"""A query's gradient, predicted from one forward pass.
+"""Gradient predictor: a query's gradient, predicted from one forward pass.
 
-The error at the end of the model is exact: it follows from the logits. What it means at the end of each block is
-predicted by a linear map, fitted by ridge regression on the training rows when the bank is built; within the block,
-the derivatives of attention and MLP are written out. With the layers' inputs, which hooks see, that makes a gradient.
-Its products with responses are a first look at all rows, for the price of one forward pass.
+The gradient by the model's last hidden state is exact: it follows from the logits. Gradients by the outputs of blocks
+are predicted from it by linear maps, the error projections, which ridge regression fits on training rows when the bank
+is built. Within a block the VJPs of attention and MLP are analytic. Together with the recorded inputs of layers, that
+makes gradients of weights; their products with responses are coarse scores of all rows, for one forward pass.
 (Synthetic gradients: Jaderberg et al. 2017, there in order to train without waiting.)
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import NumericalError, UnsupportedError
-from ..layers.activations import PredictorActivations
+from ..layers.activations import ActivationRecorder
 from ..layers.attention import Attention
 from ..layers.block import Block
+from ..layers.comparison import identical
 from ..layers.decoder import find_blocks
+from ..layers.linear import weight_gradient
+from ..layers.norm import norm_vjp
 from ..models.compat import fused_activations, refuse_inactive_adapters
-from ..models.likelihood import Batch, Objective, row_losses
-from ..models.lora import Weight, parameter_gradient, tracked_weights
+from ..models.likelihood import Batch, Likelihood, Objective, row_losses
+from ..models.lora import TrackedWeight, tracked_weights
 from ..models.names import canonical_name
-from ..models.output_head import output_layer
-from ..models.parameters import Parameters
+from ..models.output_head import hidden_state_gradients, output_layer
+from ..models.parameters import TrackedParameters
 
+
+__all__ = ["GradientPredictor"]
 
 _RIDGE = 1e-2  # relative to the mean eigenvalue of the errors' second moments
 
 
+@dataclass(frozen=True)
+class _RecordedPass:
+    """One recorded forward pass.
+
+    Attributes:
+        error (`Tensor`): (rows, positions, d) gradient of each supervised token's log-likelihood by its last residual
+            state, before the final norm; zero at other positions.
+    """
+
+    recorder: ActivationRecorder
+    logits: Tensor
+    labels: Tensor
+    error: Tensor
+
+
 class GradientPredictor:
-    """Predicts gradients of queries with respect to the responding parameters; the model in evaluation mode.
+    """Predicts gradients of queries by the tracked parameters; the model is in evaluation mode.
 
     Args:
-        maps (`Mapping[str, Tensor]`, *optional*): what `fit` found: canonical path of a layer -> (d, out), from the
-            error at the end of the model to the error at the layer's output.
+        projections (`Mapping[str, Tensor]`, *optional*): error projections from `fit`: canonical path of a layer ->
+            (d, out), from the error at the end of the model to the error at the layer's output.
 
     Raises:
-        UnsupportedError: the model has no plain output layer, or responding weights of other layers than Linears.
+        UnsupportedError: the model has no plain output layer, or parameters are tracked outside linear layers.
     """
 
     def __init__(
-        self, model: nn.Module, parameters: Parameters, objective: Objective, maps: Mapping[str, Tensor] | None = None
+        self,
+        model: nn.Module,
+        parameters: TrackedParameters,
+        objective: Objective,
+        projections: Mapping[str, Tensor] | None = None,
     ):
         self.model, self.parameters, self.objective = model, parameters, objective
         head = output_layer(model, parameters, objective)
         if head is None:
-            raise UnsupportedError("only a causal language model with a plain output layer shows its error at the end")
+            raise UnsupportedError(
+                f"{type(model).__name__} is no causal language model with a plain output layer that is not tracked. "
+                "Without it gradients cannot be predicted. Use gradient_predictor=False"
+            )
         self._head: Any = head
         self._weights = tracked_weights(model, parameters)
-        self._hosts = {weight.layer_path: None for weight in self._weights}
-        blocks = [block for block in find_blocks(model) if set(block.inputs) & set(self._hosts)]
+        self._layer_paths = list(dict.fromkeys(weight.layer_path for weight in self._weights))
+        blocks = [block for block in find_blocks(model) if set(block.inputs) & set(self._layer_paths)]
         self._blocks: dict[str, Block] = {path: block for block in blocks for path in block.inputs}
-        self._checked = False
-        self._maps: dict[str, Tensor] = {}
-        if maps is not None:
+        self._blocks_are_checked = False
+        self._projections: dict[str, Tensor] = {}
+        if projections is not None:
             paths = {canonical_name(path): path for path, _ in model.named_modules()}
-            unknown = sorted(set(maps) - set(paths))
+            unknown = sorted(set(projections) - set(paths))
             if unknown:
-                raise UnsupportedError(f"the bank predicts errors at {unknown[0]!r}, a layer that the model has not")
-            self._maps = {paths[name]: value for name, value in maps.items()}
+                raise UnsupportedError(f"the bank has an error projection of {unknown[0]!r}, which the model lacks")
+            self._projections = {paths[name]: value for name, value in projections.items()}
 
     @property
     def fitting_bytes(self) -> int:
-        """What `fit` holds in memory, about."""
+        """Approximate number of bytes that `fit` holds."""
         width = int(self._head.weight.shape[1])
-        return 8 * width * width * (len(self._ends()) + 2)
+        return 8 * width * width * (len(self._projected_paths()) + 2)
 
     def fit(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
-        """Fit the maps on training rows and return them, float32, by canonical path; runs backwards once per batch."""
+        """Fit the error projections on training rows, with one backward pass per batch.
+
+        Returns:
+            Float32 matrices (d, out) by canonical path.
+
+        Raises:
+            UnsupportedError: no row has a supervised token with an error.
+        """
         moments = torch.zeros(0)
         products: dict[str, Tensor] = {}
         for batch in batches:
-            if not self._checked:
-                self._check(self._trace(batch))
-            ends = self._ends()
-            trace = self._trace(batch, frozenset(ends))
+            if not self._blocks_are_checked:
+                self._check_blocks(self._record(batch).recorder)
+            paths = self._projected_paths()
+            recorded = self._record(batch, paths)
             with torch.enable_grad():
-                total = -row_losses(trace.logits, trace.labels).sum()
-                errors = torch.autograd.grad(total, [trace.outputs[end] for end in ends], allow_unused=True)
-            known = trace.error.flatten(0, 1)
+                total = -row_losses(recorded.logits, recorded.labels).sum()
+                outputs = [recorded.recorder.outputs[path] for path in paths]
+                gradients = torch.autograd.grad(total, outputs, allow_unused=True)
+            error = recorded.error.flatten(0, 1)
             if not len(moments):
-                moments = torch.zeros(known.shape[1], known.shape[1], dtype=torch.float64, device=known.device)
-            moments += (known.T @ known).double()
-            for end, error in zip(ends, errors, strict=True):
-                if error is not None:
-                    own = error[:, : trace.error.shape[1]].flatten(0, 1).to(known.dtype)
-                    products[end] = products.get(end, 0.0) + (known.T @ own).double()
+                moments = torch.zeros(error.shape[1], error.shape[1], dtype=torch.float64, device=error.device)
+            moments += (error.T @ error).double()
+            for path, gradient in zip(paths, gradients, strict=True):
+                if gradient is not None:
+                    target = gradient[:, : recorded.error.shape[1]].flatten(0, 1).to(error.dtype)
+                    products[path] = products.get(path, 0.0) + (error.T @ target).double()
         if not len(moments) or not float(moments.trace()) > 0:
             raise UnsupportedError("the rows have no supervised token with an error, so there is nothing to fit")
         ridge = _RIDGE * float(moments.trace()) / len(moments)
         factor = torch.linalg.cholesky(moments + ridge * torch.eye(len(moments)).to(moments))
-        self._maps = {end: torch.cholesky_solve(product, factor).float() for end, product in products.items()}
-        return {canonical_name(end): value.cpu() for end, value in self._maps.items()}
+        self._projections = {path: torch.cholesky_solve(product, factor).float() for path, product in products.items()}
+        return {canonical_name(path): value.cpu() for path, value in self._projections.items()}
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
-        """Predicted gradients (queries, P) of the log-likelihood, summed over each query's output tokens, float32.
+        """Predict gradients (queries, P) of the log-likelihood, summed over each query's output tokens, float32.
 
         Raises:
-            NumericalError: one that is not finite.
-            UnsupportedError: the maps are of another model, or all adapters that respond are merged or switched off.
+            NumericalError: a predicted gradient is not finite.
+            UnsupportedError: an error projection is missing, or all adapters with tracked weights are inactive.
         """
         refuse_inactive_adapters(self.model, self.parameters.live)
-        trace = self._trace(batch)
-        if not self._checked:
-            self._check(trace)
-        missing = [canonical_name(end) for end in self._ends() if end not in self._maps]
+        recorded = self._record(batch)
+        if not self._blocks_are_checked:
+            self._check_blocks(recorded.recorder)
+        missing = [canonical_name(path) for path in self._projected_paths() if path not in self._projections]
         if missing:
-            raise UnsupportedError(f"there is no map of errors at {missing[0]}: fitted on another model, or not yet")
+            raise UnsupportedError(
+                f"there is no error projection of {missing[0]}: fitted on another model, or not yet. Call `fit`"
+            )
         errors: dict[str, Tensor] = {}
-        with fused_activations(self.model):  # for the slopes of activations
-            for layer_path in self._hosts:
-                if layer_path not in errors:
-                    errors |= self._errors(layer_path, trace)
-        gradients = {weight.name: self._gradient(weight, errors, trace) for weight in self._weights}
+        with fused_activations(self.model):  # for the derivatives of activations
+            for path in self._layer_paths:
+                if path not in errors:
+                    errors |= self._errors(path, recorded)
+        gradients = {weight.name: self._gradient(weight, errors, recorded) for weight in self._weights}
         result = self.parameters.join(gradients).float()
         if not bool(torch.isfinite(result).all()):
             raise NumericalError("a predicted gradient is not finite: is the model's own loss NaN?")
         return result
 
-    def _ends(self) -> list[str]:
-        """Layers at whose outputs errors are predicted by a map."""
-        return sorted(
-            {
-                self._blocks[layer_path].output if layer_path in self._blocks else layer_path
-                for layer_path in self._hosts
-            }
-        )
+    def _projected_path(self, path: str) -> str:
+        """Return the layer at whose output the error of the layer `path` is projected: the end of its block."""
+        return self._blocks[path].output if path in self._blocks else path
 
-    def _trace(self, batch: Batch, targets: frozenset[str] = frozenset()) -> PredictorActivations:
-        layers = {weight.module_path for weight in self._weights} | set(self._ends()) | set(self._blocks)
+    def _projected_paths(self) -> list[str]:
+        """Return the layers that have error projections."""
+        return sorted({self._projected_path(path) for path in self._layer_paths})
+
+    def _record(self, batch: Batch, targets: Collection[str] = ()) -> _RecordedPass:
+        """Run the model; with `targets`, make a graph and record their outputs differentiably."""
+        paths = {weight.module_path for weight in self._weights} | set(self._projected_paths()) | set(self._blocks)
         attentions = {block.path for block in self._blocks.values() if isinstance(block, Attention)}
-        return PredictorActivations(self.model, self.objective, self._head, batch, layers, attentions, targets)
+        recorder = ActivationRecorder(self.model, paths, attentions, self._head, targets)
+        with recorder, fused_activations(self.model), torch.set_grad_enabled(bool(targets)):
+            logits, labels = Likelihood(self.model, self.objective)(batch)
+        return _RecordedPass(recorder, logits, labels, _final_error(self._head, recorder, logits.detach(), labels))
 
-    def _check(self, trace: PredictorActivations) -> None:
-        """Forget blocks that the model computes in another way than written out here: their inputs need maps."""
-        sound = {block.path: block.holds(self.model, trace) for block in self._blocks.values()}
-        self._blocks = {path: block for path, block in self._blocks.items() if sound[block.path]}
-        self._checked = True
+    def _check_blocks(self, recorder: ActivationRecorder) -> None:
+        """Drop blocks that compute something else than the model: each of their inputs gets its own projection."""
+        matches = {block.path: block.matches_model(self.model, recorder) for block in self._blocks.values()}
+        self._blocks = {path: block for path, block in self._blocks.items() if matches[block.path]}
+        self._blocks_are_checked = True
 
-    def _errors(self, layer_path: str, trace: PredictorActivations) -> dict[str, Tensor]:
-        """Predicted errors at the output of a layer, and of those that share its block."""
-        end = self._blocks[layer_path].output if layer_path in self._blocks else layer_path
-        error = trace.error @ self._maps[end].to(trace.error)
-        return (
-            self._blocks[layer_path].errors(self.model, trace, error)
-            if layer_path in self._blocks
-            else {layer_path: error}
-        )
+    def _errors(self, path: str, recorded: _RecordedPass) -> dict[str, Tensor]:
+        """Predict errors at the output of a layer and of the other input projections of its block."""
+        error = recorded.error @ self._projections[self._projected_path(path)].to(recorded.error)
+        if path not in self._blocks:
+            return {path: error}
+        return self._blocks[path].vjp(self.model, recorded.recorder, error)
 
-    def _gradient(self, weight: Weight, errors: Mapping[str, Tensor], trace: PredictorActivations) -> Tensor:
-        if weight.module_path not in trace.inputs:  # it took no part: its adapter is switched off
-            return trace.error.new_zeros(len(trace.error), *self.model.get_parameter(weight.name).shape)
-        x = trace.inputs[weight.module_path][:, : trace.error.shape[1]]
-        return parameter_gradient(self.model, weight, x, errors[weight.layer_path])
+    def _gradient(self, weight: TrackedWeight, errors: Mapping[str, Tensor], recorded: _RecordedPass) -> Tensor:
+        inputs, error = recorded.recorder.inputs, recorded.error
+        if weight.module_path not in inputs:  # its adapter is inactive
+            return error.new_zeros(len(error), *self.model.get_parameter(weight.name).shape)
+        x = inputs[weight.module_path][:, : error.shape[1]]
+        return weight_gradient(self.model, weight, x, errors[weight.layer_path])
+
+
+def _final_error(head: nn.Module, recorder: ActivationRecorder, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the gradient by the last residual state, or by the last hidden state where no known norm precedes it.
+
+    Raises:
+        UnsupportedError: the logits are not the output layer's product with the last hidden state.
+    """
+    hidden, norm = recorder.hidden, recorder.last_norm
+    gradients = None if hidden is None else hidden_state_gradients(head, hidden, logits, labels)
+    if hidden is None or gradients is None:
+        raise UnsupportedError("between the last hidden state and the logits is more than one Linear layer")
+    if norm is None or norm.output.shape != hidden.shape or not identical(norm.output, hidden):
+        return gradients
+    by_input = norm_vjp(norm.module, norm.input, norm.output, gradients)
+    return gradients if by_input is None else by_input

@@ -1,0 +1,1 @@
+"""Backends that differentiate the log-likelihood of queries along directions in parameter space."""

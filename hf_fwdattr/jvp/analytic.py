@@ -1,4 +1,8 @@
-"""Readout of many directions from one forward pass that is kept: derivatives of token log-likelihoods, written out."""
+"""Directional derivatives by analytic layers: one forward pass is recorded, and tangents pass through its layers.
+
+Hidden-state gradients at the end of the model turn the last layer's tangents into derivatives of token
+log-likelihoods, so that no tangent visits the vocabulary.
+"""
 
 import math
 from typing import Any
@@ -6,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import NumericalError, UnsupportedError
-from ..layers.activations import ActivationRecorder, watching
+from ..errors import UnsupportedError
+from ..layers.activations import ActivationRecorder
 from ..layers.decoder import DecoderLayer, DecoderLayerJVP, check_chain, decoder_layers
 from ..layers.linear import LinearJVPs
 from ..layers.norm import norm_vjp
@@ -15,124 +19,123 @@ from ..models.compat import fused_activations
 from ..models.likelihood import Batch, Likelihood, Objective
 from ..models.lora import weight_matrix
 from ..models.output_head import hidden_state_gradients, output_layer
-from ..models.parameters import Parameters
-from .chunking import chunk_size, free_bytes, unit
+from ..models.parameters import TrackedParameters
+from .chunking import chunk_size, free_bytes, in_chunks
 
 
-_CPU_KEPT = 1 << 31  # bytes of what is kept of the forward pass, at most; on a GPU half of what is free
-_KEPT = 3  # copies of a layer's outputs: as they are seen, and what is made of them
-_CPU_CACHE = (
-    1 << 26
-)  # bytes of tangents in a handful of directions: more than torch's way has, as fewer are alive at once
+__all__ = ["AnalyticJVP", "TooLarge"]
+
+_CPU_RECORDED = 1 << 31  # largest number of bytes of recorded activations on a CPU; on a GPU half of what is free
+_COPIES = 3  # copies of a layer's outputs: as recorded, and what is derived from them
+_CPU_CACHE = 1 << 26  # bytes of tangents in a chunk on a CPU: more than for torch's forward mode, as fewer are alive
 
 
 class TooLarge(UnsupportedError):
-    """The batch takes more memory than there is for it."""
+    """The activations of a batch do not fit into memory."""
 
 
 class AnalyticJVP:
-    """A batch of queries, passed once through the model, ready to be read along directions.
+    """A batch of queries, passed once through the model and prepared for derivatives of its log-likelihood.
 
     Args:
-        model (`nn.Module`): in evaluation mode; its weights must not change while this is used.
-        batch (`Mapping`): tensors (queries, positions), right-padded, with `labels`.
-        dtype (`torch.dtype`, *optional*): of the products that directions pass through; the model's own by default. What
-            the model itself computes and the sum over layers are not rounded to it.
+        model (`nn.Module`): in evaluation mode; its weights must be the same whenever `jvp` is called.
+        parameters (`TrackedParameters`): the tracked parameters.
+        objective (`Objective`): the likelihood.
+        batch (`Mapping`): tensors (queries, positions), right-padded, with `labels` that are -100 outside the output.
+        dtype (`torch.dtype`, *optional*): dtype of the products that tangents pass through, by default the model's.
+            The model's own computation and the sum over layers are not rounded to it.
 
     Raises:
-        UnsupportedError: the model is not written out here (no decoder-only language model of a known kind, something
-            else than linear layers responds), or does not compute what is written out.
-        TooLarge: what is kept of the batch would not fit.
+        UnsupportedError: the model has no analytic layers (not a decoder-only language model of a known kind, tracked
+            parameters outside its linear layers), or does not compute what the analytic layers compute.
+        TooLarge: the recorded activations would not fit.
     """
 
     @torch.no_grad()
     def __init__(
-        self, model: nn.Module, parameters: Parameters, objective: Objective, batch: Batch,
+        self, model: nn.Module, parameters: TrackedParameters, objective: Objective, batch: Batch,
         dtype: torch.dtype | None = None,
     ):  # fmt: skip
         head = output_layer(model, parameters, objective)
         layers = decoder_layers(model)
         if head is None or not layers or any(module.training for module in model.modules()):
-            raise UnsupportedError(f"{type(model).__name__} is in training mode, or of no kind that is written out")
+            raise UnsupportedError(f"{type(model).__name__} is in training mode, or has no analytic layers")
         self._parameters = parameters
         self._device = parameters.tensors(model)[0].device
-        self.dtype = dtype or _own_type(model, parameters)
+        self.dtype = dtype or _product_dtype(model, parameters)
         self._linears = LinearJVPs(model, parameters, self.dtype)
-        self._each = self._room(model, layers, batch)
-        known = {path for layer in layers for path in layer.linears}
-        strange = sorted(self._linears.responding - known)
-        if strange:
-            raise UnsupportedError(f"{strange[0]} responds and is in no layer that is written out")
-        watched = {path for layer in layers for path in layer.watched}
-        attentions = {layer.blocks[0].path for layer in layers}
-        seen, norms, hidden = ActivationRecorder(), list[tuple[nn.Module, Tensor, Tensor]](), list[Tensor]()
-        with fused_activations(model), watching(model, head, watched, attentions, seen, norms, hidden):
-            logits, labels = Likelihood(model, objective)(batch)
-        self.labels = labels
-        if not hidden:
+        self._widest = self._widest_tangent(model, layers, batch)
+        outside = sorted(self._linears.tracked_paths - {path for layer in layers for path in layer.linears})
+        if outside:
+            raise UnsupportedError(f"{outside[0]} is tracked and is in no analytic layer")
+        paths = [path for layer in layers for path in layer.recorded_paths]
+        attentions = [layer.blocks[0].path for layer in layers]
+        with fused_activations(model), ActivationRecorder(model, paths, attentions, head) as recorder:
+            logits, self.labels = Likelihood(model, objective)(batch)
+        if recorder.hidden is None:
             raise UnsupportedError("the output layer was not called, or its hooks were not")
-        hidden_gradients = hidden_state_gradients(head, hidden[-1], logits, labels)
-        if hidden_gradients is None:
+        gradients = hidden_state_gradients(head, recorder.hidden, logits, self.labels)
+        if gradients is None:
             raise UnsupportedError("between the last hidden state and the logits is more than one Linear layer")
-        check_chain(layers, seen, norms, hidden[-1])
-        error = norm_vjp(*norms[-1], hidden_gradients)
-        if error is None:
-            raise UnsupportedError("the last norm is not written out")
-        self._error = error
+        norm = check_chain(layers, recorder)
+        gradients = norm_vjp(norm.module, norm.input, norm.output, gradients)
+        if gradients is None:
+            raise UnsupportedError("the last norm is not analytic")
+        self._gradients = gradients  # of the log-likelihoods by the last layer's output
         with fused_activations(model):
-            self._points = [DecoderLayerJVP(model, layer, seen, self._linears) for layer in layers]
+            self._layers = [DecoderLayerJVP(model, layer, recorder, self._linears) for layer in layers]
 
-    def _room(self, model: nn.Module, layers: list[DecoderLayer], batch: Batch) -> int:
-        """Bytes of the widest tangent of one direction: a projection's, or an attention's, between all positions.
+    def _widest_tangent(self, model: nn.Module, layers: list[DecoderLayer], batch: Batch) -> int:
+        """Return the bytes of the widest tangent of one direction: a projection's, or an attention's weights.
 
         Raises:
-            TooLarge: what is kept of the forward pass would not fit, with one attention's weights.
+            TooLarge: the recorded activations would not fit, together with one attention's weights.
         """
         widths = [int(weight_matrix(model.get_submodule(path)).shape[0]) for layer in layers for path in layer.linears]
-        tokens = 4 * batch["labels"].numel()
+        token_bytes = 4 * batch["labels"].numel()
         heads = []
         for attention, _ in (layer.blocks for layer in layers):
             module: Any = model.get_submodule(attention.path)
             heads.append(int(weight_matrix(model.get_submodule(attention.output)).shape[1]) // module.head_dim)
-        weights = tokens * max(heads) * batch["labels"].shape[1]
-        limit = free_bytes(self._device) // 2 if self._device.type == "cuda" else _CPU_KEPT
-        if _KEPT * (tokens * sum(widths) + weights) > limit:
-            raise TooLarge(f"keeping a pass over {batch['labels'].numel()} tokens would take over {limit >> 20} MiB")
-        return max(tokens * max(widths), weights)
+        weights = token_bytes * max(heads) * batch["labels"].shape[1]
+        limit = free_bytes(self._device) // 2 if self._device.type == "cuda" else _CPU_RECORDED
+        if _COPIES * (token_bytes * sum(widths) + weights) > limit:
+            raise TooLarge(f"recording a pass over {batch['labels'].numel()} tokens takes over {limit >> 20} MiB")
+        return max(token_bytes * max(widths), weights)
 
     @torch.no_grad()
-    def along(self, directions: Tensor, chunk: int | None = None) -> Tensor:
-        """(queries, positions, k): derivatives along (k, P), in nats; zero where a position is not supervised.
+    def jvp(self, directions: Tensor, chunk: int | None = None) -> Tensor:
+        """Differentiate each token's log-likelihood along directions (k, P).
+
+        Args:
+            chunk (`int`, *optional*): directions in flight; by default even chunks of as many as fit the memory.
+
+        Returns:
+            (queries, positions, k), zero where a position is not supervised; float32 (float64 for float64 models).
 
         Raises:
-            NumericalError: a derivative that is not finite.
+            NumericalError: a derivative is not finite.
         """
-        if chunk is None:  # in even handfuls
-            chunk = math.ceil(
-                len(directions) / math.ceil(len(directions) / chunk_size(self._each, self._device, _CPU_CACHE))
-            )
+        if chunk is None:
+            chunks = math.ceil(len(directions) / chunk_size(self._widest, self._device, _CPU_CACHE))
+            chunk = math.ceil(len(directions) / chunks)
         with torch.autocast(self._device.type, enabled=False):
-            parts = [self._block(directions[at : at + chunk]) for at in range(0, len(directions), chunk)]
-        result = torch.cat(parts).permute(1, 2, 0)
-        if not bool(torch.isfinite(result).all()):
-            raise NumericalError("a derivative of the query's log-likelihood is not finite: is the model's own NaN?")
-        return result
+            return in_chunks(self._derivatives, directions, chunk)
 
-    def _block(self, directions: Tensor) -> Tensor:
-        """(k, queries, positions)."""
-        directions, factors = unit(directions)
-        tangents = self._parameters.split(directions)
-        moved = None
-        for point in self._points:
-            moved = point.push(moved, tangents)
-        if moved is None:
+    def _derivatives(self, directions: Tensor) -> Tensor:
+        """Propagate one chunk (k, P) of directions; (k, queries, positions)."""
+        parameter_tangents = self._parameters.split(directions)
+        tangents = None
+        for layer in self._layers:
+            tangents = layer.jvp(tangents, parameter_tangents)
+        if tangents is None:
             return torch.zeros(len(directions), *self.labels.shape, device=directions.device)
-        found = torch.einsum("krtd,rtd->krt", moved[:, :, : self.labels.shape[1]], self._error.to(moved.dtype))
-        return found * factors.to(found.dtype).view(-1, 1, 1)
+        tangents = tangents[:, :, : self.labels.shape[1]]
+        return torch.einsum("krtd,rtd->krt", tangents, self._gradients.to(tangents.dtype))
 
 
-def _own_type(model: nn.Module, parameters: Parameters) -> torch.dtype:
-    """What the model's products are computed in."""
+def _product_dtype(model: nn.Module, parameters: TrackedParameters) -> torch.dtype:
+    """Return the dtype in which the model computes its products."""
     weight = parameters.tensors(model)[0]
     if torch.is_autocast_enabled(weight.device.type):
         return torch.get_autocast_dtype(weight.device.type)

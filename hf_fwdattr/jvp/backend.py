@@ -1,73 +1,99 @@
-"""Which way a model is read along directions: written out, by torch's forward mode, or by differences."""
+"""Choice of the way in which directional derivatives of queries are computed."""
 
-from collections.abc import Callable
-from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from ..models.likelihood import CAUSAL_LM, Batch
-from ..models.parameters import Parameters
-from . import finite_difference, torch_func
+from ..models.likelihood import CAUSAL_LM, Batch, Objective
+from ..models.parameters import TrackedParameters
 from .analytic import AnalyticJVP, TooLarge
+from .finite_difference import FiniteDifferenceJVP
+from .torch_func import TorchFuncJVP
 
 
-READOUTS = {"jvp": torch_func.read, "difference": finite_difference.read}
-WAYS = ("auto", *READOUTS)
+__all__ = ["METHODS", "PRECISIONS", "READOUT_OPTIONS", "Backend", "PreparedBatch"]
+
+METHODS: dict[str, type[TorchFuncJVP | FiniteDifferenceJVP]] = {
+    "jvp": TorchFuncJVP, "difference": FiniteDifferenceJVP,
+}  # fmt: skip
+READOUT_OPTIONS = ("auto", *METHODS)
 PRECISIONS = ("auto", "full", "half")
 _SMALL = 30_000_000  # weights of a model that gains nothing from half precision: its time goes elsewhere
 
 
+class PreparedBatch(Protocol):
+    """A batch of queries that has passed the model and can be differentiated along directions."""
+
+    def jvp(self, directions: Tensor, chunk: int | None = None) -> Tensor:
+        """Differentiate each token's log-likelihood along (k, P); (queries, positions, k), zero if unsupervised."""
+
+
 class Backend:
-    """Reads batches of queries.
+    """Prepares batches of queries for directional derivatives.
+
+    ```python
+    prepared = Backend(model, parameters).prepare(batch)
+    prepared.jvp(directions)  # (k, P) -> (queries, positions, k)
+    ```
 
     Args:
         model (`nn.Module`): in evaluation mode.
-        way (`str`): `jvp`, `difference`, or `auto`: written out where the model is of a kind that `tangent` knows,
-            else `jvp`.
-        precision (`str`): of the products that directions pass through where they are written out. `full` is the model's
-            own; `half` is bfloat16 (relative error of a score about 4e-3, sums over layers in float32). `auto` is half
-            for rows that are picked in stages, whose responses have eight bits anyhow, of a float32 model of more than
-            thirty million weights where the processor multiplies bfloat16, and full for all else.
+        parameters (`TrackedParameters`): the tracked parameters.
+        readout (`str`): `jvp` (torch's forward mode), `difference`, or `auto`: analytic for architectures that
+            `layers` knows, and `jvp` for others.
+        precision (`str`): precision of the products that tangents pass through in the analytic backend. `full` is the
+            model's own; `half` is bfloat16 (relative error of a score about 4e-3; sums over layers stay in float32).
+            `auto` is half for rows that are chosen in two stages, whose codes have eight bits anyhow, in a float32
+            model of more than thirty million weights where the processor multiplies bfloat16, and full otherwise.
+
+    Raises:
+        ValueError: an unknown `readout` or `precision`.
     """
 
-    def __init__(self, model: nn.Module, parameters: Parameters, way: str = "auto", precision: str = "auto"):
-        for what, given, known in (("readout", way, WAYS), ("precision", precision, PRECISIONS)):
-            if given not in known:
-                raise ValueError(f"{what}={given!r}: one of {', '.join(known)}")
-        self.model, self.parameters, self._way, self._precision = model, parameters, way, precision
-        self._known = True  # whether the model is of a kind that is written out; found out when it is first read
+    def __init__(
+        self, model: nn.Module, parameters: TrackedParameters, readout: str = "auto", precision: str = "auto"
+    ):
+        for option, value, allowed in (("readout", readout, READOUT_OPTIONS), ("precision", precision, PRECISIONS)):
+            if value not in allowed:
+                raise ValueError(f"{option}={value!r}: one of {', '.join(allowed)}")
+        self.model, self.parameters, self._readout, self._precision = model, parameters, readout, precision
+        self._analytic = readout == "auto"  # until the model turns out to have no analytic layers
 
-    def opened(self, batch: Batch, staged: bool = False) -> Callable[[Tensor], Tensor]:
-        """What reads a batch along directions: (k, P) -> (queries, positions, k). The weights must not change meanwhile.
+    def prepare(self, batch: Batch, two_stage: bool = False, objective: Objective = CAUSAL_LM) -> PreparedBatch:
+        """Prepare a batch; the model's weights must be the same whenever the result is used.
 
         Args:
-            staged (`bool`): rows are being picked, in several goes; see `precision`.
+            two_stage (`bool`): rows are being chosen in two stages; see `precision`.
+            objective (`Objective`): the likelihood.
+
+        Raises:
+            UnsupportedError: the model is in training mode or cannot be differentiated in the chosen way.
         """
-        if self._way == "auto" and self._known:
+        if self._analytic:
             try:
-                return AnalyticJVP(self.model, self.parameters, CAUSAL_LM, batch, self._dtype(staged)).along
+                return AnalyticJVP(self.model, self.parameters, objective, batch, self._dtype(two_stage))
             except TooLarge:
                 pass
             except UnsupportedError:
-                self._known = False
-        read = READOUTS["jvp" if self._way == "auto" else self._way]
-        return partial(read, self.model, self.parameters, CAUSAL_LM, batch)
+                self._analytic = False
+        method = METHODS["jvp" if self._readout == "auto" else self._readout]
+        return method(self.model, self.parameters, objective, batch)
 
-    def _dtype(self, staged: bool) -> torch.dtype | None:
-        """None: the model's own."""
+    def _dtype(self, two_stage: bool) -> torch.dtype | None:
+        """Return the dtype of analytic products; None for the model's own."""
         weight = self.parameters.tensors(self.model)[0]
-        if self._precision == "full" or (self._precision == "auto" and not staged) or weight.dtype != torch.float32:
+        if self._precision == "full" or (self._precision == "auto" and not two_stage) or weight.dtype != torch.float32:
             return None
         if self._precision == "half":
             return torch.bfloat16
         large = sum(parameter.numel() for parameter in self.model.parameters()) > _SMALL
-        return torch.bfloat16 if large and _multiplies_bfloat16(weight.device) else None
+        return torch.bfloat16 if large and _has_fast_bfloat16(weight.device) else None
 
 
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether there is an instruction for it, so that it is quicker than float32."""
+def _has_fast_bfloat16(device: torch.device) -> bool:
+    """Return whether the processor has instructions for products in bfloat16, which make it faster than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch

@@ -1,20 +1,26 @@
-"""How many directions fit into memory at once."""
+"""Number of directions whose tangents are propagated together, chosen by memory."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import NumericalError
 from ..models.likelihood import Batch
 
 
-_CPU_BUDGET = 1 << 30  # bytes of tangents in flight on a CPU, at most
-# Tangents that leave the caches cost more than running the model once more for another handful of directions, so on a CPU
-# directions go in handfuls: at least this many (fewer do not amortise the model's own pass), or what fits these bytes.
-_CPU_HANDFUL, _CPU_CACHE = 16, 3 << 24
-_ALIVE = 6  # activations of the widest layer that live at the same time, as tangents
+__all__ = ["chunk_size", "free_bytes", "in_chunks", "widest_tangent"]
+
+# On a CPU, tangents that leave the caches cost more than running the model again for another chunk of directions. A
+# chunk therefore has what fits `_CPU_CACHE` bytes, but at least `_CPU_CHUNK` directions, as fewer do not amortise the
+# model's own pass.
+_CPU_BUDGET = 1 << 30  # largest number of bytes of tangents in flight on a CPU
+_CPU_CHUNK, _CPU_CACHE = 16, 3 << 24
+_ALIVE = 6  # tangents of the widest layer that are alive at the same time
 
 
-def directions_per_chunk(likelihood: nn.Module, batch: Batch, device: torch.device) -> int:
-    """Directions whose tangents fit the memory, from the widest activation of one plain forward pass; at least 1."""
+def widest_tangent(likelihood: nn.Module, batch: Batch) -> int:
+    """Return the bytes of the widest activation of one plain forward pass, attention weights included."""
     widest = 1
 
     def measure(_: nn.Module, __: tuple[object, ...], output: object) -> None:
@@ -31,34 +37,46 @@ def directions_per_chunk(likelihood: nn.Module, batch: Batch, device: torch.devi
             handle.remove()
     rows, positions = batch["labels"].shape[0], batch["labels"][0].numel()
     heads = getattr(getattr(getattr(likelihood, "model", None), "config", None), "num_attention_heads", 1) or 1
-    attention = rows * heads * positions * positions * 4
-    return chunk_size(max(widest, attention), device, _CPU_CACHE)
+    return max(widest, rows * heads * positions * positions * 4)
 
 
-def chunk_size(widest: int, device: torch.device, cache: int) -> int:
-    """Directions in flight, at least 1.
+def chunk_size(widest: int, device: torch.device, cache: int = _CPU_CACHE) -> int:
+    """Return the number of directions in flight, at least 1.
 
     Args:
         widest (`int`): bytes of the widest tangent of one direction.
         cache (`int`): bytes of tangents that a CPU's caches hold.
     """
-    each = _ALIVE * widest
+    per_direction = _ALIVE * widest
     if device.type == "cuda":
-        return max(1, free_bytes(device) // 2 // each)
-    return max(1, min(_CPU_BUDGET // each, max(_CPU_HANDFUL, cache // each)))
+        return max(1, free_bytes(device) // 2 // per_direction)
+    return max(1, min(_CPU_BUDGET // per_direction, max(_CPU_CHUNK, cache // per_direction)))
 
 
 def free_bytes(device: torch.device) -> int:
-    """What is free on a GPU, with what torch holds there and nobody uses."""
+    """Return the free bytes of a GPU, including the unused part of torch's own cache."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
-def unit(directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Directions (k, P) whose largest entries are between 1/2 and 1, and what to multiply their derivatives with (k,).
+def in_chunks(derivatives: Callable[[Tensor], Tensor], directions: Tensor, chunk: int) -> Tensor:
+    """Compute derivatives along (k, P) by chunks of directions: (queries, positions, k).
 
-    Factors are powers of two, so that no digit is lost.
+    Each direction is scaled by a power of two, which loses no digit, so that its largest entry lies between 1/2 and 1.
+
+    Args:
+        derivatives (`Callable`): directions (n, P) -> (n, queries, positions).
+
+    Raises:
+        NumericalError: a derivative is not finite.
     """
-    exponents = torch.frexp(directions.abs().amax(1)).exponent
-    factors = torch.ldexp(torch.ones_like(directions[:, 0]), exponents)
-    return directions / factors.unsqueeze(1), factors
+    parts = []
+    for block in directions.split(chunk):
+        exponents = torch.frexp(block.abs().amax(1)).exponent
+        factors = torch.ldexp(torch.ones_like(block[:, 0]), exponents)
+        values = derivatives(block / factors.unsqueeze(1))
+        parts.append(values * factors.to(values.dtype).view(-1, 1, 1))
+    result = torch.cat(parts).permute(1, 2, 0)
+    if not bool(torch.isfinite(result).all()):
+        raise NumericalError("a derivative of the query's log-likelihood is not finite: is the model's own loss NaN?")
+    return result

@@ -1,7 +1,6 @@
-"""Derivatives of single building blocks, written out: what an error at a block's end means at its beginning.
+"""Softmax attention: its VJP and JVP.
 
-Each is local to one block and needs only what a forward pass computed; no graph is built and nothing is chained
-through the layers.
+With weights p = softmax(s), s = q k^T * scaling: dp = p (ds - sum(p ds)), and the output moves by dp v + p dv.
 """
 
 from dataclasses import dataclass
@@ -12,21 +11,26 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from .activations import ActivationRecorder
-from .block import Block, same
-from .norm import Norm, identify_norm, norm_gain, norm_vjp
+from .block import Block
+from .norm import NormJVP, identify_norm, norm_gain, norm_vjp
+
+
+__all__ = [
+    "Attention", "AttentionJVP", "AttentionState", "apply_rotary", "attention_weights", "softmax_attention_vjp",
+]  # fmt: skip
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on (rows, heads, positions, size); with -sin it turns back, which is also its transpose."""
+    """Rotate (rows, heads, positions, size) by rotary positions; with -sin it is the inverse and the transpose."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def attention_weights(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
-    """(rows, heads, positions, positions) of a softmax attention; causal where no mask is given.
+    """Return the weights (rows, heads, positions, positions) of a softmax attention; causal without a mask.
 
     Args:
-        mask (`Tensor`, *optional*): to be added, or booleans that are true where a position may look.
+        mask (`Tensor`, *optional*): numbers to be added, or booleans that are true where a position is attended to.
     """
     wide = query if query.dtype == torch.float64 else query.float()  # half precision would show in every weight
     logits = wide @ key.to(wide.dtype).transpose(-1, -2) * scaling
@@ -34,221 +38,238 @@ def attention_weights(query: Tensor, key: Tensor, scaling: float, mask: Tensor |
         mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
     if mask.dtype == torch.bool:
         weights = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(-1)
-        weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)  # padding behind a window sees nothing at all
+        weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)  # padding behind a window attends to nothing
         return weights.to(query.dtype)
     return (logits + mask).softmax(-1).to(query.dtype)
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scaling: float, error: Tensor
+def softmax_attention_vjp(
+    query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scaling: float, gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Errors at query, key and value, from the error (rows, heads, positions, size) at the attention's output."""
-    at_value = weights.transpose(-1, -2) @ error
-    at_weights = error @ value.transpose(-1, -2)
-    at_logits = weights * (at_weights - (at_weights * weights).sum(-1, keepdim=True)) * scaling
-    return at_logits @ key, at_logits.transpose(-1, -2) @ query, at_value
+    """Return the gradients by query, key and value, all (rows, heads, positions, size), from that by the output."""
+    by_value = weights.transpose(-1, -2) @ gradient
+    by_weights = gradient @ value.transpose(-1, -2)
+    by_logits = weights * (by_weights - (by_weights * weights).sum(-1, keepdim=True)) * scaling
+    return by_logits @ key, by_logits.transpose(-1, -2) @ query, by_value
 
 
 @dataclass
-class State:
-    """What an attention had in its hands, by heads: (rows, heads, positions, size).
+class AttentionState:
+    """Tensors of an attention in one pass, (rows, heads, positions, size).
 
     Attributes:
-        query, key, value (`Tensor`): as they meet; keys and values once per query head.
-        raw (`list[Tensor]`): query and key as they came out of their projections.
-        normed (`list[Tensor]`): after their norms, before they are turned; the same as `raw` without norms.
-        turn (`tuple[Tensor, Tensor]`, *optional*): cos and sin of rotary positions.
+        query, key, value (`Tensor`): as in the product; keys and values repeated for every query head.
+        projected (`list[Tensor]`): query and key as they leave their projections.
+        normed (`list[Tensor]`): query and key before rotary positions; same as `projected` without norms.
+        rotary (`tuple[Tensor, Tensor]`, *optional*): cos and sin of rotary positions.
         weights (`Tensor`): (rows, heads, positions, positions).
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
-    raw: list[Tensor]
+    projected: list[Tensor]
     normed: list[Tensor]
-    turn: tuple[Tensor, Tensor] | None
+    rotary: tuple[Tensor, Tensor] | None
     weights: Tensor
+
+    @property
+    def groups(self) -> int:
+        """Number of key heads."""
+        return self.projected[1].shape[1]
+
+    @property
+    def sharing(self) -> int:
+        """Number of query heads per key head."""
+        return self.query.shape[1] // self.groups
 
 
 @dataclass(frozen=True)
 class Attention(Block):
     """Softmax attention over query, key and value (three projections or one).
 
-    With rotary positions or none, and norms of queries and keys or none.
+    Rotary positions, and norms of queries and keys, are optional.
     """
 
-    def inner(self, model: nn.Module, trace: ActivationRecorder) -> Tensor | None:
-        state = self.state(model, trace, None)
-        return (
-            None if state is None else (state.weights.to(state.value.dtype) @ state.value).transpose(1, 2).flatten(2)
-        )
+    def core(self, model: nn.Module, recorder: ActivationRecorder) -> Tensor | None:
+        state = self.state(model, recorder)
+        if state is None:
+            return None
+        return (state.weights.to(state.value.dtype) @ state.value).transpose(1, 2).flatten(2)
 
-    def pull(self, model: nn.Module, trace: ActivationRecorder, error: Tensor) -> list[Tensor]:
-        state = self.state(model, trace, error.shape[1])
-        assert state is not None
+    def core_vjp(self, model: nn.Module, recorder: ActivationRecorder, gradient: Tensor) -> list[Tensor]:
+        state = self.state(model, recorder, gradient.shape[1])
+        assert state is not None  # `matches_model` is false for such attentions
         module: Any = model.get_submodule(self.path)
         query, key, value, weights = (
-            part.to(error.dtype) for part in (state.query, state.key, state.value, state.weights)
+            part.to(gradient.dtype) for part in (state.query, state.key, state.value, state.weights)
         )
-        errors = list(attention(query, key, value, weights, module.scaling, _heads(error, module.head_dim)))
-        sharing = state.query.shape[1] // state.raw[1].shape[1]  # heads with one key: their errors are added up
-        errors[1:] = [part.unflatten(1, (-1, sharing)).sum(2) for part in errors[1:]]
-        if state.turn is not None:
-            cos, sin = (part.to(error.dtype) for part in state.turn)
-            errors[:2] = [apply_rotary(part, cos, -sin) for part in errors[:2]]
-        for index, name in enumerate(("q_norm", "k_norm")):
-            norm = getattr(module, name, None)
+        by_output = _split_heads(gradient, module.head_dim)
+        gradients = list(softmax_attention_vjp(query, key, value, weights, module.scaling, by_output))
+        gradients[1:] = [part.unflatten(1, (-1, state.sharing)).sum(2) for part in gradients[1:]]
+        if state.rotary is not None:
+            cos, sin = (part.to(gradient.dtype) for part in state.rotary)
+            gradients[:2] = [apply_rotary(part, cos, -sin) for part in gradients[:2]]
+        for index, norm in enumerate(_query_and_key_norms(module)):
             if norm is not None:
-                before = norm_vjp(norm, state.raw[index], state.normed[index], errors[index])
-                assert before is not None  # or `holds` had been false
-                errors[index] = before
-        flat = [part.transpose(1, 2).flatten(2) for part in errors]
+                by_input = norm_vjp(norm, state.projected[index], state.normed[index], gradients[index])
+                assert by_input is not None  # or there were no state
+                gradients[index] = by_input
+        flat = [part.transpose(1, 2).flatten(2) for part in gradients]
         return [torch.cat(flat, dim=-1)] if len(self.inputs) == 1 else flat
 
-    def state(self, model: nn.Module, trace: ActivationRecorder, positions: int | None) -> State | None:
-        """At so many positions, or all; None if something is unusual."""
+    def state(
+        self, model: nn.Module, recorder: ActivationRecorder, positions: int | None = None
+    ) -> AttentionState | None:
+        """Recompute the attention at its first `positions`; None if it is of an unknown kind."""
         module: Any = model.get_submodule(self.path)
-        given = trace.arguments.get(self.path, {})
-        outputs = [trace.outputs[path][:, :positions] for path in self.inputs]
+        outputs = [recorder.outputs[path][:, :positions] for path in self.inputs]
         parts = outputs if len(outputs) == 3 else list(outputs[0].chunk(3, dim=-1))
         if any(part.shape[-1] % module.head_dim for part in parts):
             return None
         if getattr(module, "attn_logit_softcapping", None) is not None:  # too weak to show where logits are small
             return None
-        *raw, value = (_heads(part, module.head_dim) for part in parts)
-        normed = list(raw)
-        for index, name in enumerate(("q_norm", "k_norm")):
-            norm = getattr(module, name, None)
+        *projected, value = (_split_heads(part, module.head_dim) for part in parts)
+        normed = list(projected)
+        for index, norm in enumerate(_query_and_key_norms(module)):
             if norm is not None:
                 gain = norm_gain(norm)
-                if gain is None or len(gain) != module.head_dim:  # others take all heads together, as OLMo 2's do
+                if gain is None or len(gain) != module.head_dim:  # OLMo 2's norms span all heads
                     return None
-                normed[index] = norm(raw[index])
-                if identify_norm(norm, raw[index], normed[index]) is None:
+                normed[index] = norm(projected[index])
+                if identify_norm(norm, projected[index], normed[index]) is None:
                     return None
-        query, key, turn = *normed, given.get("position_embeddings")
-        if turn is not None:
-            if any(part.ndim != 3 for part in turn):
+        query, key = normed
+        kwargs = recorder.kwargs.get(self.path, {})
+        rotary = kwargs.get("position_embeddings")
+        if rotary is not None:
+            if any(part.ndim != 3 for part in rotary):
                 return None
-            cos, sin = (part[:, :positions].unsqueeze(1) for part in turn)
+            cos, sin = (part[:, :positions].unsqueeze(1) for part in rotary)
             if cos.shape[-1] != query.shape[-1]:
                 return None
-            query, key, turn = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin), (cos, sin)
+            query, key, rotary = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin), (cos, sin)
         sharing = query.shape[1] // key.shape[1]
         key, value = (part.repeat_interleave(sharing, dim=1) for part in (key, value))
-        mask = given.get("attention_mask")
-        if mask is not None:
-            if not isinstance(mask, Tensor) or mask.ndim != 4:
-                return None
-            mask = mask[..., : query.shape[2], : query.shape[2]]
-        weights = attention_weights(query, key, float(module.scaling), mask)
-        return State(query, key, value, raw, normed, turn, weights)
-
-
-def _heads(x: Tensor, size: int) -> Tensor:
-    """(rows, heads, positions, size) of (rows, positions, heads * size)."""
-    return x.unflatten(-1, (-1, size)).transpose(1, 2)
+        mask = kwargs.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 4):
+            return None
+        weights = attention_weights(query, key, float(module.scaling), _cropped(mask, query.shape[2]))
+        return AttentionState(query, key, value, projected, normed, rotary, weights)
 
 
 class AttentionJVP:
-    """An attention where a batch passes it.
+    """Tangents of an attention's core in one recorded pass.
 
-    With weights p = softmax(s), s = q k^T / sqrt(size): dp = p (ds - sum(p ds)), and the output moves by dp v + p dv.
-    Heads that share a key are kept together, so that it is not repeated for each of them.
+    Heads that share a key are kept together, so that the key is not repeated for each of them.
 
     Raises:
-        UnsupportedError: it computes something else than softmax attention.
+        UnsupportedError: the attention is of an unknown kind.
     """
 
-    def __init__(self, block: Attention, model: nn.Module, seen: ActivationRecorder, dtype: torch.dtype):
-        state = block.state(model, seen, None)
+    def __init__(self, block: Attention, model: nn.Module, recorder: ActivationRecorder, dtype: torch.dtype):
+        state = block.state(model, recorder)
         if state is None:
-            raise UnsupportedError(f"{block.path} is an attention that is not written out")
+            raise UnsupportedError(f"{block.path} is an attention for which there is no analytic JVP")
         module = model.get_submodule(block.path)
         self._dtype, self._scaling = dtype, float(module.scaling)  # type: ignore[arg-type]
-        self._groups = state.raw[1].shape[1]
-        sharing = state.query.shape[1] // self._groups
-        self._query, self._key, self._value = state.query, state.key[:, ::sharing], state.value[:, ::sharing]
-        mask = seen.arguments.get(block.path, {}).get("attention_mask")
-        self._mask = None if mask is None else mask[..., : self._query.shape[2], : self._key.shape[2]]
-        self._turn = None
-        if state.turn is not None:
-            cos, sin = (part.squeeze(1).unsqueeze(2) for part in state.turn)  # (rows, positions, 1, size)
-            self._turn = cos.to(dtype), sin.to(dtype)
+        self._groups, self._sharing = state.groups, state.sharing
+        self._query, self._key, self._value = (
+            state.query,
+            state.key[:, :: state.sharing],
+            state.value[:, :: state.sharing],
+        )
+        self._mask = _cropped(recorder.kwargs.get(block.path, {}).get("attention_mask"), state.query.shape[2])
+        self._rotary = None
+        if state.rotary is not None:
+            cos, sin = (part.squeeze(1).unsqueeze(2) for part in state.rotary)  # (rows, positions, 1, size)
+            self._rotary = cos.to(dtype), sin.to(dtype)
         self._norms = [
-            Norm(f"{block.path}.{name}", getattr(module, name), state.raw[index].transpose(1, 2),
-                 state.normed[index].transpose(1, 2)) if getattr(module, name, None) is not None else None
-            for index, name in enumerate(("q_norm", "k_norm"))
-        ]  # fmt: skip
+            None if norm is None else NormJVP(f"{block.path}.{name}", norm, x.transpose(1, 2), y.transpose(1, 2))
+            for name, norm, x, y in zip(
+                ("q_norm", "k_norm"), _query_and_key_norms(module), state.projected, state.normed, strict=True
+            )
+        ]
 
     def _weights(self) -> Tensor:
-        """(rows, heads, positions, positions looked at); not kept, as it is the largest of all."""
-        sharing = self._query.shape[1] // self._groups
-        return attention_weights(self._query, self._key.repeat_interleave(sharing, 1), self._scaling, self._mask)
+        """Recompute the weights (rows, heads, positions, positions), which are too large to be kept."""
+        return attention_weights(self._query, self._key.repeat_interleave(self._sharing, 1), self._scaling, self._mask)
 
-    def holds(self, inner: Tensor) -> bool:
-        """Whether what is written out is what the model handed to its output projection."""
-        sharing = self._query.shape[1] // self._groups
-        own = self._weights().to(self._value.dtype) @ self._value.repeat_interleave(sharing, 1)
-        return same(own.transpose(1, 2).flatten(2), inner)
-
-    def push(self, moved: list[Tensor | None]) -> Tensor | None:
-        """Tangents (k, rows, positions, size) before the output projection; see `MLPJVP`."""
-        if len(moved) == 1:
-            moved = [None] * 3 if moved[0] is None else list(moved[0].chunk(3, dim=-1))
-        query, key, value = (self._meeting(part, index) for index, part in enumerate(moved))
-        if query is None and key is None and value is None:
+    def jvp(self, tangents: list[Tensor | None]) -> Tensor | None:
+        """Return tangents of the core's output; see `MLPJVP.jvp`."""
+        if len(tangents) == 1:
+            tangents = [None] * 3 if tangents[0] is None else list(tangents[0].chunk(3, dim=-1))
+        query_tangents, key_tangents, value_tangents = (self._grouped(part, i) for i, part in enumerate(tangents))
+        if query_tangents is None and key_tangents is None and value_tangents is None:
             return None
-        own_query, own_key, own_value, weights = (
+        query, key, value, weights = (
             part.unflatten(1, (self._groups, -1)).flatten(2, 3).flatten(0, 1).to(self._dtype)
             for part in (self._query, self._key, self._value, self._weights())
         )  # (rows * groups, positions of all heads that share, size)
-        sharing = self._query.shape[1] // self._groups
         result = None
-        if query is not None or key is not None:
-            change = self._logits(query, key, own_query, own_key).mul_(self._scaling)
+        if query_tangents is not None or key_tangents is not None:
+            change = self._logit_tangents(query, key, query_tangents, key_tangents).mul_(self._scaling)
             change.mul_(weights.unsqueeze(1))
             change.addcmul_(weights.unsqueeze(1), change.sum(-1, keepdim=True), value=-1.0)
-            result = torch.bmm(change.flatten(1, 2), own_value).unflatten(1, (change.shape[1], -1))
-        if value is not None:
-            other = torch.matmul(weights.unsqueeze(1), value)
-            result = other if result is None else result.add_(other)
+            result = torch.bmm(change.flatten(1, 2), value).unflatten(1, (change.shape[1], -1))
+        if value_tangents is not None:
+            by_value = torch.matmul(weights.unsqueeze(1), value_tangents)
+            result = by_value if result is None else result.add_(by_value)
         assert result is not None
-        return self._flat(result, sharing)
+        return self._ungrouped(result)
 
-    def _meeting(self, part: Tensor | None, index: int) -> Tensor | None:
-        """(rows * groups, k, positions of the heads that share, size) of a projection's (k, rows, positions, out)."""
-        if part is None:
+    def _grouped(self, tangents: Tensor | None, index: int) -> Tensor | None:
+        """Turn a projection's (k, rows, positions, out) into (rows * groups, k, positions of sharing heads, size).
+
+        Norms and rotary positions are applied to queries (`index` 0) and keys (1).
+        """
+        if tangents is None:
             return None
-        size = self._query.shape[-1]
-        heads = part.unflatten(-1, (-1, size))
+        heads = tangents.unflatten(-1, (-1, self._query.shape[-1]))
         norm = self._norms[index] if index < 2 else None
         if norm is not None:
-            heads = norm.push(heads)
-        if index < 2 and self._turn is not None:
-            heads = _turned(heads, *self._turn)
+            heads = norm.jvp(heads)
+        if index < 2 and self._rotary is not None:
+            heads = _rotate_tangents(heads, *self._rotary)
         grouped = heads.unflatten(-2, (self._groups, -1))  # (k, rows, positions, groups, sharing, size)
         return grouped.permute(1, 3, 0, 4, 2, 5).flatten(3, 4).flatten(0, 1)
 
-    def _logits(self, query: Tensor | None, key: Tensor | None, own_query: Tensor, own_key: Tensor) -> Tensor:
-        """(rows * groups, k, positions of the heads that share, positions): tangents of q k^T."""
+    @staticmethod
+    def _logit_tangents(
+        query: Tensor, key: Tensor, query_tangents: Tensor | None, key_tangents: Tensor | None
+    ) -> Tensor:
+        """Return tangents of q k^T, (rows * groups, k, positions of sharing heads, positions)."""
         result = None
-        if query is not None:
-            result = torch.bmm(query.flatten(1, 2), own_key.mT).unflatten(1, (query.shape[1], -1))
-        if key is not None:
-            other = torch.matmul(own_query.unsqueeze(1), key.mT)
-            result = other if result is None else result.add_(other)
+        if query_tangents is not None:
+            result = torch.bmm(query_tangents.flatten(1, 2), key.mT).unflatten(1, (query_tangents.shape[1], -1))
+        if key_tangents is not None:
+            by_key = torch.matmul(query.unsqueeze(1), key_tangents.mT)
+            result = by_key if result is None else result.add_(by_key)
         assert result is not None
         return result
 
-    def _flat(self, result: Tensor, sharing: int) -> Tensor:
-        """(k, rows, positions, heads * size) of (rows * groups, k, positions of the heads that share, size)."""
-        heads = result.unflatten(0, (-1, self._groups)).unflatten(3, (sharing, -1))
+    def _ungrouped(self, tangents: Tensor) -> Tensor:
+        """Turn (rows * groups, k, positions of sharing heads, size) into (k, rows, positions, heads * size)."""
+        heads = tangents.unflatten(0, (-1, self._groups)).unflatten(3, (self._sharing, -1))
         return heads.permute(2, 0, 4, 1, 3, 5).flatten(3, 5)
 
 
-def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on (k, rows, positions, heads, size)."""
+def _query_and_key_norms(attention: nn.Module) -> list[nn.Module | None]:
+    return [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+
+
+def _split_heads(x: Tensor, size: int) -> Tensor:
+    """Turn (rows, positions, heads * size) into (rows, heads, positions, size)."""
+    return x.unflatten(-1, (-1, size)).transpose(1, 2)
+
+
+def _cropped(mask: Tensor | None, positions: int) -> Tensor | None:
+    """Return the first positions of a mask (rows, heads, positions, positions)."""
+    return None if mask is None else mask[..., :positions, :positions]
+
+
+def _rotate_tangents(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary positions to (k, rows, positions, heads, size)."""
     half = heads.shape[-1] // 2
     result = heads * cos
     result[..., :half].addcmul_(heads[..., half:], sin[..., :half], value=-1.0)

@@ -1,32 +1,24 @@
-"""How far what is written out may be from what a model computed."""
+"""Blocks of a decoder layer, attention or MLP: what their VJPs have in common."""
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..models.lora import linear_vjp
+from ..models.lora import linear_layout
 from .activations import ActivationRecorder
+from .comparison import nearly_equal
+from .linear import linear_vjp
 
 
-_FULL, _HALF = 1e-3, 3e-2  # relative, at each position; in half precision
-
-
-def same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors (..., d) are equal up to rounding wherever one looks."""
-    if one.shape != other.shape:
-        return False
-    full = all(part.dtype in (torch.float32, torch.float64) for part in (one, other))
-    return bool(((one - other).norm(dim=-1) <= (_FULL if full else _HALF) * other.norm(dim=-1)).all())
+__all__ = ["Block"]
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block whose inputs' errors follow from the error at its end.
+    """Projections from the residual stream, a function of their outputs (the core), and a projection back.
 
     Attributes:
-        path (`str`): of the module.
+        path (`str`): path of the module.
         inputs (`tuple[str, ...]`): paths of the projections into the block.
         output (`str`): path of the projection back to the residual stream.
     """
@@ -35,27 +27,31 @@ class Block:
     inputs: tuple[str, ...]
     output: str
 
-    def inner(self, model: nn.Module, trace: ActivationRecorder) -> Tensor | None:
-        """What goes into the output projection, written out; None where that cannot be said."""
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Paths of all projections."""
+        return (*self.inputs, self.output)
+
+    def core(self, model: nn.Module, recorder: ActivationRecorder) -> Tensor | None:
+        """Recompute the core's output, the input of the output projection; None if the core is of an unknown kind."""
         raise NotImplementedError
 
-    def pull(self, model: nn.Module, trace: ActivationRecorder, error: Tensor) -> list[Tensor]:
-        """Errors at the outputs of `inputs`, from the error before the output projection."""
+    def core_vjp(self, model: nn.Module, recorder: ActivationRecorder, gradient: Tensor) -> list[Tensor]:
+        """Turn the gradient by the core's output into those by the outputs of the input projections."""
         raise NotImplementedError
 
-    def holds(self, model: nn.Module, trace: ActivationRecorder) -> bool:
-        """Whether the block, written out, is what the model computed, at every position."""
-        seen = trace.inputs[self.output]
-        layer: Any = model.get_submodule(self.output)
-        base = getattr(layer, "base_layer", layer)
-        width = base.weight.shape[0] if isinstance(base, nn.Linear) else getattr(base, "nf", 1)
-        if linear_vjp(layer, seen.new_zeros(1, width)) is None:
+    def matches_model(self, model: nn.Module, recorder: ActivationRecorder) -> bool:
+        """Return whether the block computes what the model computed, at every position."""
+        if linear_layout(model.get_submodule(self.output)) is None:
             return False
-        inner = self.inner(model, trace)
-        return inner is not None and same(inner.to(seen.dtype), seen)
+        recorded, recomputed = recorder.inputs[self.output], self.core(model, recorder)
+        return recomputed is not None and nearly_equal(recomputed.to(recorded.dtype), recorded)
 
-    def errors(self, model: nn.Module, trace: ActivationRecorder, error: Tensor) -> dict[str, Tensor]:
-        """Path of each input -> error (rows, positions, out) at its output, from the error at the block's end."""
-        inner = linear_vjp(model.get_submodule(self.output), error)
-        assert inner is not None  # or `holds` had been false
-        return dict(zip(self.inputs, self.pull(model, trace, inner), strict=True))
+    def vjp(self, model: nn.Module, recorder: ActivationRecorder, gradient: Tensor) -> dict[str, Tensor]:
+        """Turn the gradient by the block's output into those by its input projections' outputs, keyed by their paths.
+
+        All are (rows, positions, out), with as many positions as `gradient`.
+        """
+        inner = linear_vjp(model.get_submodule(self.output), gradient)
+        assert inner is not None  # `matches_model` is false for such layers
+        return dict(zip(self.inputs, self.core_vjp(model, recorder, inner), strict=True))

@@ -1,4 +1,4 @@
-"""Attentions and MLPs, found by their layers' names, written out, and checked against what the model computes."""
+"""Decoder layers of GPT-2, and of Llama and its descendants: found by names, checked by values, and their JVP."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -7,40 +7,45 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from .activations import ActivationRecorder
+from .activations import ActivationRecorder, NormCall
 from .attention import Attention, AttentionJVP
 from .block import Block
+from .comparison import identical
 from .linear import LinearJVPs
 from .mlp import MLP, MLPJVP
-from .norm import Norm, norm_gain
-from .sensitivity import sensitivity_inputs
+from .norm import NormJVP, norm_gain
+from .sensitivity import record_amplified
+
+
+__all__ = ["DecoderLayer", "DecoderLayerJVP", "check_chain", "decoder_layers", "find_blocks"]
+
+# Names of a block's input projections and output projection; of an MLP also of its activation.
+_ATTENTIONS = ((("q_proj", "k_proj", "v_proj"), "o_proj"), (("c_attn",), "c_proj"))
+_MLPS = ((("gate_proj", "up_proj"), "down_proj", "act_fn"), (("c_fc",), "c_proj", "act"))
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
-    """Attentions and MLPs whose layers are called as those of GPT-2, or of Llama and its descendants."""
-    found: list[Block] = []
+    """Return the attentions and MLPs whose layers have the names of GPT-2's or Llama's, in order."""
+    blocks: list[Block] = []
     inputs: tuple[str, ...]
     for path, module in model.named_modules():
         children = {name for name, _ in module.named_children()}
-        for inputs, output in ((("q_proj", "k_proj", "v_proj"), "o_proj"), (("c_attn",), "c_proj")):
+        for inputs, output in _ATTENTIONS:
             if {*inputs, output} <= children and hasattr(module, "head_dim") and hasattr(module, "scaling"):
-                found.append(Attention(path, tuple(f"{path}.{name}" for name in inputs), f"{path}.{output}"))
-        for inputs, output, activation in (
-            (("gate_proj", "up_proj"), "down_proj", "act_fn"),
-            (("c_fc",), "c_proj", "act"),
-        ):
-            if {*inputs, output} <= children and callable(getattr(module, activation, None)):
-                paths = tuple(f"{path}.{name}" for name in inputs)
-                found.append(MLP(path, paths, f"{path}.{output}", getattr(module, activation)))
-    return found
+                blocks.append(Attention(path, tuple(f"{path}.{name}" for name in inputs), f"{path}.{output}"))
+        for inputs, output, name in _MLPS:
+            activation = getattr(module, name, None)
+            if {*inputs, output} <= children and callable(activation):
+                blocks.append(MLP(path, tuple(f"{path}.{name}" for name in inputs), f"{path}.{output}", activation))
+    return blocks
 
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """x + attention(norm(x)), and x + mlp(norm(x)) on that; norms behind attention and MLP too, or not.
+    """A layer x + attention(norm(x)), then x + mlp(norm(x)); norms after attention and MLP are optional.
 
     Attributes:
-        path (`str`): of the module.
+        path (`str`): path of the module.
         blocks (`tuple[Attention, MLP]`): in this order.
         norms (`tuple[str, ...]`): paths of its norms.
     """
@@ -52,137 +57,151 @@ class DecoderLayer:
     @property
     def linears(self) -> list[str]:
         """Paths of its linear layers."""
-        return [path for block in self.blocks for path in (*block.inputs, block.output)]
+        return [path for block in self.blocks for path in block.linears]
 
     @property
-    def watched(self) -> list[str]:
-        """Paths of what is to be seen of it."""
+    def recorded_paths(self) -> list[str]:
+        """Paths of all layers that an `ActivationRecorder` must record."""
         return [*self.linears, *self.norms, self.path]
 
 
 def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
-    """Decoder layers of GPT-2, or of Llama and its descendants, in the order of the model's modules."""
-    homes: dict[str, list[Block]] = {}
+    """Return the decoder layers, modules with one attention and one MLP, in the order of the model's modules."""
+    blocks_by_layer: dict[str, list[Block]] = {}
     for block in find_blocks(model):
-        homes.setdefault(block.path.rpartition(".")[0], []).append(block)
-    found = []
-    for path, blocks in homes.items():
+        blocks_by_layer.setdefault(block.path.rpartition(".")[0], []).append(block)
+    layers = []
+    for path, blocks in blocks_by_layer.items():
         attentions = [block for block in blocks if isinstance(block, Attention)]
         mlps = [block for block in blocks if isinstance(block, MLP)]
         if len(attentions) == 1 and len(mlps) == 1:
             children = model.get_submodule(path).named_children()
             norms = tuple(f"{path}.{name}" for name, module in children if norm_gain(module) is not None)
-            found.append(DecoderLayer(path, (attentions[0], mlps[0]), norms))
-    return found
+            layers.append(DecoderLayer(path, (attentions[0], mlps[0]), norms))
+    return layers
 
 
-class _Half:
-    """Attention or MLP with its norms, where a batch passes it; adds to the residual stream."""
+class _SublayerJVP:
+    """Tangents of one half of a decoder layer: attention or MLP with its norms, added to the residual stream.
+
+    Attributes:
+        start, end (`Tensor`): the residual stream before it and, recomputed, after it.
+    """
 
     def __init__(
-        self, model: nn.Module, layer: DecoderLayer, block: Block, seen: ActivationRecorder, linears: LinearJVPs
+        self, model: nn.Module, layer: DecoderLayer, block: Block, recorder: ActivationRecorder, linears: LinearJVPs
     ):
-        self.block, self._linears = block, linears
-        for path in (*block.inputs, block.output):
-            linears.check(path)
-            linears.compare(path, seen.inputs[path], seen.outputs[path])
-        before, *others = (seen.inputs[path] for path in block.inputs)
-        if not all(_identical(other, before) for other in others):
-            raise UnsupportedError(f"the projections into {block.path} start from different places")
-        starts = [path for path in layer.norms if _identical(seen.outputs[path], before)]
-        if not starts:
+        self._block, self._linears = block, linears
+        inputs, outputs = recorder.inputs, recorder.outputs
+        for path in block.linears:
+            linears.check(path, inputs[path], outputs[path])
+        block_input, *others = (inputs[path] for path in block.inputs)
+        if not all(identical(other, block_input) for other in others):
+            raise UnsupportedError(f"the projections into {block.path} have different inputs")
+        before = [path for path in layer.norms if identical(outputs[path], block_input)]
+        if not before:
             raise UnsupportedError(f"there is no norm before {block.path}")
-        norm = starts[0]
-        self.start = seen.inputs[norm]
-        self._norm = Norm(norm, model.get_submodule(norm), self.start, seen.outputs[norm])
-        self._inputs = {
-            path: seen.inputs[path] for path in (*block.inputs, block.output) if path in linears.responding
-        }
-        end = seen.outputs[block.output]
-        behind = [path for path in layer.norms if _identical(seen.inputs[path], end)]
-        self._after = None
-        if behind:
-            self._after = Norm(behind[0], model.get_submodule(behind[0]), end, seen.outputs[behind[0]])
-            end = seen.outputs[behind[0]]
-        self.end = self.start + end
-        self._point: MLPJVP | AttentionJVP
-        if isinstance(block, MLP):
-            self._point, holds = MLPJVP(block, seen, linears.dtype), block.holds(model, seen)
-        else:
-            assert isinstance(block, Attention)
-            self._point = AttentionJVP(block, model, seen, linears.dtype)
-            holds = self._point.holds(seen.inputs[block.output])
-            if holds:
-                loud = sensitivity_inputs(block, model, seen)
-                holds = AttentionJVP(block, model, loud, linears.dtype).holds(loud.inputs[block.output])
-        if not holds:
-            raise UnsupportedError(f"{block.path} computes something else than is written out")
+        self.start = inputs[before[0]]
+        self._norm_before = _norm_jvp(model, before[0], recorder)
+        self._tracked_inputs = {path: inputs[path] for path in block.linears if path in linears.tracked_paths}
+        block_output = outputs[block.output]
+        after = [path for path in layer.norms if identical(inputs[path], block_output)]
+        self._norm_after = _norm_jvp(model, after[0], recorder) if after else None
+        self.end = self.start + (outputs[after[0]] if after else block_output)
+        self._core = _core_jvp(model, block, recorder, linears.dtype)
 
-    def push(self, moved: Tensor | None, tangents: list[Tensor]) -> Tensor | None:
-        """Tangents (k, rows, positions, d) of the residual stream behind it; those before it are overwritten."""
-        inner = None if moved is None else self._norm.push(moved)
-        if inner is not None:
-            inner = inner.to(self._linears.dtype)
-        parts = [self._linears.push(path, self._inputs.get(path), inner, tangents) for path in self.block.inputs]
-        inner = self._point.push(parts)
-        output = self.block.output
-        change = self._linears.push(output, self._inputs.get(output), inner, tangents)
-        if change is not None and self._after is not None:
-            change = self._after.push(change)
+    def jvp(self, tangents: Tensor | None, weight_tangents: list[Tensor]) -> Tensor | None:
+        """Return tangents (k, rows, positions, d) of the residual stream after it; those before it are overwritten."""
+        inner = None if tangents is None else self._norm_before.jvp(tangents).to(self._linears.dtype)
+        inner = self._core.jvp([self._linear_jvp(path, inner, weight_tangents) for path in self._block.inputs])
+        change = self._linear_jvp(self._block.output, inner, weight_tangents)
         if change is None:
-            return moved
-        return _wide(change) if moved is None else moved.add_(change)
+            return tangents
+        if self._norm_after is not None:
+            change = self._norm_after.jvp(change)
+        if tangents is not None:
+            return tangents.add_(change)
+        return change if change.dtype == torch.float64 else change.float()  # it is summed up over all layers
+
+    def _linear_jvp(self, path: str, tangents: Tensor | None, weight_tangents: list[Tensor]) -> Tensor | None:
+        return self._linears.jvp(path, self._tracked_inputs.get(path), tangents, weight_tangents)
+
+
+def _norm_jvp(model: nn.Module, path: str, recorder: ActivationRecorder) -> NormJVP:
+    return NormJVP(path, model.get_submodule(path), recorder.inputs[path], recorder.outputs[path])
+
+
+def _core_jvp(
+    model: nn.Module, block: Block, recorder: ActivationRecorder, dtype: torch.dtype
+) -> AttentionJVP | MLPJVP:
+    """Return the JVP of a block's core, after a check that the core computes what the model computed.
+
+    Raises:
+        UnsupportedError: it does not.
+    """
+    core: AttentionJVP | MLPJVP
+    if isinstance(block, Attention):
+        core = AttentionJVP(block, model, recorder, dtype)
+    else:
+        assert isinstance(block, MLP)
+        core = MLPJVP(block, recorder, dtype)
+    matches = block.matches_model(model, recorder)
+    if matches and isinstance(block, Attention):
+        matches = block.matches_model(model, record_amplified(block, model, recorder))
+    if not matches:
+        raise UnsupportedError(f"{block.path} does not compute what its analytic form computes")
+    return core
 
 
 class DecoderLayerJVP:
-    """A layer where a batch passes it.
+    """Tangents of a decoder layer in one recorded pass.
 
     Raises:
-        UnsupportedError: the model computes something else than is written out.
+        UnsupportedError: the layer does not compute what its analytic form computes.
     """
 
-    def __init__(self, model: nn.Module, layer: DecoderLayer, seen: ActivationRecorder, linears: LinearJVPs):
-        self._halves = [_Half(model, layer, block, seen, linears) for block in layer.blocks]
-        first, second = self._halves
-        stations = (
-            (first.start, seen.inputs[layer.path]), (second.start, first.end), (seen.outputs[layer.path], second.end)
+    def __init__(self, model: nn.Module, layer: DecoderLayer, recorder: ActivationRecorder, linears: LinearJVPs):
+        self._sublayers = [_SublayerJVP(model, layer, block, recorder, linears) for block in layer.blocks]
+        first, second = self._sublayers
+        residuals = (
+            (first.start, recorder.inputs[layer.path]), (second.start, first.end),
+            (recorder.outputs[layer.path], second.end),
         )  # fmt: skip
-        if not all(_identical(*station) for station in stations):
-            raise UnsupportedError(f"{layer.path} adds up its blocks in another way than is written out")
-        for half in self._halves:
-            del half.start, half.end
+        if not all(identical(*pair) for pair in residuals):
+            raise UnsupportedError(f"{layer.path} does not add its blocks to the residual stream one after the other")
+        for sublayer in self._sublayers:
+            del sublayer.start, sublayer.end
 
-    def push(self, moved: Tensor | None, tangents: list[Tensor]) -> Tensor | None:
-        """Tangents (k, rows, positions, d) behind the layer, from those before it, which are overwritten."""
-        for half in self._halves:
-            moved = half.push(moved, tangents)
-        return moved
+    def jvp(self, tangents: Tensor | None, weight_tangents: list[Tensor]) -> Tensor | None:
+        """Return tangents (k, rows, positions, d) of the layer's output; those of its input are overwritten.
 
-
-def _wide(tensor: Tensor) -> Tensor:
-    """float32 or float64: the residual stream is summed up over all layers."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _identical(one: Tensor, other: Tensor) -> bool:
-    """Equal to the bit: beside a residual stream with a few huge numbers, all else would pass for rounding."""
-    return one is other or (one.dtype == other.dtype and torch.equal(one, other))
+        Args:
+            tangents (`Tensor`, *optional*): tangents of the input; None if it does not move.
+            weight_tangents (`list[Tensor]`): (k, *shape) tangents of all tracked weights.
+        """
+        for sublayer in self._sublayers:
+            tangents = sublayer.jvp(tangents, weight_tangents)
+        return tangents
 
 
-def check_chain(
-    layers: list[DecoderLayer], seen: ActivationRecorder, norms: list[tuple[nn.Module, Tensor, Tensor]], hidden: Tensor
-) -> None:
-    """Refuse a model that does something between its layers, or between them and its output layer, or leaves some out.
+def check_chain(layers: list[DecoderLayer], recorder: ActivationRecorder) -> NormCall:
+    """Check that nothing lies between the layers, and one norm, which is returned, between them and the output layer.
 
     Raises:
-        UnsupportedError: says where.
+        UnsupportedError: the message names the layer.
     """
-    unused = [path for layer in layers for path in layer.watched if path not in seen.outputs]
+    unused = [path for layer in layers for path in layer.recorded_paths if path not in recorder.outputs]
     if unused:
-        raise UnsupportedError(f"{unused[0]} takes no part in this pass")
+        raise UnsupportedError(f"{unused[0]} takes no part in the forward pass")
     for before, after in pairwise(layers):
-        if seen.outputs[before.path] is not seen.inputs[after.path]:
-            raise UnsupportedError(f"{after.path} does not begin where {before.path} ends")
-    last = seen.outputs[layers[-1].path]
-    if not norms or norms[-1][1] is not last or not torch.equal(norms[-1][2][:, -hidden.shape[1] :], hidden):
-        raise UnsupportedError("between the last layer and the output layer is something else than a norm")
+        if recorder.outputs[before.path] is not recorder.inputs[after.path]:
+            raise UnsupportedError(f"the input of {after.path} is not the output of {before.path}")
+    norm, hidden = recorder.last_norm, recorder.hidden
+    assert hidden is not None
+    if (
+        norm is None
+        or norm.input is not recorder.outputs[layers[-1].path]
+        or not torch.equal(norm.output[:, -hidden.shape[1] :], hidden)
+    ):
+        raise UnsupportedError("between the last layer and the output layer there is not exactly one norm")
+    return norm

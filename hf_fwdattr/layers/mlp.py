@@ -1,8 +1,4 @@
-"""Derivatives of single building blocks, written out: what an error at a block's end means at its beginning.
-
-Each is local to one block and needs only what a forward pass computed; no graph is built and nothing is chained
-through the layers.
-"""
+"""MLPs, gated or not: their VJP and JVP."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,46 +11,51 @@ from .activations import ActivationRecorder
 from .block import Block
 
 
-def slope(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Derivative of an elementwise function, by forward mode."""
+__all__ = ["MLP", "MLPJVP", "elementwise_derivative"]
+
+
+def elementwise_derivative(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Differentiate an elementwise function at every entry of `x`, by forward mode."""
     return jvp(function, (x,), (torch.ones_like(x),))[1]
 
 
 @dataclass(frozen=True)
 class MLP(Block):
-    """act(gate) * up, or act(in)."""
+    """MLP whose core is activation(gate) * up, or activation(in) with a single input projection."""
 
     activation: Callable[[Tensor], Tensor]
 
-    def inner(self, model: nn.Module, trace: ActivationRecorder) -> Tensor | None:
-        opened = self.activation(trace.outputs[self.inputs[0]])
-        return opened if len(self.inputs) == 1 else opened * trace.outputs[self.inputs[1]]
+    def core(self, model: nn.Module, recorder: ActivationRecorder) -> Tensor | None:
+        gate, *up = (recorder.outputs[path] for path in self.inputs)
+        return self.activation(gate) * up[0] if up else self.activation(gate)
 
-    def pull(self, model: nn.Module, trace: ActivationRecorder, error: Tensor) -> list[Tensor]:
-        outputs = [trace.outputs[path][:, : error.shape[1]].to(error.dtype) for path in self.inputs]
-        opening = slope(self.activation, outputs[0])
-        if len(outputs) == 1:
-            return [error * opening]
-        return [error * outputs[1] * opening, error * self.activation(outputs[0])]
+    def core_vjp(self, model: nn.Module, recorder: ActivationRecorder, gradient: Tensor) -> list[Tensor]:
+        gate, *up = (recorder.outputs[path][:, : gradient.shape[1]].to(gradient.dtype) for path in self.inputs)
+        derivative = elementwise_derivative(self.activation, gate)
+        if not up:
+            return [gradient * derivative]
+        return [gradient * up[0] * derivative, gradient * self.activation(gate)]
 
 
 class MLPJVP:
-    """An MLP where a batch passes it: act(gate) * up, or act(in)."""
+    """Tangents of an MLP's core in one recorded pass; products in `dtype`."""
 
-    def __init__(self, block: MLP, seen: ActivationRecorder, dtype: torch.dtype):
-        gate, *up = (seen.outputs[path] for path in block.inputs)
-        slopes = [slope(block.activation, gate)]
+    def __init__(self, block: MLP, recorder: ActivationRecorder, dtype: torch.dtype):
+        gate, *up = (recorder.outputs[path] for path in block.inputs)
+        factors = [elementwise_derivative(block.activation, gate)]
         if up:
-            slopes = [slopes[0] * up[0], block.activation(gate)]
-        self._slopes = [factor.to(dtype) for factor in slopes]
+            factors = [factors[0] * up[0], block.activation(gate)]
+        self._factors = [factor.to(dtype) for factor in factors]
 
-    def push(self, moved: list[Tensor | None]) -> Tensor | None:
-        """Tangents (k, rows, positions, size) before the output projection, from those behind the input projections.
+    def jvp(self, tangents: list[Tensor | None]) -> Tensor | None:
+        """Return tangents (k, rows, positions, size) of the core's output; None if nothing moves.
 
-        Tangents that are handed over are overwritten.
+        Args:
+            tangents: one (k, rows, positions, out) per input projection, of its output, or None if that does not
+                move; they are overwritten.
         """
         result = None
-        for part, factor in zip(moved, self._slopes, strict=True):
-            if part is not None:
-                result = part.mul_(factor) if result is None else result.addcmul_(part, factor)
+        for tangent, factor in zip(tangents, self._factors, strict=True):
+            if tangent is not None:
+                result = tangent.mul_(factor) if result is None else result.addcmul_(tangent, factor)
         return result

@@ -1,10 +1,5 @@
-"""Derivatives of single building blocks, written out: what an error at a block's end means at its beginning.
+"""Layer norm and RMS norm: their VJP and JVP, after a check that the model's norm computes one of them."""
 
-Each is local to one block and needs only what a forward pass computed; no graph is built and nothing is chained
-through the layers.
-"""
-
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,109 +8,109 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError
 
 
-def layer_norm(x: Tensor, gain: Tensor, error: Tensor, eps: float) -> Tensor:
-    """Error before a layer norm, (..., d), from the one behind it; `x` is the norm's input."""
-    centred = x - x.mean(-1, keepdim=True)
-    scale = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-    unit, pull = centred * scale, error * gain
-    return scale * (pull - pull.mean(-1, keepdim=True) - unit * (pull * unit).mean(-1, keepdim=True))
-
-
-def rms_norm(x: Tensor, gain: Tensor, error: Tensor, eps: float) -> Tensor:
-    """The same for a norm that does not centre."""
-    scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-    unit, pull = x * scale, error * gain
-    return scale * (pull - unit * (pull * unit).mean(-1, keepdim=True))
+__all__ = ["NormForm", "NormJVP", "identify_norm", "norm_gain", "norm_vjp"]
 
 
 @dataclass(frozen=True)
-class Form:
-    """How a norm was computed.
+class NormForm:
+    """The function that a norm computes: gain * u with u = (x - mean) / s; RMS norms do not subtract the mean.
 
     Attributes:
-        pull (`Callable`): `layer_norm` or `rms_norm`, of `adjoint`.
-        gain (`Tensor`): (d,) what it multiplies with.
-        eps (`float`): what it adds to the mean square.
+        centred (`bool`): whether the mean is subtracted.
+        gain (`Tensor`): (d,).
+        eps (`float`): added to the mean square, whose root is s.
     """
 
-    pull: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    centred: bool
     gain: Tensor
     eps: float
 
+    def vjp(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """Turn a gradient (..., d) by the norm's output into the one by its input `x`."""
+        unit, inverse = self.normalize(x)
+        scaled = gradient * self.gain.to(gradient.dtype)
+        projection = (scaled * unit).mean(-1, keepdim=True)
+        if self.centred:
+            scaled = scaled - scaled.mean(-1, keepdim=True)
+        return inverse * (scaled - unit * projection)
 
-def identify_norm(module: nn.Module, x: Tensor, y: Tensor) -> Form | None:
-    """The form that makes `y` of `x`; None if the norm is another one, or none at all.
+    def normalize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return u, (..., d), and 1 / s, (..., 1)."""
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        inverse = (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return x * inverse, inverse
 
-    Whether it centres is told by its class: where the mean of `x` is small, values do not tell.
+
+def identify_norm(module: nn.Module, x: Tensor, y: Tensor) -> NormForm | None:
+    """Return the form that makes `y` of `x`; None if there is none.
+
+    Whether it centres follows from its class: values do not show it where the mean of `x` is small.
     """
-    gain, eps = norm_gain(module), _eps(module)
+    gain = norm_gain(module)
     if gain is None:
         return None
-    form = layer_norm if isinstance(module, nn.LayerNorm) else rms_norm
     wide = y.dtype if y.dtype == torch.float64 else torch.float32
-    x, gain, bias = x.to(wide), gain.to(wide), getattr(module, "bias", None)
+    gain, bias = gain.to(wide), getattr(module, "bias", None)
     expected = y.to(wide) - (0.0 if bias is None else bias.to(wide))
     tolerance = 1e-3 if y.dtype in (torch.float32, torch.float64) else 3e-2
-    centred = x - x.mean(-1, keepdim=True) if form is layer_norm else x
-    unit = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-    scales = gain, 1.0 + gain  # Gemma's gains are offsets from one
-    errors = [float((unit * scale - expected).norm()) for scale in scales]
+    # Gemma's gains are offsets from one.
+    forms = [NormForm(isinstance(module, nn.LayerNorm), scale, _eps(module)) for scale in (gain, 1.0 + gain)]
+    unit, _ = forms[0].normalize(x.to(wide))
+    errors = [float((unit * form.gain - expected).norm()) for form in forms]
     best = errors.index(min(errors))
-    return Form(form, scales[best], eps) if errors[best] <= tolerance * float(expected.norm()) else None
+    return forms[best] if errors[best] <= tolerance * float(expected.norm()) else None
 
 
-def norm_vjp(module: nn.Module, x: Tensor, y: Tensor, error: Tensor) -> Tensor | None:
-    """The error (rows, positions, ..., d) before a norm, from the one behind it; None if the norm is another one.
+def norm_vjp(module: nn.Module, x: Tensor, y: Tensor, gradient: Tensor) -> Tensor | None:
+    """Turn a gradient (rows, positions, ..., d) by a norm's output into the one by its input.
 
     Args:
-        x, y: what went into the norm and what came out of it; may have more positions than `error`.
+        x, y (`Tensor`): input and output of the norm, with as many positions as `gradient` or more.
+
+    Returns:
+        None if the module computes no norm of a known form.
     """
-    x, y = x[:, : error.shape[1]], y[:, : error.shape[1]]
+    x, y = x[:, : gradient.shape[1]], y[:, : gradient.shape[1]]
     form = identify_norm(module, x, y)
-    return None if form is None else form.pull(x.to(error.dtype), form.gain.to(error.dtype), error, form.eps)
+    return None if form is None else form.vjp(x.to(gradient.dtype), gradient)
 
 
 def norm_gain(module: nn.Module) -> Tensor | None:
-    """The gain of a layer norm or RMS norm."""
-    named = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+    """Return the gain of a layer norm or RMS norm; None for other modules."""
+    is_norm = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
     gain = getattr(module, "weight", None)
-    return gain.detach() if named and isinstance(gain, Tensor) and gain.ndim == 1 else None
+    return gain.detach() if is_norm and isinstance(gain, Tensor) and gain.ndim == 1 else None
 
 
 def _eps(module: nn.Module) -> float:
     return float(getattr(module, "eps", None) or getattr(module, "variance_epsilon", None) or 1e-6)
 
 
-class Norm:
-    """One norm where a batch passes it.
-
-    With u = (x - mean) / s, s the root of the mean square, the tangent is gain / s (dx - mean(dx) - u mean(u dx));
-    RMS norms do without the means of x and dx.
+class NormJVP:
+    """Tangents of one call of a norm: gain / s (dx - mean(dx) - u mean(u dx)), for RMS norms without mean(dx).
 
     Args:
-        x, y (`Tensor`): (..., d) what went into it and what came out.
+        x, y (`Tensor`): (..., d) input and output of the norm.
 
     Raises:
-        UnsupportedError: it computes something else.
+        UnsupportedError: `y` is not a norm of `x` of a known form.
     """
 
     def __init__(self, path: str, module: nn.Module, x: Tensor, y: Tensor):
         form = identify_norm(module, x, y)
         if form is None:
-            raise UnsupportedError(f"{path} is a {type(module).__name__}, which is not written out")
-        wide = x.to(form.gain.dtype)
-        self._centred = form.pull is layer_norm
-        if self._centred:
-            wide = wide - wide.mean(-1, keepdim=True)
-        inverse = (wide.square().mean(-1, keepdim=True) + form.eps).rsqrt()
-        self._unit, self._factor = (wide * inverse).flatten(0, -2), (inverse * form.gain).flatten(0, -2)
+            raise UnsupportedError(f"{path} is a {type(module).__name__}, for which there is no analytic JVP")
+        self._centred = form.centred
+        unit, inverse = form.normalize(x.to(form.gain.dtype))
+        self._unit, self._factor = unit.flatten(0, -2), (inverse * form.gain).flatten(0, -2)
 
-    def push(self, moved: Tensor) -> Tensor:
-        """Tangents (k, ..., d), in the type they come in."""
-        flat = moved.flatten(1, -2)
-        unit, factor = self._unit.to(moved.dtype), self._factor.to(moved.dtype)
-        along = torch.einsum("knd,nd->kn", flat, unit).unsqueeze(-1)
-        result = torch.addcmul(flat, unit, along, value=-1.0 / flat.shape[-1])
+    def jvp(self, tangents: Tensor) -> Tensor:
+        """Turn tangents (k, ..., d) of the input into those of the output, in their dtype."""
+        flat = tangents.flatten(1, -2)
+        unit, factor = self._unit.to(tangents.dtype), self._factor.to(tangents.dtype)
+        projection = torch.einsum("knd,nd->kn", flat, unit).unsqueeze(-1)
+        result = torch.addcmul(flat, unit, projection, value=-1.0 / flat.shape[-1])
         if self._centred:
             result -= flat.mean(-1, keepdim=True)
-        return result.mul_(factor).view(moved.shape)
+        return result.mul_(factor).view(tangents.shape)

@@ -1,7 +1,7 @@
-"""Weights that FSDP2 (`fully_shard`) splits over ranks: whole for a while in a forward pass, in pieces otherwise.
+"""Weights that FSDP2 (`fully_shard`) shards over ranks: gathered within a forward pass, sharded otherwise.
 
-Of a sharded model every forward and backward is a collective, and so is reading a weight as a whole: all ranks must
-do it together. Writing is not, as every rank is handed the whole and keeps its piece.
+Every forward and backward pass of a sharded model is a collective, and so is gathering a weight: all ranks must take
+part. Writing is not, as every rank has the full value and keeps its shard.
 """
 
 from typing import Any
@@ -12,24 +12,30 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError
 
 
+__all__ = [
+    "copy_into", "full_tensor", "is_shard", "is_sharded", "plain_type", "refuse_tensor_parallelism", "reshard",
+]  # fmt: skip
+
 if torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 handles any of the model's weights."""
+    """Return whether FSDP2 shards any of the model's weights."""
     return torch.distributed.is_available() and any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def is_piece(tensor: Tensor) -> bool:
-    """Whether a tensor is this rank's piece of a greater one."""
+def is_shard(tensor: Tensor) -> bool:
+    """Return whether a tensor is this rank's shard of a larger one."""
     return torch.distributed.is_available() and isinstance(tensor.data, DTensor)
 
 
 def reshard(model: nn.Module) -> None:
-    """Back to pieces: after a forward pass without a backward one, FSDP leaves some modules with whole weights, which
-    are no longer those that the optimizer knows, and writing to which is forgotten.
+    """Shard weights that a forward pass has gathered.
+
+    Without a backward pass, FSDP leaves some modules with full weights. They are not the optimizer's, and what is
+    written to them is lost.
     """
     if torch.distributed.is_available():
         for module in model.modules():
@@ -37,37 +43,37 @@ def reshard(model: nn.Module) -> None:
                 module.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor as it would be on one rank; a collective if it is a piece, and the tensor itself if not."""
-    piece: Any = tensor
-    return piece.full_tensor() if is_piece(tensor) else tensor
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a shard, which is a collective; return any other tensor as it is."""
+    shard: Any = tensor
+    return shard.full_tensor() if is_shard(tensor) else tensor
 
 
 @torch.no_grad()
 def copy_into(target: Tensor, value: Tensor) -> None:
-    """Copy a whole value, the same on every rank, into a tensor that may be a piece."""
-    if not is_piece(target):
+    """Copy a full value, the same on every rank, into a tensor that may be a shard."""
+    if not is_shard(target):
         target.copy_(value)
         return
-    piece: Any = target
-    moved = value.to(target.device, target.dtype)
-    # src_data_rank=None: every rank cuts its piece out of its own copy, and nothing is sent.
-    piece.copy_(distribute_tensor(moved, piece.device_mesh, piece.placements, src_data_rank=None))
+    shard: Any = target
+    value = value.to(target.device, target.dtype)
+    # src_data_rank=None: every rank cuts its shard out of its own copy, and nothing is sent.
+    shard.copy_(distribute_tensor(value, shard.device_mesh, shard.placements, src_data_rank=None))
 
 
 def plain_type(module: nn.Module) -> type:
-    """A module's class as it was before FSDP2 put a class of its own in front of it."""
+    """Return a module's class as it is without FSDP2, which derives one of its own from it."""
     kind = type(module)
     return kind.__mro__[2] if torch.distributed.is_available() and isinstance(module, FSDPModule) else kind
 
 
-def refuse_foreign_pieces(model: nn.Module, names: list[str]) -> None:
-    """Refuse weights that are split by anything else than FSDP2.
+def refuse_tensor_parallelism(model: nn.Module, names: list[str]) -> None:
+    """Refuse weights that are sharded by anything other than FSDP2.
 
     Raises:
-        UnsupportedError: names the first one.
+        UnsupportedError: a sharded weight in a model without FSDP2; the message names it.
     """
-    table = dict(model.named_parameters())
-    split = [name for name in names if is_piece(table[name])]
-    if split and not is_sharded(model):
-        raise UnsupportedError(f"{split[0]} is split over ranks by tensor parallelism; train with FSDP2 or DDP")
+    parameters = dict(model.named_parameters())
+    shards = [name for name in names if is_shard(parameters[name])]
+    if shards and not is_sharded(model):
+        raise UnsupportedError(f"{shards[0]} is split over ranks by tensor parallelism. Train with FSDP2 or DDP")

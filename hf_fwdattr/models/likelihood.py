@@ -1,4 +1,4 @@
-"""From a model and a batch to the log-likelihood that is attributed, per row and per supervised position."""
+"""The log-likelihood that is attributed: from a model and a batch, per row and per supervised position."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,10 +9,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import UnsupportedError
+from .names import base_model
 
+
+__all__ = [
+    "CAUSAL_LM", "IGNORED", "SEQUENCE_CLASSIFICATION", "Batch", "Likelihood", "Objective", "log_probabilities",
+    "resolve_objective", "row_losses", "sample_labels",
+]  # fmt: skip
 
 IGNORED = -100  # the label of a position that is not supervised, as everywhere in transformers
-_DRAWN = 1 << 19  # probabilities held in float64 while labels are drawn: what a processor's caches hold
+_SAMPLING_CHUNK = 1 << 19  # probabilities in float64 at a time while labels are sampled: they fit a CPU's caches
 Batch = Mapping[str, Any]
 
 
@@ -45,20 +51,19 @@ SEQUENCE_CLASSIFICATION = Objective("sequence-classification", _sequence_classif
 
 
 def resolve_objective(model: nn.Module, choice: "str | Objective | Callable" = "auto") -> Objective:
-    """The objective called `choice`; `auto` reads the model's class name.
+    """Return the objective called `choice`; `auto` chooses by the model's class name.
 
     Raises:
-        UnsupportedError: no likelihood is known for this kind of model.
+        UnsupportedError: no known likelihood fits this kind of model.
     """
     if isinstance(choice, Objective):
         return choice
     if callable(choice):
         return Objective("custom", choice)
-    known = {objective.name: objective for objective in (CAUSAL_LM, SEQUENCE_CLASSIFICATION)}
-    if choice in known:
-        return known[choice]
-    unwrap = getattr(model, "get_base_model", None)  # PeftModel has it
-    inner = unwrap() if callable(unwrap) else model
+    objectives = {objective.name: objective for objective in (CAUSAL_LM, SEQUENCE_CLASSIFICATION)}
+    if choice in objectives:
+        return objectives[choice]
+    inner = base_model(model)
     config, kind = getattr(inner, "config", None), type(inner).__name__
     if choice == "auto" and (kind.endswith(("ForCausalLM", "LMHeadModel"))):
         return CAUSAL_LM
@@ -84,45 +89,45 @@ class Likelihood(nn.Module):
         return self.objective.forward(self.model, batch)
 
     def at(self, weights: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits and labels with the weights of these live names replaced."""
+        """Return logits and labels with the weights of these live names replaced."""
         replaced = {f"model.{name}": weight for name, weight in weights.items()}
         return functional_call(self, replaced, (batch,))
 
 
 def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-likelihood of each label in nats, (rows, positions), zero where the label is -100; float32 or better."""
+    """Return each label's log-likelihood in nats, (rows, positions), 0 where the label is -100; float32 or float64."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     chosen = wide.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1) - wide.logsumexp(-1)
     return chosen.masked_fill(labels == IGNORED, 0.0)
 
 
 def row_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """The l_i of the formulas: summed negative log-likelihood of a row's supervised positions, (rows,), nats.
+    """Return the l_i of the formulas: negative log-likelihoods summed over supervised positions, (rows,), nats.
 
-    With label smoothing, (1 - smoothing) times that and smoothing times the mean over all classes in its place, as
-    transformers' `LabelSmoother` has it. Curvature does not change: it does not depend on what a softmax is told.
+    With label smoothing, (1 - smoothing) times that and smoothing times the mean over all classes, as in
+    transformers' `LabelSmoother`. Curvature does not change: a softmax's Gauss-Newton matrix is free of labels.
     """
     losses = -log_probabilities(logits, labels).sum(1)
     if not smoothing:
         return losses
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    everywhere = (wide.logsumexp(-1) - wide.mean(-1)).masked_fill(labels == IGNORED, 0.0).sum(1)
-    return (1.0 - smoothing) * losses + smoothing * everywhere
+    mean = (wide.logsumexp(-1) - wide.mean(-1)).masked_fill(labels == IGNORED, 0.0).sum(1)
+    return (1.0 - smoothing) * losses + smoothing * mean
 
 
 def sample_labels(logits: Tensor, labels: Tensor, uniforms: Tensor) -> Tensor:
-    """Labels drawn from the model itself, for the Gauss-Newton matrix: (rows, positions), -100 where labels are.
+    """Sample labels from the model, for the Gauss-Newton matrix: (rows, positions), -100 where `labels` are.
 
-    Drawn by inverse distribution from `uniforms` (rows, positions) in [0, 1), so that a row's draw depends on the row
-    and the seed alone and not on the batch that it happens to sit in. Some positions at a time, so that no second copy
-    of all logits is made.
+    The inverse distribution function is applied to `uniforms` (rows, positions) in [0, 1), so that a row's sample
+    depends on the row and the seed and not on its batch. A few positions at a time, as a second copy of all logits
+    would not fit.
     """
-    drawn = torch.full_like(labels, IGNORED)
+    sampled = torch.full_like(labels, IGNORED)
     supervised = (labels != IGNORED).nonzero()
-    for part in supervised.split(max(1, _DRAWN // logits.shape[-1])):
+    for part in supervised.split(max(1, _SAMPLING_CHUNK // logits.shape[-1])):
         at = part.unbind(1)
         cumulative = logits.detach()[at].double().softmax(-1).cumsum(-1)
         scaled = uniforms[at].to(cumulative).unsqueeze(-1) * cumulative[:, -1:]
         chosen = torch.searchsorted(cumulative, scaled, right=True).squeeze(-1)
-        drawn[at] = chosen.clamp(max=logits.shape[-1] - 1).to(drawn)
-    return drawn
+        sampled[at] = chosen.clamp(max=logits.shape[-1] - 1).to(sampled)
+    return sampled

@@ -1,10 +1,4 @@
-"""Per-row gradients of summed losses, (rows, P), in one backward pass for a whole batch.
-
-A Linear's gradient is the product of what went in and what comes back, so a hook gives every row's own gradient; LoRA
-matrices are Linears, whatever the architecture around them. Any other weight goes through `vmap` over single rows. The
-first batch is checked against plain autograd on one row alone: a model in which rows touch each other is refused.
-Where a Linear sees rows and positions in one dimension, every batch is checked, as their order may change unnoticed.
-"""
+"""Temporary states of a model: in evaluation mode and frozen, or with some parameters trainable."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +9,12 @@ from ..errors import UnsupportedError
 from .fsdp import reshard
 
 
+__all__ = ["frozen", "refuse_batch_statistics", "trainable"]
+
+
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode with nothing trainable; modes and flags are restored, whatever happens."""
+    """Put the model into evaluation mode with nothing trainable; modes and flags are always restored."""
     reshard(model)
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -38,7 +35,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def trainable(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Parameters that require gradients for a while."""
+    """Make parameters require gradients; their flags are always restored."""
     flags = [parameter.requires_grad for parameter in parameters]
     try:
         for parameter in parameters:
@@ -53,10 +50,10 @@ def refuse_batch_statistics(model: nn.Module, training: bool = False) -> None:
     """Refuse batch norms that mix the rows of a batch.
 
     Args:
-        training (`bool`): look at the mode in which `model.train()` puts the model, instead of the present one.
+        training (`bool`): judge the mode that `model.train()` puts the model in, instead of the present one.
 
     Raises:
-        UnsupportedError: names the layer. With kept running statistics a batch norm does not mix rows.
+        UnsupportedError: a batch norm without running statistics, or in training mode; the message names it.
     """
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -73,7 +70,7 @@ def refuse_batch_statistics(model: nn.Module, training: bool = False) -> None:
     if mixing:
         name, kind = mixing[0]
         raise UnsupportedError(
-            f"{name} is a {kind} that normalises with the statistics of its batch: there a row's loss depends on the "
-            "rows beside it, so no row has a gradient of its own. Keep such layers in evaluation mode while training, "
-            "or use layer or group norm"
+            f"{name} is a {kind} that normalises with the statistics of its batch. A row's loss then depends on other "
+            "rows, and no row has a gradient of its own. Keep such layers in evaluation mode while training, or use "
+            "layer or group norm"
         )

@@ -1,7 +1,7 @@
-"""What lies between the last hidden state and a token's log-likelihood, done once per token instead of once per direction.
+"""The output layer: hidden-state gradients, computed once per token instead of once per direction.
 
-With p the softmax at a position, d log p_y = (W_y - sum_v p_v W_v) . dh: the bracket is one vector per output token,
-so a direction's tangent need never visit the vocabulary.
+With p the softmax at a position, d log p_y = (W_y - sum_v p_v W_v) . dh. The vector in brackets is the hidden-state
+gradient of an output token; a direction's tangent dh is multiplied with it and never visits the vocabulary.
 """
 
 from collections.abc import Mapping
@@ -13,20 +13,23 @@ from torch.func import functional_call
 
 from ..errors import UnsupportedError
 from .likelihood import IGNORED, Batch, Likelihood, Objective
-from .parameters import Parameters
+from .names import base_model
+from .parameters import TrackedParameters
 
+
+__all__ = ["HeadlessModel", "hidden_state_gradients", "hidden_states", "output_layer"]
 
 _ROUNDING = 64  # roundings by which two products with the output layer's weight may differ, relative to the largest
 
 
-class _Reached(Exception):
-    """Raised by the hook on the output layer to end a forward pass there; carries the hidden states."""
+class _OutputLayerReached(Exception):
+    """Ends a forward pass at the output layer and carries the hidden states."""
 
     def __init__(self, hidden: Tensor):
         self.hidden = hidden
 
 
-class Hidden(nn.Module):
+class HeadlessModel(nn.Module):
     """The model up to the input of its output layer: (queries, positions, features)."""
 
     def __init__(self, model: nn.Module, objective: Objective, head: nn.Module):
@@ -37,59 +40,57 @@ class Hidden(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         def stop(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            raise _Reached(inputs[0])
+            raise _OutputLayerReached(inputs[0])
 
         handle = self._head[0].register_forward_pre_hook(stop)
         try:
             self.objective.forward(self.model, batch)
-        except _Reached as reached:
+        except _OutputLayerReached as reached:
             return reached.hidden
         finally:
             handle.remove()
-        raise RuntimeError("the output layer was never called")
+        raise RuntimeError("the output layer was not called")
 
     def at(self, weights: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        """Hidden states with the weights of these live names replaced."""
+        """Return hidden states with the weights of these live names replaced."""
         return functional_call(self, {f"model.{name}": weight for name, weight in weights.items()}, (batch,))
 
 
-def output_layer(model: nn.Module, parameters: Parameters, objective: Objective) -> nn.Module | None:
-    """The Linear that makes a causal language model's logits, if nothing in it responds; else None."""
-    unwrap = getattr(model, "get_base_model", None)  # PeftModel has it
-    inner = unwrap() if callable(unwrap) else model
-    find = getattr(inner, "get_output_embeddings", None)
+def output_layer(model: nn.Module, parameters: TrackedParameters, objective: Objective) -> nn.Module | None:
+    """Return the Linear that makes a causal language model's logits; None if there is none or it is tracked."""
+    find = getattr(base_model(model), "get_output_embeddings", None)
     head = find() if callable(find) else None
     if objective.name != "causal-lm" or type(head) is not nn.Linear:
         return None
-    responding = {id(tensor) for tensor in parameters.tensors(model)}
-    return None if any(id(parameter) in responding for parameter in head.parameters()) else head
+    tracked = {id(tensor) for tensor in parameters.tensors(model)}
+    return None if any(id(parameter) in tracked for parameter in head.parameters()) else head
 
 
 def hidden_states(likelihood: Likelihood, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """One plain forward: what went into the output layer, and the logits and labels that came out.
+    """Run the model and return the inputs of its output layer, the logits and the labels.
 
     Raises:
-        UnsupportedError: the output layer was not seen to be called.
+        UnsupportedError: the output layer was not called.
     """
-    seen: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    hidden: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))
     try:
         logits, labels = likelihood(batch)
     finally:
         handle.remove()
-    if not seen:
+    if not hidden:
         raise UnsupportedError(
-            "the output layer was not called, or its hooks were not; of a compiled model that has run before, pass "
-            "what was compiled"
+            "the output layer was not called, or its hooks were not. Instead of a compiled model that has run before, "
+            "pass the model that was compiled"
         )
-    return seen[-1], logits, labels
+    return hidden[-1], logits, labels
 
 
 def hidden_state_gradients(head: nn.Module, hidden: Tensor, logits: Tensor, labels: Tensor) -> Tensor | None:
-    """(queries, positions, features): derivative of each label's log-likelihood by its hidden state; 0 where -100.
+    """Differentiate each label's log-likelihood by its hidden state: (queries, positions, features), 0 where -100.
 
-    None if the model does something else than the layer between hidden states and logits (soft capping, scaling,
-    hooks), in which case the directions have to visit the vocabulary after all.
+    None if the logits are not the output layer's product with the hidden states (soft capping, scaling, hooks), in
+    which case tangents have to visit the vocabulary.
     """
     if hidden.ndim != 3 or hidden.shape[1] < labels.shape[1]:
         return None

@@ -1,0 +1,1 @@
+"""Scores of training rows and sources for queries."""

@@ -1,4 +1,4 @@
-"""Scores of queries that are not text: batches of whatever the model takes, made by the user."""
+"""Scores of queries that are not text: batches that the user makes, of whatever the model takes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +8,12 @@ from torch import Tensor, nn
 
 from ..bank.bank import ResponseBank
 from ..errors import QueryError
-from ..jvp.backend import READOUTS
+from ..jvp.backend import METHODS
 from ..models.likelihood import IGNORED, Batch, Objective, resolve_objective
 from .ranking import scores
+
+
+__all__ = ["batch_scores"]
 
 
 @torch.no_grad()
@@ -21,17 +24,17 @@ def batch_scores(
     objective: str | Objective | Callable[..., Any] = "auto",
     readout: str = "jvp",
 ) -> Tensor:
-    """Scores of all rows for a batch of queries, such as images with the labels that are asked about.
+    """Score all rows for a batch of queries, such as images with the labels that are asked about.
 
     ```python
     batch = {"pixel_values": images, "labels": model(pixel_values=images).logits.argmax(-1)}
-    batch_scores(model, ResponseBank.from_pretrained(folder), batch)  # why did the model say these?
+    batch_scores(model, ResponseBank.from_pretrained(folder), batch)  # why does the model say these?
     ```
 
     Args:
         model (`nn.Module`): the fine-tuned model, in evaluation mode.
         bank (`ResponseBank`): its bank.
-        batch (`Mapping`): what the model's forward takes, queries first, and `labels`.
+        batch (`Mapping`): the arguments of the model's forward, queries first, and `labels`.
         objective: as in [`ResponseConfig`]; the bank was made with the same one.
         readout (`str`, defaults to `jvp`): or `difference`.
 
@@ -40,13 +43,13 @@ def batch_scores(
 
     Raises:
         MismatchError: the bank belongs to another model.
-        QueryError: no labels, labels that the model cannot give, or a bank of whole sources only.
+        QueryError: no labels, labels that the model cannot give, or a bank that keeps sources only.
     """
     likelihood = resolve_objective(model, objective)
     if likelihood.name != bank.manifest.objective:
         raise QueryError(
-            f"the bank was made for the objective {bank.manifest.objective!r} and is asked with {likelihood.name!r}; "
-            "pass the same objective"
+            f"the bank was made for the objective {bank.manifest.objective!r} and is asked with {likelihood.name!r}. "
+            "Pass the same objective"
         )
     if bank.manifest.privacy.rows == "sources":
         raise QueryError("the bank keeps sources only and has no rows to score")
@@ -54,16 +57,16 @@ def batch_scores(
     parameters = bank.check_model(model)
     directions = bank.directions()[: bank.manifest.directions].to(next(model.parameters()).device)
     with bank.query_weights(model, parameters):
-        read = READOUTS[readout](model, parameters, likelihood, batch, directions)
-    return scores(read, bank.coordinates())
+        derivatives = METHODS[readout](model, parameters, likelihood, batch).jvp(directions)
+    return scores(derivatives, bank.coordinates())
 
 
 def _check_labels(model: nn.Module, likelihood: Objective, labels: Any) -> None:
     if not isinstance(labels, Tensor) or not bool((labels != IGNORED).any()):
-        raise QueryError("the batch has no 'labels': nothing says which output is asked about")
-    wrong = (labels < 0) & (labels != IGNORED)
+        raise QueryError("the batch has no 'labels', which say what output is asked about. Add them")
+    impossible = (labels < 0) & (labels != IGNORED)
     classes = getattr(getattr(model, "config", None), "num_labels", None)
     if likelihood.name == "sequence-classification" and classes is not None:
-        wrong |= labels >= classes
-    if bool(wrong.any()):
-        raise QueryError(f"the batch has the label {int(labels[wrong][0])}, which the model cannot give")
+        impossible |= labels >= classes
+    if bool(impossible.any()):
+        raise QueryError(f"the batch has the label {int(labels[impossible][0])}, which the model cannot give")

@@ -1,83 +1,94 @@
-"""What some scores that were read say about those that were not.
+"""Gaussian process over the rows' scores of one query: exact scores of some rows improve the estimates of the others.
 
-A first look predicts a query's score for every row and is off by something. How these errors go together from row to
-row is known from the training set: each of its rows was a query once, and its errors (rows as queries, rows) give a
-covariance. Given that, the best linear prediction of all scores from a few exact ones is a linear system of their
-number (kriging; Gaussian process regression: Rasmussen and Williams 2006, eq. 2.25-2.26, with an empirical kernel).
+A gradient predictor gives coarse scores of all rows, each with an error. The covariance of these errors between rows
+is known from the training set: each of its rows served as a query once, and the errors (rows as queries, rows) have an
+empirical covariance. With that, the posterior mean of all scores given a few exact ones is the solution of a linear
+system of their number (Gaussian process regression, or kriging: Rasmussen and Williams 2006, eq. 2.25-2.26).
 """
 
 import torch
 from torch import Tensor
 
 
-_NUGGET = 1e-3  # of the mean variance of what was read: rounding of 8-bit responses and of the kernel itself
+__all__ = ["GaussianProcess", "error_covariance"]
+
+_NUGGET = 1e-3  # noise relative to the mean variance of observations: rounding of row codes and of the covariance
 
 
 def error_covariance(errors: Tensor) -> Tensor:
-    """Covariance (rows, rows) of errors over queries, scaled to a mean variance of 1; float16.
+    """Return the covariance (rows, rows) of errors over queries, scaled to a mean variance of 1; float16.
 
     Args:
-        errors (`Tensor`): (rows, rows), row i as a query, row j as what is scored. How a row sees itself is left out:
-            no query is the row, and those entries are the largest.
+        errors (`Tensor`): (rows, rows), row i as a query, row j as the scored row. The diagonal is left out: its
+            entries are the largest, and no query is a training row.
     """
     errors = errors.double().clone().fill_diagonal_(0.0)
-    kernel = errors.T @ errors
-    return (kernel / kernel.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)).half()
+    covariance = errors.T @ errors
+    return (covariance / covariance.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)).half()
 
 
 class GaussianProcess:
-    """Scores of one query: expected ones for all rows, given those that were read.
+    """Posterior over the scores of one query, given exact scores of rows or of linear combinations of rows.
 
     Args:
-        prior (`Tensor`): (rows,) what is expected when nothing was read.
-        kernel (`Tensor`): (rows, rows), see `error_covariance`; its scale does not matter.
+        prior (`Tensor`): (rows,) mean before any observation.
+        covariance (`Tensor`): (rows, rows), see `error_covariance`; its scale does not matter.
     """
 
-    def __init__(self, prior: Tensor, kernel: Tensor):
-        self.prior, self._kernel = prior.double(), kernel
+    def __init__(self, prior: Tensor, covariance: Tensor):
+        self.prior, self._covariance = prior.double(), covariance
         self._weights = torch.zeros(len(prior), 0, dtype=torch.float64)
-        self._shared = self._weights.clone()  # kernel times weights
-        self._off = torch.zeros(0, dtype=torch.float64)
+        self._projected = self._weights.clone()  # covariance times weights
+        self._residuals = torch.zeros(0, dtype=torch.float64)
 
-    def rows(self, places: Tensor, scores: Tensor) -> None:
-        """Scores (n,) of the rows at these positions were read."""
-        weights = torch.zeros(len(self.prior), len(places), dtype=torch.float64)
-        weights[places, torch.arange(len(places))] = 1.0
-        self._add(weights, self._kernel[:, places].double(), scores.double() - self.prior[places])
+    @property
+    def observations(self) -> int:
+        """Number of observations so far."""
+        return len(self._residuals)
 
-    def mixtures(self, weights: Tensor, off: Tensor) -> None:
-        """Along sums of responses with weights (rows, n), readouts were off by `off` (n,) from what was expected."""
-        self._add(weights.double(), (self._kernel.float() @ weights.float()).double(), off.double())
+    def observe_rows(self, row_indices: Tensor, scores: Tensor) -> None:
+        """Add the exact scores (n,) of rows."""
+        weights = torch.zeros(len(self.prior), len(row_indices), dtype=torch.float64)
+        weights[row_indices, torch.arange(len(row_indices))] = 1.0
+        projected = self._covariance[:, row_indices].double()
+        self._add(weights, projected, scores.double() - self.prior[row_indices])
 
-    def _add(self, weights: Tensor, shared: Tensor, off: Tensor) -> None:
-        self._weights = torch.cat([self._weights, weights], 1)
-        self._shared = torch.cat([self._shared, shared], 1)
-        self._off = torch.cat([self._off, off])
+    def observe_combinations(self, weights: Tensor, scores: Tensor) -> None:
+        """Add the exact scores (n,) of linear combinations of rows with these weights (rows, n)."""
+        projected = (self._covariance.float() @ weights.float()).double()
+        self._add(weights.double(), projected, scores.double() - weights.double().T @ self.prior)
 
-    def _factor(self) -> Tensor | None:
-        """Of the covariance of what was read; None if that is nothing, or nothing that could have been off."""
-        gram = self._weights.T @ self._shared
-        if not float(gram.diagonal().sum()) > 0:
-            return None
-        nugget = _NUGGET * gram.diagonal().mean()
-        return torch.linalg.cholesky_ex(gram + nugget * torch.eye(len(gram), dtype=torch.float64))[0]
-
-    def expected(self) -> Tensor:
-        """(rows,) scores, float64."""
+    def mean(self) -> Tensor:
+        """Return the posterior mean of every row's score: (rows,), float64."""
         factor = self._factor()
         if factor is None:
             return self.prior.clone()
-        return self.prior + self._shared @ torch.cholesky_solve(self._off[:, None], factor)[:, 0]
+        return self.prior + self._projected @ torch.cholesky_solve(self._residuals[:, None], factor)[:, 0]
 
-    def deviations(self) -> Tensor:
-        """(rows,) by how much, typically, a score is off from what is expected, float64.
+    def std(self) -> Tensor:
+        """Return the posterior standard deviation of every row's score: (rows,), float64.
 
-        The kernel says this up to a scale, which is this query's own: how far off what was read has been.
+        Infinite without observations. The covariance is known up to a scale, which is the query's own and follows from
+        the residuals.
         """
         factor = self._factor()
         if factor is None:
             return torch.full_like(self.prior, float("inf"))
-        solved = torch.linalg.solve_triangular(factor, torch.cat([self._off[:, None], self._shared.T], 1), upper=False)
+        columns = torch.cat([self._residuals[:, None], self._projected.T], 1)
+        solved = torch.linalg.solve_triangular(factor, columns, upper=False)
         scale = solved[:, 0].square().mean()
-        left = self._kernel.diagonal().double() - solved[:, 1:].square().sum(0)
-        return (scale * left.clamp(min=0.0)).sqrt()
+        variance = self._covariance.diagonal().double() - solved[:, 1:].square().sum(0)
+        return (scale * variance.clamp(min=0.0)).sqrt()
+
+    def _add(self, weights: Tensor, projected: Tensor, residuals: Tensor) -> None:
+        self._weights = torch.cat([self._weights, weights], 1)
+        self._projected = torch.cat([self._projected, projected], 1)
+        self._residuals = torch.cat([self._residuals, residuals])
+
+    def _factor(self) -> Tensor | None:
+        """Return the Cholesky factor of the observations' covariance; None if that is empty or zero."""
+        gram = self._weights.T @ self._projected
+        if not float(gram.diagonal().sum()) > 0:
+            return None
+        nugget = _NUGGET * gram.diagonal().mean()
+        return torch.linalg.cholesky_ex(gram + nugget * torch.eye(len(gram), dtype=torch.float64))[0]

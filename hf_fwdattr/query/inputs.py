@@ -1,4 +1,4 @@
-"""Token lists that are asked about: checked, and padded together."""
+"""Tokenized queries: checked, and padded into a batch."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,15 +10,17 @@ from ..errors import QueryError
 from ..models.likelihood import IGNORED
 
 
-Query = Mapping[str, Sequence[int]]
+__all__ = ["Query", "check_queries", "pad_queries"]
+
+Query = Mapping[str, Sequence[int]]  # `input_ids`, and `labels` that are -100 where a token is not part of the output
 
 
-def padded(queries: Sequence[Query], device: torch.device) -> dict[str, Tensor]:
-    """Token lists as a batch, right-padded together."""
+def pad_queries(queries: Sequence[Query], device: torch.device) -> dict[str, Tensor]:
+    """Return queries as one batch, padded on the right."""
     width = max(len(query["input_ids"]) for query in queries)
 
     def fill(lists: list[list[int]], value: int) -> Tensor:
-        return torch.tensor([line + [value] * (width - len(line)) for line in lists], device=device)
+        return torch.tensor([tokens + [value] * (width - len(tokens)) for tokens in lists], device=device)
 
     return {
         "input_ids": fill([list(query["input_ids"]) for query in queries], 0),
@@ -27,16 +29,16 @@ def padded(queries: Sequence[Query], device: torch.device) -> dict[str, Tensor]:
     }
 
 
-def check(queries: Sequence[Query], settings: Any) -> None:
+def check_queries(queries: Sequence[Query], config: Any) -> None:
     """Refuse queries that cannot be scored, before anything is computed.
 
     Args:
-        settings: the model's config.
+        config: the model's config.
 
     Raises:
         QueryError: no supervised token, labels that do not fit, or too long for the model.
     """
-    longest, known = getattr(settings, "max_position_embeddings", None), getattr(settings, "vocab_size", None)
+    longest, vocabulary = getattr(config, "max_position_embeddings", None), getattr(config, "vocab_size", None)
     if not queries:
         raise QueryError("there are no queries to score")
     for number, query in enumerate(queries):
@@ -47,7 +49,7 @@ def check(queries: Sequence[Query], settings: Any) -> None:
             raise QueryError(f"query {number} has no supervised token (all labels are -100, or only its first token)")
         if longest is not None and len(ids) > longest:
             raise QueryError(f"query {number} has {len(ids)} tokens and the model reads at most {longest}; shorten it")
-        for what, values in (("token", ids), ("label", [label for label in labels if label != IGNORED])):
-            strange = [v for v in values if v < 0 or (known is not None and v >= known)]
-            if strange:
-                raise QueryError(f"query {number} has the {what} {strange[0]}, which is not in the vocabulary")
+        for kind, values in (("token", ids), ("label", [label for label in labels if label != IGNORED])):
+            outside = [value for value in values if value < 0 or (vocabulary is not None and value >= vocabulary)]
+            if outside:
+                raise QueryError(f"query {number} has the {kind} {outside[0]}, which is not in the vocabulary")

@@ -1,4 +1,4 @@
-"""A model with its adapter from one name, everything at one commit, in the digits that it was saved with."""
+"""Loading of a model with its adapter from one name: at one commit, and in the precision that it was saved with."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,9 @@ from ..errors import BankError
 from ..models.names import canonical_name
 
 
-_HUB = ("token", "cache_dir", "local_files_only", "force_download")
+__all__ = ["AutoModelForAttribution"]
+
+_HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
 
 
 class AutoModelForAttribution(AutoModelForCausalLM):
@@ -28,62 +30,62 @@ class AutoModelForAttribution(AutoModelForCausalLM):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `AutoModelForCausalLM.from_pretrained`."""
+        """Load a model as `AutoModelForCausalLM.from_pretrained` does, and note where its bank is."""
         name = str(pretrained_model_name_or_path)
-        where = {key: kwargs[key] for key in _HUB if kwargs.get(key) is not None}
+        hub = {key: kwargs[key] for key in _HUB_OPTIONS if kwargs.get(key) is not None}
         if is_repository(name):
-            # transformers hands down a revision that knows which repository it was resolved for; another's is no use.
-            asked = kwargs.pop("revision", None)
-            where["revision"] = pinned(name, revision=getattr(asked, "initial", asked), **where).commit
-            model = _at_its_commits(name, where, *args, **kwargs)
+            # transformers hands down a revision that is resolved for a certain repository, perhaps another one.
+            revision = kwargs.pop("revision", None)
+            hub["revision"] = pinned(name, revision=getattr(revision, "initial", revision), **hub).commit
+            model = _from_repository(name, hub, *args, **kwargs)
         else:
             model = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
             model.attribution_source = name
         if getattr(model, "_hf_peft_config_loaded", False):
             extra = {key: kwargs[key] for key in ("subfolder",) if kwargs.get(key) is not None}
-            _restore_precision(model, load_peft_weights(name, device="cpu", **where, **extra))
-            model.attribution_tokenizer = _tokenizer_of(name, model.config, where | extra)
+            _restore_precision(model, load_peft_weights(name, device="cpu", **hub, **extra))
+            model.attribution_tokenizer = _adapter_tokenizer(name, model.config, hub | extra)
         return model
 
 
-def _at_its_commits(name: str, where: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """The model in a repository at the commit in `where`, and as its source the bank, or what is wrong with it."""
+def _from_repository(name: str, hub: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Load the model in a repository at the commit in `hub`; its source is the bank, or the error of opening it."""
     bank: ResponseBank | BankError
     try:
-        bank = ResponseBank.from_pretrained(name, **where)
+        bank = ResponseBank.from_pretrained(name, **hub)
     except BankError as error:
-        bank = error  # told by the pipeline, unless it is given another bank
-    adapter = _adapter_of(name, where)
+        bank = error  # raised by the pipeline, unless it is given another bank
+    adapter = _adapter_config(name, hub)
     if adapter is None:
-        model = AutoModelForCausalLM.from_pretrained(name, *args, revision=where["revision"], **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(name, *args, revision=hub["revision"], **kwargs)
     else:
         base, pin = adapter["base_model_name_or_path"], adapter.get("revision")
         if isinstance(bank, ResponseBank) and bank.manifest.model == base and is_repository(base):
             pin = bank.manifest.revision or pin
             kwargs.pop("config", None)  # may be of a newer commit of the base than the one that was trained on
         model = AutoModelForCausalLM.from_pretrained(base, *args, revision=pin, **kwargs)
-        model.load_adapter(name, adapter_kwargs=dict(where))
+        model.load_adapter(name, adapter_kwargs=dict(hub))
     model.attribution_source = bank
     return model
 
 
-def _adapter_of(name: str, where: dict[str, Any]) -> dict[str, Any] | None:
-    """The configuration of the adapter in a repository; None if that holds a whole model."""
-    found = find_adapter_config_file(name, **where)
-    return None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+def _adapter_config(name: str, hub: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the configuration of the adapter in a repository; None if that holds a whole model."""
+    path = find_adapter_config_file(name, **hub)
+    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def _tokenizer_of(name: str, config: Any, where: dict[str, Any]) -> Any:
-    """The tokenizer that was saved with an adapter, which `transformers.pipeline` would take from the base model."""
-    found = cached_file(
-        name, "tokenizer_config.json", **where, _raise_exceptions_for_gated_repo=False,
+def _adapter_tokenizer(name: str, config: Any, hub: dict[str, Any]) -> Any:
+    """Load the tokenizer that was saved with an adapter; `transformers.pipeline` would take the base model's."""
+    path = cached_file(
+        name, "tokenizer_config.json", **hub, _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
     )  # fmt: skip
-    return None if found is None else AutoTokenizer.from_pretrained(name, config=config, **where)
+    return None if path is None else AutoTokenizer.from_pretrained(name, config=config, **hub)
 
 
 def _restore_precision(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
-    """Give adapter weights the digits that they were saved with.
+    """Restore adapter weights to the precision that they were saved in.
 
     On a half-precision base peft trains and saves adapters in float32; transformers loads them in the base's dtype.
     """

@@ -1,4 +1,4 @@
-"""Rows' own responses in a bank: products with them, some of them, and the sums along which first looks err."""
+"""Row codes of a bank, held for queries."""
 
 from functools import cached_property
 
@@ -8,66 +8,73 @@ from torch import Tensor
 from ..bank.bank import ResponseBank
 
 
-_UNPACKED = 1 << 31  # bytes of responses that may be held as float32 between queries
-_LEAST = 32  # sums that are made together: the leading ones of more are the same
+__all__ = ["HeldRowCodes"]
+
+_DECODED = 1 << 31  # largest number of bytes of decoded row codes that are held between queries
+_LEAST = 32  # linear combinations made at a time, as the leading ones of more are the same
 
 
-class BankResponses:
-    """Of a bank that keeps them.
+class HeldRowCodes:
+    """Row codes of a bank: products with them, decoded rows, and the linear combinations that tell most.
+
+    Few codes are decoded once and held; many are streamed from disk.
 
     Args:
-        bank (`ResponseBank`): whose manifest says `responses`.
+        bank (`ResponseBank`): a bank with row codes.
     """
 
     def __init__(self, bank: ResponseBank):
         self.bank = bank
-        self._sums: tuple[Tensor, Tensor] | None = None
+        self._combinations: tuple[Tensor, Tensor] | None = None
 
     @cached_property
-    def kernel(self) -> Tensor | None:
-        """(rows, rows) how first looks' errors go together, float32, see `kriging`; None where the bank has it not."""
-        kernel = self.bank.error_covariance()
-        return None if kernel is None else kernel.float()
+    def error_covariance(self) -> Tensor | None:
+        """(rows, rows) covariance of the gradient predictor's errors, float32; None if the bank does not hold it."""
+        covariance = self.bank.error_covariance()
+        return None if covariance is None else covariance.float()
+
+    def products(self, gradients: Tensor) -> Tensor:
+        """Return the products with gradients (queries, P) on the CPU: (queries, rows), float64."""
+        if self._fits:
+            return (gradients.float() @ self._decoded.T).double()
+        return torch.cat([block.products(gradients) for block in self.bank.row_codes()], dim=1)
+
+    def rows(self, row_indices: Tensor) -> Tensor:
+        """Return decoded row responses (n, P)."""
+        return self._decoded[row_indices] if self._fits else self.bank.decode_rows(row_indices.tolist())
+
+    def combinations(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return the linear combinations of rows whose scores tell most about all rows at once.
+
+        Their weights are the leading eigenvectors of the error covariance.
+
+        Returns:
+            Weights (rows, n), and the combined row responses (n, P), with n at most `count`.
+        """
+        vectors = self._eigenvectors
+        count = min(count, len(vectors))
+        if self._combinations is None or self._combinations[0].shape[1] < count:
+            weights = vectors[:, : max(count, _LEAST)]
+            total, start = torch.zeros(weights.shape[1], self.bank.manifest.size), 0
+            blocks = [self._decoded] if self._fits else (block.decode() for block in self.bank.row_codes())
+            for block in blocks:
+                total += weights[start : start + len(block)].T @ block
+                start += len(block)
+            self._combinations = weights, total
+        weights, total = self._combinations
+        return weights[:, :count].double(), total[:count]
 
     @cached_property
-    def _unpacked(self) -> Tensor:
+    def _decoded(self) -> Tensor:
         return torch.cat([block.decode() for block in self.bank.row_codes()])
+
+    @property
+    def _fits(self) -> bool:
+        """Return whether the codes are few enough to be held decoded."""
+        return 4 * self.bank.manifest.row_codes * self.bank.manifest.size <= _DECODED
 
     @cached_property
     def _eigenvectors(self) -> Tensor:
-        """(rows, rows) of the kernel, leading ones first: rows are at most `sample_rows`, which takes a second."""
-        assert self.kernel is not None
-        return torch.linalg.eigh(self.kernel)[1].flip(1)
-
-    @property
-    def _holds(self) -> bool:
-        """Whether they are few enough to be kept unpacked between queries."""
-        return 4 * self.bank.manifest.row_codes * self.bank.manifest.size <= _UNPACKED
-
-    def products(self, gradients: Tensor) -> Tensor:
-        """(queries, rows), float64: with gradients (queries, P) on the CPU."""
-        if self._holds:
-            return (gradients.float() @ self._unpacked.T).double()
-        return torch.cat([block.products(gradients) for block in self.bank.row_codes()], dim=1)
-
-    def of(self, places: Tensor) -> Tensor:
-        """(n, P): those of the rows at these positions."""
-        return self._unpacked[places] if self._holds else self.bank.decode_rows(places.tolist())
-
-    def sums(self, count: int) -> tuple[Tensor, Tensor]:
-        """Weights (rows, n) and the sums of responses with them (n, P), n at most `count`: the kernel's leading
-        eigenvectors, so that reading along them tells most about all rows at once.
-        """
-        assert self.kernel is not None
-        count = min(count, len(self.kernel))
-        if self._sums is None or self._sums[0].shape[1] < count:
-            wanted = min(max(count, _LEAST), len(self.kernel))
-            weights = self._eigenvectors[:, :wanted]
-            total, at = torch.zeros(wanted, self.bank.manifest.size), 0
-            blocks = [self._unpacked] if self._holds else (block.decode() for block in self.bank.row_codes())
-            for block in blocks:
-                total += weights[at : at + len(block)].T @ block
-                at += len(block)
-            self._sums = weights, total
-        weights, total = self._sums
-        return weights[:, :count].double(), total[:count]
+        """(rows, rows), leading ones first; a second's work, as a bank holds the codes of few thousand rows."""
+        assert self.error_covariance is not None
+        return torch.linalg.eigh(self.error_covariance)[1].flip(1)

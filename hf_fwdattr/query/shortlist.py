@@ -1,4 +1,4 @@
-"""Rows of one query named by reading few: in turns, each choosing by what the earlier ones say of the others."""
+"""Shortlist of rows that are scored exactly: chosen in turns, each turn using what the earlier ones have shown."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,92 +9,87 @@ from torch import Tensor
 from .gaussian_process import GaussianProcess
 
 
+__all__ = ["DEVIATIONS", "MOST", "TURNS", "ReadRows", "RefinedScores", "refine"]
+
 TURNS = 4
-DEVIATIONS = 2.0  # deviations that an unread row may be off by, measured by scripts/readout_curve.py
-MOST = 256  # rows that are read for certainty, at most
-_PROPONENTS = 2 / 3  # of the rows that are read; the others are opponents
-_TURN = 24  # rows of a turn towards certainty
+DEVIATIONS = 2.0  # standard deviations that are allowed to an unread row in adaptive mode
+MOST = 256  # largest number of rows read in adaptive mode
+_PROPONENT_SHARE = 2 / 3  # of the rows that are read; the others are opponents
+_ADAPTIVE_TURN = 24  # rows of a turn in adaptive mode
+ReadRows = Callable[[Tensor], Tensor]  # ascending row indices (n,) -> exact token scores (positions, n), float64
 
 
 @dataclass
 class RefinedScores:
-    """What was read, and what is expected of the rest.
+    """Scores of all rows after some were read exactly."""
 
-    Attributes:
-        places (`Tensor`): (n,) ascending positions of the rows that were read.
-        tokens (`Tensor`): (positions, n) their scores by output token, float64.
-        estimate (`Tensor`): (rows,) scores, exact for the rows that were read, float64.
-    """
-
-    places: Tensor
-    tokens: Tensor
-    estimate: Tensor
+    row_indices: Tensor  # (n,) ascending indices of the rows that were read
+    token_scores: Tensor  # (positions, n) their scores by output token, float64
+    scores: Tensor  # (rows,) float64; exact for the rows that were read, estimated for the others
 
 
-Read = Callable[[Tensor], Tensor]  # ascending positions (n,) -> scores by output token (positions, n), float64
-
-
-def search(
-    estimate: Tensor, learned: GaussianProcess | None, count: int, rows: int | None, read: Read
+def refine(
+    coarse: Tensor, process: GaussianProcess | None, top_k: int, budget: int | None, read: ReadRows
 ) -> RefinedScores:
-    """Read the rows that matter.
+    """Read the rows exactly that are likely to be the best and the worst.
 
     Args:
-        estimate (`Tensor`): (rows,) scores as a first look has them.
-        learned (`GaussianProcess`, *optional*): what is known of this query so far, to which what is read is added. A turn
-            then reads rows that may be best or worst: one deviation is allowed for. Without it all rows are chosen by
-            the first look.
-        count (`int`): rows to name on either side; so many are read in any case.
-        rows (`int`, *optional*): how many to read. None: until no other row is likely to belong to the `count` best
-            or worst, that is, to be off by more than `DEVIATIONS` deviations; at most `MOST`.
-        read (`Callable`): what reads.
+        coarse (`Tensor`): (rows,) estimated scores.
+        process (`GaussianProcess`, *optional*): posterior of this query so far; rows that are read are added to it.
+            A turn then reads the rows that may be best or worst, one standard deviation allowed. Without it all rows
+            are chosen at once by their coarse scores.
+        top_k (`int`): rows to name on either side; so many are read in any case.
+        budget (`int`, *optional*): rows to read. None for adaptive mode: until no other row is likely to be among the
+            `top_k` best or worst, that is, to deviate by more than `DEVIATIONS`; at most `MOST`.
+        read (`Callable`): returns the exact token scores of rows.
     """
-    turns, total = (1 if learned is None else TURNS), len(estimate)
-    until_certain = rows is None
-    if rows is None:
-        turns, rows = -(-max(MOST, 2 * count) // _TURN), max(MOST, 2 * count)
-    up = min(max(count, round(rows * _PROPONENTS)), total)
-    down = min(max(count, rows - up), total)
+    turns, total = (1 if process is None else TURNS), len(coarse)
+    adaptive = budget is None
+    if budget is None:
+        budget = max(MOST, 2 * top_k)
+        turns = -(-budget // _ADAPTIVE_TURN)
+    proponents = min(max(top_k, round(budget * _PROPONENT_SHARE)), total)
+    opponents = min(max(top_k, budget - proponents), total)
+    scores, std = coarse, torch.zeros(total) if process is None else process.std()
     unread = torch.ones(total, dtype=torch.bool)
-    places, tokens = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0)
-    deviations = torch.zeros(total) if learned is None else learned.deviations()
+    row_indices, token_scores = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0)
     for turn in range(turns):
-        best, worst = (side * (turn + 1) // turns - side * turn // turns for side in (up, down))
-        chosen = _extremes(estimate, deviations, unread, best, worst)
+        best, worst = (side * (turn + 1) // turns - side * turn // turns for side in (proponents, opponents))
+        chosen = _extremes(scores, std, unread, best, worst)
         if not len(chosen):
             continue
         unread[chosen] = False
-        new = read(chosen)
-        places, tokens = torch.cat([places, chosen]), torch.cat([tokens, new], 1) if len(places) else new
-        if learned is not None:
-            learned.rows(chosen, new.sum(0))
-            estimate = learned.expected()
-            estimate[places] = tokens.sum(0)
-            deviations = learned.deviations()
-            if until_certain and _certain(estimate, deviations, unread, count):
+        exact = read(chosen)
+        token_scores = torch.cat([token_scores, exact], 1) if len(row_indices) else exact
+        row_indices = torch.cat([row_indices, chosen])
+        if process is not None:
+            process.observe_rows(chosen, exact.sum(0))
+            scores, std = process.mean(), process.std()
+            scores[row_indices] = token_scores.sum(0)
+            if adaptive and _is_complete(scores, std, unread, top_k):
                 break
-    places, order = places.sort()
-    tokens = tokens[:, order]
-    estimate = estimate.clone()
-    estimate[places] = tokens.sum(0)
-    return RefinedScores(places, tokens, estimate)
+    row_indices, order = row_indices.sort()
+    token_scores = token_scores[:, order]
+    scores = scores.clone()
+    scores[row_indices] = token_scores.sum(0)
+    return RefinedScores(row_indices, token_scores, scores)
 
 
-def _certain(estimate: Tensor, deviations: Tensor, unread: Tensor, count: int) -> bool:
-    """Whether no unread row is likely to be among the best or the worst `count`, of scores on that side of zero."""
-    for side in (estimate, -estimate):
-        known = side[~unread].sort(descending=True).values
-        if len(known) < count:
+def _is_complete(scores: Tensor, std: Tensor, unread: Tensor, top_k: int) -> bool:
+    """Return whether no unread row is likely to be among the best or worst `top_k` on its side of zero."""
+    for side in (scores, -scores):
+        exact = side[~unread].sort(descending=True).values
+        if len(exact) < top_k:
             return False
-        if bool(((side + DEVIATIONS * deviations)[unread] > known[count - 1].clamp(min=0.0)).any()):
+        if bool(((side + DEVIATIONS * std)[unread] > exact[top_k - 1].clamp(min=0.0)).any()):
             return False
     return True
 
 
-def _extremes(estimate: Tensor, deviations: Tensor, unread: Tensor, best: int, worst: int) -> Tensor:
-    """Ascending positions of so many rows that may be highest and lowest, of those that are unread."""
-    places = unread.nonzero().flatten()
-    allowed = torch.where(deviations.isfinite(), deviations, 0.0)[places]
-    up = (estimate[places] + allowed).argsort(descending=True, stable=True)[:best]
-    down = (estimate[places] - allowed).argsort(stable=True)[:worst]
-    return places[torch.cat([up, down]).unique()]
+def _extremes(scores: Tensor, std: Tensor, unread: Tensor, best: int, worst: int) -> Tensor:
+    """Return the ascending indices of so many unread rows that may have the highest and the lowest scores."""
+    candidates = unread.nonzero().flatten()
+    allowance = torch.where(std.isfinite(), std, 0.0)[candidates]
+    highest = (scores[candidates] + allowance).argsort(descending=True, stable=True)[:best]
+    lowest = (scores[candidates] - allowance).argsort(stable=True)[:worst]
+    return candidates[torch.cat([highest, lowest]).unique()]

@@ -1,4 +1,4 @@
-"""The training set beside a bank: checked to be the one that was trained on, and read where rows are shown."""
+"""Training set beside a bank: checked against the bank's hashes, and read for the rows that are shown."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -10,60 +10,69 @@ from ..bank.identity import naming_origins
 from ..errors import QueryError
 
 
+__all__ = ["TrainingSet", "rows_at"]
+
+
 class TrainingSet:
-    """What is shown of a bank's rows: those of a dataset, or the text that the bank keeps.
+    """Examples of a bank's rows: a dataset's rows, or the text that the bank holds.
 
     Args:
-        bank (`ResponseBank`): whose rows they are.
+        bank (`ResponseBank`): the bank.
     """
 
     def __init__(self, bank: ResponseBank):
         self.bank = bank
         self._verified: tuple[Any, str | None] = (None, None)
 
-    def verify(self, dataset: Any, some: int | None = None) -> None:
-        """Refuse a dataset that is not the one the bank was made of; look at all rows, or at so many of them.
+    def verify(self, dataset: Any, sample: int | None = None) -> None:
+        """Refuse a dataset that is not the one the bank was made of.
+
+        Args:
+            sample (`int`, *optional*): compare so many rows, spread evenly (of a stream the first); all by default.
 
         Raises:
-            MismatchError: the first row that differs, and where bank and dataset are from.
+            MismatchError: the first row that differs, and the origins of bank and dataset.
             QueryError: the dataset has no tokens to compare.
         """
-        # A datasets.Dataset never changes: what makes another one of it gives it another fingerprint.
-        known = getattr(dataset, "_fingerprint", None)
-        seen, fingerprint = self._verified
-        if seen is dataset and known is not None and known == fingerprint:
+        # A datasets.Dataset never changes: whatever makes another one of it gives it another fingerprint.
+        fingerprint = getattr(dataset, "_fingerprint", None)
+        verified, verified_fingerprint = self._verified
+        if verified is dataset and fingerprint is not None and fingerprint == verified_fingerprint:
             return
-        places = None
+        row_indices = None
         with naming_origins(self.bank.manifest, dataset):
             if hasattr(dataset, "__len__"):
                 self.bank.check_length(len(dataset))
-                if some is not None and some < len(dataset):
-                    places = sorted({round(at * (len(dataset) - 1) / max(some - 1, 1)) for at in range(some)})
-            elif some is not None and some < len(self.bank):
-                places = list(range(some))  # of a stream, whatever is further on costs as much as reading it all
-            hashes = row_hashes(dataset if places is None else rows_at(dataset, places), self.bank.salt)
+                if sample is not None and sample < len(dataset):
+                    last, gaps = len(dataset) - 1, max(sample - 1, 1)
+                    row_indices = sorted({round(index * last / gaps) for index in range(sample)})
+            elif sample is not None and sample < len(self.bank):
+                row_indices = list(range(sample))  # rows further on cost as much as reading the whole stream
+            rows = dataset if row_indices is None else rows_at(dataset, row_indices)
+            hashes = row_hashes(rows, self.bank.salt)
             if hashes is None:
                 raise QueryError(
-                    "the dataset has no 'input_ids', so its rows cannot be checked against the bank; pass the "
+                    "the dataset has no 'input_ids', so its rows cannot be checked against the bank. Pass the "
                     "tokenized training set, or verify_dataset=False to take rows by their position"
                 )
-            self.bank.check_rows(hashes, places)
-        if places is None:
-            self._verified = (dataset, known)
+            self.bank.check_rows(hashes, row_indices)
+        if row_indices is None:
+            self._verified = (dataset, fingerprint)
 
-    def shown(self, dataset: Any, places: Sequence[int]) -> dict[int, Any]:
-        """Rows by their positions: the dataset's, else `{"text": ...}` where the bank keeps it, else nothing."""
+    def examples(self, dataset: Any, row_indices: Sequence[int]) -> dict[int, Any]:
+        """Return rows by index: the dataset's, else `{"text": ...}` where the bank holds it, else nothing."""
         if dataset is not None:
-            return dict(zip(places, rows_at(dataset, places), strict=True))
-        if not places or not self.bank.manifest.privacy.text:
+            return dict(zip(row_indices, rows_at(dataset, row_indices), strict=True))
+        if not row_indices or not self.bank.manifest.privacy.text:
             return {}
-        return {place: {"text": text} for place, text in zip(places, self.bank.texts(places), strict=True)}
+        texts = self.bank.texts(row_indices)
+        return {index: {"text": text} for index, text in zip(row_indices, texts, strict=True)}
 
 
-def rows_at(dataset: Any, places: Sequence[int]) -> list[Any]:
-    """Rows of a dataset, or of a stream, which is read as far as it must be."""
+def rows_at(dataset: Any, row_indices: Sequence[int]) -> list[Any]:
+    """Return rows of a dataset, or of a stream, which is read no further than it must be."""
     if hasattr(dataset, "__len__"):
-        return [dataset[place] for place in places]
-    wanted, read = set(places), islice(dataset, max(places, default=-1) + 1)
-    found = {at: row for at, row in enumerate(read) if at in wanted}
-    return [found[place] for place in places]
+        return [dataset[index] for index in row_indices]
+    wanted, prefix = set(row_indices), islice(dataset, max(row_indices, default=-1) + 1)
+    rows = {index: row for index, row in enumerate(prefix) if index in wanted}
+    return [rows[index] for index in row_indices]

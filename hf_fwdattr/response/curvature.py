@@ -1,17 +1,17 @@
-"""Functions of the preconditioned Gauss-Newton matrix, which is never formed.
+"""Curvature: functions of the preconditioned Gauss-Newton matrix, which is never formed.
 
 With Z (M, P) the curvature samples times sqrt(D), H~ = Z^T Z + w I has at most M directions of its own. The Gram
 matrix Z Z^T = U L U^T is M x M, and any function f acts as
 
     f(H~) x = f(w) x + Z^T U (f(L + w) - f(w)) / L U^T Z x .
 
-Directions that no sample saw have no measured curvature and keep f(w): they stay plain gradients.
+Vectors orthogonal to all samples have no measured curvature and keep f(w): they stay plain gradients.
 
-Z has fewer lines than columns, so the eigenvalues of Z^T Z are too large in the directions that the samples happened
-to point in. How much can be read off the samples themselves (Ledoit and Wolf 2004, "A well-conditioned estimator for
-large-dimensional covariance matrices"): the shrinkage rho is the variance of the estimate over its distance from a
-multiple of the identity, and the measured curvature counts (1 - rho). The identity's own part, rho tr(H~) / P, is
-below a hundredth of the horizon wherever it was measured, and is left out.
+Z has fewer rows than columns, so the eigenvalues of Z^T Z are too large in the subspace that the samples happen to
+span. The samples themselves say by how much (Ledoit and Wolf 2004, "A well-conditioned estimator for large-dimensional
+covariance matrices"): the shrinkage rho is the variance of the estimate over its distance from a multiple of the
+identity, and the measured curvature is scaled by (1 - rho). The identity's own part, rho tr(H~) / P, is below a
+hundredth of the horizon wherever it was measured, and is left out.
 """
 
 from collections.abc import Callable
@@ -24,23 +24,27 @@ from .distributed import SINGLE_PROCESS, Ranks
 from .storage import blocks
 
 
-_WIDTH = 1 << 16  # columns of Z in flight; bounds memory when Z is mapped from disk
+__all__ = ["Curvature", "ledoit_wolf"]
+
+_WIDTH = 1 << 16  # columns of Z held at a time; bounds memory when Z is mapped from disk
 
 
 class Curvature:
-    """H~ of one segment.
+    """The preconditioned Gauss-Newton matrix H~ of one segment.
 
     Args:
         factor (`Tensor`): Z, (M, P); M may be 0 (no curvature).
         weight_decay (`float`): w, decoupled decay in units of the learning rate.
-        sampled (`bool`): the lines of Z are random samples, so that eigenvalues are to be shrunk; otherwise Z^T Z is
+        sampled (`bool`): whether the rows of Z are random samples, whose eigenvalues are shrunk; otherwise Z^T Z is
             taken as it is.
-        ranks (`Ranks`, *optional*): where several processes share the columns of Z, and those of what it is applied
-            to, in the same way.
+        ranks (`Ranks`, *optional*): processes that share the columns of Z, and of the vectors it is applied to.
 
     Attributes:
         shrinkage (`float`): rho, between 0 and 1.
-        values (`Tensor`): the eigenvalues of Z^T Z as they are used, shrunk.
+        values (`Tensor`): eigenvalues of Z^T Z, shrunk.
+
+    Raises:
+        NumericalError: a sample is not finite.
     """
 
     def __init__(
@@ -54,7 +58,9 @@ class Curvature:
             gram += (block @ block.T).double()
         ranks.total(gram)
         if not bool(torch.isfinite(gram).all()):
-            raise NumericalError("the curvature samples are not finite: the model's loss is NaN or infinite")
+            raise NumericalError(
+                "the curvature samples are not finite: the model's loss is NaN or infinite. Check the run"
+            )
         values, vectors = torch.linalg.eigh(gram)
         kept = values > values.max().clamp(min=0) * torch.finfo(factor.dtype).eps if samples else values > 0
         self.shrinkage = ledoit_wolf(gram, int(ranks.total(torch.tensor(size)))) if sampled else 0.0
@@ -62,32 +68,32 @@ class Curvature:
         self.values = self._measured * (1.0 - self.shrinkage)
 
     def apply(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
-        """f(H~) applied to each row of `vectors` (n, P); returns (n, P)."""
+        """Apply f(H~) to each of the vectors (n, P); return (n, P)."""
         return self.apply_sum((function, vectors))
 
     def apply_sum(self, *terms: tuple[Callable[[Tensor], Tensor], Tensor]) -> Tensor:
-        """The sum of f(H~) x over terms (f, x) of the same shape (n, P); back from the samples it goes only once."""
+        """Return the sum of f(H~) x over terms (f, x) of one shape (n, P), with a single product by Z^T."""
         result = torch.zeros_like(terms[0][1])
-        mixed = torch.zeros(len(result), len(self.values), dtype=torch.float64)
+        spectral = torch.zeros(len(result), len(self.values), dtype=torch.float64)
         columns = blocks(result.shape[1], _WIDTH)
         for function, vectors in terms:
             floor = function(torch.tensor([self.weight_decay], dtype=torch.float64))
             gain = (function(self.values + self.weight_decay) - floor) / self._measured
-            seen = torch.zeros(len(vectors), self.factor.shape[0], dtype=torch.float64)
+            products = torch.zeros(len(vectors), self.factor.shape[0], dtype=torch.float64)
             for block in columns:
-                seen += (vectors[:, block] @ self.factor[:, block].T).double()
-            mixed += (self.ranks.total(seen) @ self.vectors) * gain
+                products += (vectors[:, block] @ self.factor[:, block].T).double()
+            spectral += (self.ranks.total(products) @ self.vectors) * gain
             result.add_(vectors, alpha=float(floor))
-        back = (mixed @ self.vectors.T).to(result.dtype)
+        combination = (spectral @ self.vectors.T).to(result.dtype)
         for block in columns:
-            result[:, block] += back @ self.factor[:, block]
+            result[:, block] += combination @ self.factor[:, block]
         return result
 
 
 def ledoit_wolf(gram: Tensor, size: int) -> float:
-    """rho of the estimate Z^T Z from M independent samples in `size` dimensions, from its Gram matrix (M, M) alone.
+    """Return rho of the estimate Z^T Z from M independent samples in `size` dimensions, given its Gram matrix (M, M).
 
-    With z_m the lines of Z, M z_m z_m^T are M estimates of one matrix, and Z^T Z is their mean: their squared spread
+    With z_m the rows of Z, M z_m z_m^T are M estimates of one matrix, and Z^T Z is their mean: their squared spread
     over M is sum |z_m|^4 - |Z^T Z|^2 / M, and the distance from a multiple of the identity is |Z^T Z|^2 - tr^2 / P.
     """
     samples = gram.shape[0]

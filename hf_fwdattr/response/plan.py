@@ -1,6 +1,9 @@
-"""What the passes will take, known before they begin: rows to read, bytes to hold, time."""
+"""The plan of a bank's passes, known before they begin: rows to read, bytes to hold, time."""
 
 from dataclasses import dataclass
+
+
+__all__ = ["Plan"]
 
 
 @dataclass(frozen=True)
@@ -8,65 +11,66 @@ class Plan:
     """Sizes of a bank's passes.
 
     Attributes:
-        rows (`int`): N, rows of the training set that were seen.
+        rows (`int`): N, training rows that were trained on.
         size (`int`): P.
         segments (`int`): S.
-        samples (`int`): M, sampled-label gradients per segment.
-        chosen (`int`): m, rows whose responses are kept whole, from which the directions are found.
+        curvature_samples (`int`): M, sampled-label gradients per segment.
+        sample_rows (`int`): m, rows whose responses are held whole, from which the directions are found.
         query_gradients (`bool`): whether gradients at the end are taken; an exact bank needs none.
-        ranks (`int`): processes that share it.
-        look (`int`): rows that one rank reads after that, to fit and judge the first look, and to learn how its errors
-            go together.
-        look_bytes (`int`): what the fit holds in memory.
-        means (`bool`): whether responses are means over several ends, which is one more matrix.
+        ranks (`int`): processes that share the passes.
+        predictor_rows (`int`): rows that rank 0 reads afterwards to fit and judge the gradient predictor.
+        predictor_bytes (`int`): memory that the fit takes.
+        averaged (`bool`): whether responses are averaged over the run, which takes one more matrix.
     """
 
     rows: int
     size: int
     segments: int
-    samples: int
-    chosen: int
+    curvature_samples: int
+    sample_rows: int
     query_gradients: bool = True
     ranks: int = 1
-    look: int = 0
-    look_bytes: int = 0
-    means: bool = False
+    predictor_rows: int = 0
+    predictor_bytes: int = 0
+    averaged: bool = False
 
     @property
     def row_passes(self) -> int:
-        """Rows that go forward and backward, over all ranks: at most (2 S + 1) N where M is at most N; the first look
-        aside.
+        """Rows that go forward and backward over all ranks, without the gradient predictor's.
+
+        At most (2 S + 1) N where M is at most N.
         """
-        others = max(self.rows - self.chosen, 0)
-        once = self.chosen if self.query_gradients else 0
-        return self.segments * (self.samples + self.chosen + others) + once
+        others = max(self.rows - self.sample_rows, 0)
+        once = self.sample_rows if self.query_gradients else 0
+        return self.segments * (self.curvature_samples + self.sample_rows + others) + once
 
     @property
     def bytes(self) -> int:
-        """Of the large matrices, over all ranks, in float32: curvature samples, responses and pushes."""
-        return 4 * self.size * (self.segments * self.samples + (2 + self.means) * self.chosen)
+        """Size of the large float32 matrices over all ranks: curvature samples, responses and pushes."""
+        return 4 * self.size * (self.segments * self.curvature_samples + (2 + self.averaged) * self.sample_rows)
 
-    def summary(self, budget: int, pace: float | None = None) -> str:
-        """The plan in one line.
+    def summary(self, budget: int, seconds_per_row: float | None = None) -> str:
+        """Return the plan in one line.
 
         Args:
             budget (`int`): bytes that a rank may hold in memory.
-            pace (`float`, *optional*): seconds per row of forward and backward on one rank, as training took them.
+            seconds_per_row (`float`, *optional*): time of forward and backward on one rank, as training took it.
         """
-        each = self.bytes // self.ranks
-        spilled = max(0, each - budget)
-        held = min(each, budget) + self.look_bytes
-        where = f"{_bytes(held)} in memory" + (f", {_bytes(spilled)} on disk" if spilled else "")
-        total = self.row_passes + self.look
+        bytes_per_rank = self.bytes // self.ranks
+        on_disk = max(0, bytes_per_rank - budget)
+        in_memory = min(bytes_per_rank, budget) + self.predictor_bytes
+        total = self.row_passes + self.predictor_rows
         text = (
             f"{total:,} rows forward and backward ({total / max(self.rows, 1):.1f} times the {self.rows:,} trained on"
-            + (f", {self.look:,} of them for the first look" if self.look else "")
-            + f"), {where}"
         )
+        if self.predictor_rows:
+            text += f", {self.predictor_rows:,} of them for the gradient predictor"
+        text += f"), {_bytes(in_memory)} in memory" + (f", {_bytes(on_disk)} on disk" if on_disk else "")
         if self.ranks > 1:
             text += f" on each of {self.ranks} ranks"
-        if pace is not None:
-            text += f", about {_duration(pace * (self.row_passes / self.ranks + self.look))} at training's speed"
+        if seconds_per_row is not None:
+            seconds = seconds_per_row * (self.row_passes / self.ranks + self.predictor_rows)
+            text += f", about {_duration(seconds)} at training's speed"
         return text
 
 

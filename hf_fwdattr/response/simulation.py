@@ -1,11 +1,11 @@
-"""The paper's algorithm, taken literally: train a little further with a row's loss nudged, and look where it went.
+"""Literal simulation of the paper's algorithm: train a little further with one row's loss nudged, and compare.
 
 Two trajectories of K gradient steps start at theta_T, one with +epsilon times the row's gradient added to every step's
 gradient and one with -epsilon; half their difference over epsilon is the row's response (arXiv 2511.19803). One
-trajectory against theta_T itself costs half and is right where theta_T is a minimum. On a quadratic both equal the
+trajectory against theta_T itself costs half and is exact where theta_T is a minimum. On a quadratic both equal the
 closed form of [`ExplicitHorizon`], -(1 - (1 - eta sigma)^K) / sigma applied to the gradient.
 
-This is practical for a handful of rows or sources; everything else uses the closed form.
+It is practical for few rows or sources; the package itself uses the closed form.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,35 +16,37 @@ from torch import Tensor, nn
 from ..gradients.per_sample import PerSampleGradients
 from ..models.likelihood import IGNORED, Batch, Objective, row_losses
 from ..models.modes import trainable
-from ..models.parameters import Parameters
+from ..models.parameters import TrackedParameters
+from .horizon import ExplicitHorizon
+
+
+__all__ = ["objective_gradient", "simulate", "simulate_rows"]
 
 
 def simulate(
     gradient: Callable[[Tensor], Tensor],
     theta: Tensor,
     push: Tensor,
+    horizon: ExplicitHorizon,
     *,
-    steps: int,
-    step_size: float,
-    damping: float = 0.0,
     epsilon: float = 1e-3,
     trajectories: int = 2,
 ) -> Tensor:
-    """Response (P,) of the parameters to a unit of `push`.
+    """Return the response (P,) of the parameters to a unit of `push`.
 
     Args:
         gradient (`Callable`): theta (P,) -> gradient (P,) of the training objective.
         theta (`Tensor`): theta_T, (P,).
-        push (`Tensor`): (P,) gradient of what is nudged: a row's loss, or a source's, over the supervised tokens.
-        steps, step_size, damping: K, eta and lambda; the damping pulls towards theta_T.
+        push (`Tensor`): (P,) gradient of the nudged loss, of a row or a source, over the number of supervised tokens.
+        horizon (`ExplicitHorizon`): K, eta and lambda; K is finite, and the damping pulls towards theta_T.
         epsilon (`float`): size of the nudge.
         trajectories (`int`): 2 (central difference) or 1 (against theta_T).
     """
 
     def end(nudge: float) -> Tensor:
         at = theta.clone()
-        for _ in range(steps):
-            at = at - step_size * (gradient(at) + damping * (at - theta) + nudge * push)
+        for _ in range(int(horizon.steps)):
+            at = at - horizon.step_size * (gradient(at) + horizon.damping * (at - theta) + nudge * push)
         return at
 
     if trajectories == 1:
@@ -53,11 +55,11 @@ def simulate(
 
 
 def objective_gradient(
-    model: nn.Module, parameters: Parameters, objective: Objective, batches: Sequence[Batch]
+    model: nn.Module, parameters: TrackedParameters, objective: Objective, batches: Sequence[Batch]
 ) -> Callable[[Tensor], Tensor]:
-    """theta -> gradient of the mean loss per supervised token over `batches`, for [`simulate`]; float as the model.
+    """Return theta -> gradient of the mean loss per supervised token over `batches`, for [`simulate`].
 
-    The model's responding weights are left where the last call put them.
+    The model's tracked weights are left where the last call put them.
     """
 
     def gradient(theta: Tensor) -> Tensor:
@@ -77,22 +79,21 @@ def objective_gradient(
 
 def simulate_rows(
     model: nn.Module,
-    parameters: Parameters,
+    parameters: TrackedParameters,
     objective: Objective,
     batches: Iterable[Batch],
     groups: Tensor,
+    horizon: ExplicitHorizon,
     *,
-    steps: int,
-    step_size: float,
-    damping: float = 0.0,
     epsilon: float = 1e-3,
     trajectories: int = 2,
 ) -> Tensor:
-    """Responses (groups, P) of a fine-tuned model to rows or sources, by literal simulation; use inside `frozen`.
+    """Return the responses (groups, P) of a fine-tuned model to rows or sources by simulation; use inside `frozen`.
 
     Args:
         batches (`Iterable`): all training rows, in order.
-        groups (`Tensor`): (groups, rows) of zeros and ones: one line per row, or per source, to be nudged.
+        groups (`Tensor`): (groups, rows) zeros and ones: the rows that each group nudges.
+        horizon, epsilon, trajectories: as of [`simulate`].
     """
     batches = list(batches)
     theta = parameters.read(model)
@@ -100,8 +101,8 @@ def simulate_rows(
     gradients, tokens = zip(*(rows(batch) for batch in batches), strict=True)
     pushes = groups.to(theta.dtype) @ torch.cat(gradients).to(theta.dtype) / torch.cat(tokens).sum()
     at = objective_gradient(model, parameters, objective, batches)
-    settings = dict(steps=steps, step_size=step_size, damping=damping, epsilon=epsilon, trajectories=trajectories)
     try:
-        return torch.stack([simulate(at, theta, push, **settings) for push in pushes])  # type: ignore[arg-type]
+        responses = [simulate(at, theta, push, horizon, epsilon=epsilon, trajectories=trajectories) for push in pushes]
+        return torch.stack(responses)
     finally:
         parameters.write(model, theta)

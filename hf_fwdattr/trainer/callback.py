@@ -1,6 +1,5 @@
-"""The callback: record while the model trains, then respond, factorise and write."""
+"""The callback: record while the Trainer trains; respond, factorise and write when it ends."""
 
-import inspect
 import logging
 import shutil
 from pathlib import Path
@@ -12,48 +11,101 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..bank.bank import ResponseBank
 from ..config import ResponseConfig
 from ..errors import AttributionError, UnsupportedError
-from .publish import finish_pushes, keep_card, push_at_end
-from .recorder import ResponseRecorder
+from ..models.parameters import TrackedParameters
+from .patching import TrainCall, find_train_call
+from .publish import push_at_end, push_with_bank, wait_for_pushes
+from .recorder import ResponseRecorder, refuse_accelerator
 from .self_check import SelfCheck
 
 
-RECORD = "fwdattr-record"
+__all__ = ["RECORD", "ResponseCallback", "refuse_trainer"]
+
+RECORD = "fwdattr-record"  # folder of the record in a checkpoint
 logger = logging.getLogger(__name__)
 
 
 class ResponseCallback(TrainerCallback):
-    """Makes the response bank of a fine-tune, in `output_dir/fwdattr`, and leaves the training itself untouched.
+    """Make the response bank of a fine-tune that a `Trainer` runs; the training itself is unchanged, to the last bit.
 
-    While the model trains it notes which rows each step saw and copies the responding parameters and the optimizer's
-    diagonal once per segment. When training ends it makes about 2 S + 1 passes over the training set. Should they
-    fail, the training is not lost with them: `train()` ends as it would have, the error is logged, `bank` raises it,
-    and `build_bank(record="<output_dir>/_fwdattr-record")` can finish what was begun.
+    ```python
+    trainer = Trainer(model=model, args=args, train_dataset=train, data_collator=collator)
+    callback = ResponseCallback(ResponseConfig(source_column="publisher")).add_to(trainer)
+    trainer.train()
+    trainer.save_model()  # the bank is beside it, in output_dir/fwdattr
+    callback.bank  # the same bank, open
+    ```
+
+    `Trainer(..., callbacks=[ResponseCallback(config)])` does the same. [`~ResponseCallback.add_to`] refuses earlier,
+    before the model is even prepared. TRL's `SFTTrainer` works like `Trainer`.
+
+    While the model trains, the callback records row indices, learning rate and clipping of every optimizer step, and
+    copies the tracked parameters and the optimizer's diagonal once per segment. When training ends it makes about
+    2 S + 1 passes over the training set, for S segments.
+
+    **On disk.** The bank lies in `output_dir/fwdattr` (see `ResponseConfig.folder`), so the Trainer's pushes upload it
+    with the model, and the model card gets a section about it. Every checkpoint holds a `fwdattr-record`, so a resumed
+    run ends with the bank of an uninterrupted one. Nothing else is left.
+
+    **If the passes fail**, the training is not lost with them: `train()` ends as it would have, the error is logged,
+    and `callback.bank` raises it. The record stays in `output_dir/_fwdattr-record`, and
+    `build_bank(model, dataset, config, record="<output_dir>/_fwdattr-record")` completes the bank. So it does after a
+    process that was killed in the passes.
+
+    **Refused** before the first step, as far as a few rows show it: optimizers other than torch's AdamW, Adam and SGD;
+    `compute_loss_func`; DPO, KTO, GRPO; `packing=True`; random collators; a stream without `row_id_column`;
+    DataParallel, DeepSpeed, FSDP1, tensor parallelism. After the first step: a loss that is not the model's own, or
+    weighs tokens unequally.
 
     Args:
         config (`ResponseConfig`, *optional*): settings.
-        dataset (*optional*): the training set with its row-id and source columns. Found in the trainer by itself;
-            needed only with a trainer that does not keep it as `train_dataset`.
+        dataset (*optional*): the training set with its row-id and source columns; needed only with a trainer that
+            does not keep it as `train_dataset`.
 
     Raises:
-        UnsupportedError: before the first step, for whatever the mathematics does not cover.
+        UnsupportedError: from `add_to` or `train()`, for what is refused.
     """
 
     def __init__(self, config: ResponseConfig | None = None, dataset: Any = None):
         self.config = config or ResponseConfig()
         self.dataset = dataset
+        self._call: TrainCall | None = None
+        self._trainer: Trainer | None = None
         self._recorder: ResponseRecorder | None = None
+        self._check: SelfCheck | None = None
         self._bank: ResponseBank | Exception | None = None
+
+    def add_to(self, trainer: Trainer) -> "ResponseCallback":
+        """Add the callback to a trainer and return it.
+
+        Args:
+            trainer (`Trainer`): a Trainer or SFTTrainer that is not training yet.
+
+        Raises:
+            UnsupportedError: the trainer, its accelerator or the choice of `parameters` is not supported.
+        """
+        refuse_trainer(trainer.args, trainer, self.config)
+        refuse_accelerator(trainer.accelerator)
+        assert trainer.model is not None
+        TrackedParameters.of(trainer.model, self.config.parameters, sharded=True)
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
+        self._call = TrainCall(trainer)
+        return self
 
     @property
     def bank(self) -> ResponseBank | None:
-        """The bank, after training; reading it raises whatever kept it from being made."""
+        """The bank, after training; None before.
+
+        Raises:
+            Exception: the error that the passes ended with.
+        """
         if isinstance(self._bank, Exception):
             raise self._bank
         return self._bank
 
     @property
     def recorder(self) -> ResponseRecorder:
-        """What records the run, from its beginning on."""
+        """The recorder of the run, once training has begun."""
         assert self._recorder is not None, "training has not begun"
         return self._recorder
 
@@ -68,77 +120,76 @@ class ResponseCallback(TrainerCallback):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Check everything that can be checked before a step is taken, and attach."""
+        """Check everything that can be checked before the first step, and begin to record."""
         assert model is not None
-        trainer, checkpoint = _training_call()
-        _refuse(args, trainer)
-        if self.config.self_check and args.world_size > 1:
-            raise UnsupportedError("self_check trains again in one process; set self_check=0 under several")
-        if self._recorder is not None:  # an earlier run, perhaps interrupted
+        if self._recorder is not None:  # of an earlier run, perhaps interrupted
             self._recorder.detach()
-        self._recorder, self._bank, self._trainer = None, None, trainer
+        self._recorder, self._bank = None, None
+        if self._call is not None and self._call.trainer.state is state:
+            trainer, checkpoint = self._call.trainer, self._call.checkpoint
+        else:
+            trainer, checkpoint = find_train_call()
+        self._trainer = trainer
+        refuse_trainer(args, trainer, self.config)
         folder = Path(checkpoint or Path(args.output_dir) / f"checkpoint-{state.global_step}") / RECORD
-        averaged = args.average_tokens_across_devices
-        self._recorder = ResponseRecorder(
+        recorder = ResponseRecorder(
             self.config, accelerator=None if trainer is None else trainer.accelerator,
             model=model if trainer is None else trainer.model_wrapped, optimizer=optimizer,
             dataloader=train_dataloader, steps=state.max_steps, processing_class=processing_class,
             dataset=trainer.train_dataset if self.dataset is None and trainer is not None else self.dataset,
-            resume=folder if _recorded(folder, state) else None, begun=state.global_step,
-            _smoothing=args.label_smoothing_factor,
-            _rule=(args.world_size if averaged else 1) if args.label_smoothing_factor else None,
+            resume=folder if _has_record(folder, state) else None,
         )  # fmt: skip
+        smoothing, averaged = args.label_smoothing_factor, args.average_tokens_across_devices
+        recorder.describe_run(
+            steps_taken=state.global_step, label_smoothing=smoothing,
+            loss_gradient=float(args.world_size if averaged else 1) if smoothing else None,
+        )  # fmt: skip
+        self._recorder = recorder
         self._check = SelfCheck(model, trainer) if self.config.self_check else None
-        keep_card(trainer, self.config.folder)
+        push_with_bank(trainer, self.config.folder)
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Note the rows and the learning rate of the step that was just taken; half-way through a segment, copy what
-        responds."""
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Record the step that was just taken."""
         if self._recorder is not None:
             self._recorder.step()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put the record into the checkpoint, so that a resumed run ends with the same bank."""
+        """Write the record into the checkpoint, so that a resumed run ends with the same bank."""
         if self._recorder is not None:
             self._recorder.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / RECORD)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Respond, factorise and write; what was recorded is on disk until the bank is."""
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Respond, factorise and write; the record is on disk until the bank is."""
         recorder = self._recorder
         if recorder is None:
             return
         # A name that begins with an underscore is not uploaded with the model.
-        kept = Path(args.output_dir) / f"_{RECORD}"
-        best = state.best_global_step if args.load_best_model_at_end else None
+        record_folder = Path(args.output_dir) / f"_{RECORD}"
         try:
-            recorder.end(kept, best)
-            finish_pushes(self._trainer)
+            recorder.end(record_folder, state.best_global_step if args.load_best_model_at_end else None)
+            wait_for_pushes(self._trainer)
             self._bank = recorder.finish(Path(args.output_dir) / self.config.folder)
         except Exception as error:  # whatever it is, the trained model must not be lost with the bank
             self._bank = error
             if state.is_world_process_zero:
                 logger.error(
-                    "training is done, but its response bank could not be made: %s\nWhat was recorded is in %s: "
-                    "finish with build_bank(model, dataset, config, record=%r)",
-                    error, kept, str(kept), exc_info=not isinstance(error, AttributionError | OSError),
+                    "training is complete, but its response bank could not be made: %s\nThe record of the run is in "
+                    "%s. Complete the bank with build_bank(model, dataset, config, record=%r)",
+                    error, record_folder, str(record_folder),
+                    exc_info=not isinstance(error, AttributionError | OSError),
                 )  # fmt: skip
-        else:
-            if state.is_world_process_zero:
-                shutil.rmtree(kept)
-            if self._check is not None:
-                order = recorder.record.rows
-                self._check(
-                    self._bank, recorder.model, recorder.rows, recorder.exposure.collate, order, self.config
-                )  # fmt: skip
-            push_at_end(self._trainer, args)
+            return
+        if state.is_world_process_zero:
+            shutil.rmtree(record_folder)
+        if self._check is not None:
+            self._check.run_safely(
+                self._bank, recorder.model, recorder.rows, recorder.batches.collate, recorder.record.rows, self.config
+            )
+        push_at_end(self._trainer, args)
 
 
-def _recorded(folder: Path, state: TrainerState) -> bool:
-    """Whether the run goes on from a checkpoint with a record; without one, the bank can only be of what follows."""
+def _has_record(folder: Path, state: TrainerState) -> bool:
+    """Return whether the run resumes from a checkpoint with a record; warn of one without."""
     if state.global_step and not folder.is_dir() and state.is_world_process_zero:
         logger.warning(
             "training resumes at step %d, but %s is missing: the checkpoint was made without ResponseCallback (or the "
@@ -149,28 +200,18 @@ def _recorded(folder: Path, state: TrainerState) -> bool:
     return state.global_step > 0 and folder.is_dir()
 
 
-def _training_call() -> tuple[Trainer | None, str | None]:
-    """The trainer whose event this is and the checkpoint that it resumes from, which no hook is handed.
+def refuse_trainer(args: TrainingArguments, trainer: Trainer | None, config: ResponseConfig) -> None:
+    """Refuse trainers and arguments under which the training loss is not the attributed likelihood row by row.
 
-    They are looked up among the callers.
+    Raises:
+        UnsupportedError: a loss without rows, packed rows, DataParallel, DeepSpeed, a self-check under several ranks.
     """
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, Trainer):
-            return caller, frame.f_locals.get("resume_from_checkpoint")
-        frame = frame.f_back
-    return None, None
-
-
-def _refuse(args: TrainingArguments, trainer: Trainer | None) -> None:
-    """What would make the recorded losses differ from the attributed likelihood, or is not there yet."""
     if trainer is not None and getattr(trainer, "compute_loss_func", None) is not None:
-        raise UnsupportedError("a custom compute_loss_func is not the model's own likelihood; train without it")
+        raise UnsupportedError("compute_loss_func: its loss is not the model's own likelihood. Train without it")
     if hasattr(trainer, "ref_model"):  # TRL's DPO, KTO, GRPO
         raise UnsupportedError(
             f"{type(trainer).__name__} compares outputs with those of a reference model: its loss is no likelihood of "
-            "an output, and its rows are no outputs; responses are known for supervised fine-tuning (SFTTrainer)"
+            "an output, and its rows are no outputs. Use supervised fine-tuning (SFTTrainer)"
         )
     if getattr(args, "packing", False):  # TRL's
         raise UnsupportedError(
@@ -178,9 +219,14 @@ def _refuse(args: TrainingArguments, trainer: Trainer | None) -> None:
             "(padding_free=True with ResponseConfig(batch_size=1) computes no padding either)"
         )
     if args.n_gpu > 1:
-        raise UnsupportedError(f"DataParallel over {args.n_gpu} GPUs is not supported: make only one visible")
+        raise UnsupportedError(f"DataParallel over {args.n_gpu} GPUs is not supported. Make only one visible")
     if trainer is not None and trainer.is_deepspeed_enabled:
         raise UnsupportedError(
-            "DeepSpeed keeps weights and optimizer state in its own engine, where they cannot be read step by step; "
-            "train with DDP"
+            "DeepSpeed keeps weights and optimizer state in its own engine, where they cannot be read step by step. "
+            "Train with DDP"
+        )
+    if config.self_check and args.world_size > 1:
+        raise UnsupportedError(
+            f"self_check={config.self_check} trains again in one process, and this run has {args.world_size}. Set "
+            "self_check=0"
         )

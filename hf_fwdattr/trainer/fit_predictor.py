@@ -1,149 +1,147 @@
-"""What a bank keeps so that one forward pass gives a first look at every row: maps of errors, and their worth."""
+"""The fit of the gradient predictor: error projections, their explained variance, and the covariance of errors."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import UnsupportedError
 from ..gradients.per_sample import PerSampleGradients
 from ..gradients.predictor import GradientPredictor
 from ..models.fsdp import is_sharded
-from ..models.likelihood import Batch, Objective
-from ..models.parameters import Parameters
+from ..models.likelihood import Batch
 from ..query.gaussian_process import error_covariance
 from ..response.dataset import TrainingRows
+from ..response.responses import Responses
+from .build_context import BuildContext
 
 
-_FITTED = 512  # rows from which the maps are fitted, at most: some dozens of tokens a row against d^2 numbers a map
-_HELD = 32  # rows on which they are judged, at most
-_TOGETHER = 128  # predicted gradients that are multiplied with the responses together
+__all__ = ["FittedPredictor", "fit_predictor", "predictor_cost"]
+
+_FIT_ROWS = 512  # rows to fit on, at most: some dozens of tokens a row against d^2 numbers a projection
+_HELD_OUT_ROWS = 32  # rows to judge the fit on, at most
+_CHUNK = 128  # predicted gradients that are multiplied with the responses together
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class FittedPredictor:
-    """Maps of errors by canonical path of the layer, and the share of score variance that they explain.
+    """A gradient predictor as a bank keeps it.
 
     Attributes:
-        maps (`dict[str, Tensor]`): see `synthetic.gradients`.
-        share (`float`): of the scores of rows that were not fitted on, 1 at best; may be negative.
-        kernel (`Tensor`, *optional*): (rows, rows) how its errors go together, see `kriging`.
+        error_projections (`dict[str, Tensor]`): by canonical path of the layer; see `gradients.predictor`.
+        explained_variance (`float`): share of the score variance of held-out rows that it explains, 1 at best; may be
+            negative.
+        error_covariance (`Tensor`, *optional*): (rows, rows) covariance of its errors; see `query.gaussian_process`.
     """
 
-    maps: dict[str, Tensor]
-    share: float
-    kernel: Tensor | None
+    error_projections: dict[str, Tensor]
+    explained_variance: float
+    error_covariance: Tensor | None
 
 
-def cost_of(
-    model: nn.Module, parameters: Parameters, objective: Objective, rows: int, memory: int, learned: bool
-) -> tuple[int, int]:
-    """Rows that `gradient_predictor` will read of so many (those it is judged on twice, or all where its errors are
-    `learned`), and bytes that fitting holds; zeros where there will be none.
-    """
-    try:
-        synthetic = _synthetic(model, parameters, objective, memory)
-    except UnsupportedError:
-        return 0, 0
-    fitted, held = _chosen(rows)
-    return len(fitted) + (rows if learned else 2 * len(held)), synthetic.fitting_bytes
-
-
-def fit_predictor(
-    model: nn.Module,
-    parameters: Parameters,
-    objective: Objective,
-    rows: TrainingRows,
-    products: Callable[[Tensor], Tensor],
-    memory: int,
-    scores: Tensor | None = None,
-    quiet: bool = True,
-) -> FittedPredictor | None:
-    """Fit the maps of a model at the end of its training, and judge them; None where they cannot be had.
+def predictor_cost(context: BuildContext, all_rows: bool) -> tuple[int, int]:
+    """Return the rows that `fit_predictor` will read, and the bytes that the fit takes; zeros if it is not supported.
 
     Args:
-        rows (`TrainingRows`): the training set; a few hundred rows of it are read.
-        products (`Callable`): gradients (queries, P) -> their products with all rows' responses (queries, rows).
-        memory (`int`): bytes that fitting may take.
-        scores (`Tensor`, *optional*): (rows, rows) of all rows as queries; all rows are then read, for the kernel.
-        quiet (`bool`, defaults to `True`): no progress bars.
+        context (`BuildContext`): what the bank is built from.
+        all_rows (`bool`): whether scores of all rows will be known, so that all are predicted.
     """
-    fitted, held = _chosen(len(rows))
     try:
-        synthetic = _synthetic(model, parameters, objective, memory)
-        with tqdm(total=len(fitted), desc="first look", unit="row", disable=quiet, leave=False) as bar:
-            maps = synthetic.fit(_counted(rows, fitted, bar))
+        predictor = _unfitted(context)
+    except UnsupportedError:
+        return 0, 0
+    total = len(context.rows)
+    fit_rows, held_out = _split(total)
+    return len(fit_rows) + (total if all_rows else 2 * len(held_out)), predictor.fitting_bytes
+
+
+def fit_predictor(context: BuildContext, responses: Responses) -> FittedPredictor | None:
+    """Fit a gradient predictor at the model's weights and judge it; return None for a model that does not support it.
+
+    A few hundred rows are read; all rows where `responses` has their scores, for the covariance of errors.
+    """
+    rows, quiet, scores = context.rows, context.config.quiet, responses.sample_scores
+    fit_rows, held_out = _split(len(rows))
+    try:
+        predictor = _unfitted(context)
+        with tqdm(total=len(fit_rows), desc="gradient predictor", unit="row", disable=quiet, leave=False) as bar:
+            projections = predictor.fit(_counted(rows, fit_rows, bar))
         if scores is None:
-            gradients = PerSampleGradients(model, parameters, objective)
-            found = [(places, products(-gradients(batch)[0].cpu())) for places, batch in rows.batches(held)]
-            exact = torch.cat([block for _, block in found])[torch.cat([places for places, _ in found]).argsort()]
-            predicted = _predicted(synthetic, rows, held, products, quiet=True)
+            covariance, exact = None, _exact_scores(context, responses, held_out)
+            predicted = _coarse_scores(predictor, rows, held_out, responses, quiet=True)
         else:
-            exact, predicted = scores[held], _predicted(synthetic, rows, list(range(len(rows))), products, quiet)
+            predicted = _coarse_scores(predictor, rows, list(range(len(rows))), responses, quiet)
+            covariance, exact, predicted = error_covariance(scores - predicted), scores[held_out], predicted[held_out]
     except UnsupportedError as error:  # the responses, which took longer, are not lost with it
-        logger.info("the bank allows no first look (a query will take a forward pass for each direction): %s", error)
+        logger.info("the bank has no gradient predictor (a query takes a forward pass per direction): %s", error)
         return None
-    kernel = None if scores is None else error_covariance(scores - predicted)
-    missed = exact - (predicted if scores is None else predicted[held])
-    return FittedPredictor(maps, 1.0 - float(missed.square().sum() / exact.square().sum().clamp(min=1e-30)), kernel)
+    unexplained = float((exact - predicted).square().sum() / exact.square().sum().clamp(min=1e-30))
+    return FittedPredictor(projections, 1.0 - unexplained, covariance)
 
 
-def _predicted(
-    synthetic: GradientPredictor,
-    rows: TrainingRows,
-    places: list[int],
-    products: Callable[[Tensor], Tensor],
-    quiet: bool,
+def _exact_scores(context: BuildContext, responses: Responses, row_indices: list[int]) -> Tensor:
+    """Return the scores (n, rows) of these ascending rows as queries, from their own gradients."""
+    gradients = PerSampleGradients(context.model, context.parameters, context.objective)
+    scores, order = [], []
+    for indices, batch in context.rows.batches(row_indices):
+        scores.append(responses.products(-gradients(batch)[0].cpu()))
+        order.append(indices)
+    return torch.cat(scores)[torch.cat(order).argsort()]
+
+
+def _coarse_scores(
+    predictor: GradientPredictor, rows: TrainingRows, row_indices: list[int], responses: Responses, quiet: bool
 ) -> Tensor:
-    """(len(places), rows) what a first look says of the rows at these ascending positions as queries."""
-    found: list[Tensor] = []
+    """Return the scores (n, rows) of these ascending rows as queries, from their predicted gradients."""
+    scores: list[Tensor] = []
     waiting: list[Tensor] = []
-    order: list[int] = []
-    total = rows.count(len(places))
-    for here, batch in tqdm(rows.batches(places), "first look", total, unit="batch", disable=quiet, leave=False):
-        order += [int(place) for place in here]
-        waiting.append(synthetic(batch).cpu())
-        if sum(map(len, waiting)) >= _TOGETHER:
-            found.append(products(torch.cat(waiting)))
+    order: list[Tensor] = []
+    batches, total = rows.batches(row_indices), rows.count(len(row_indices))
+    for indices, batch in tqdm(batches, "coarse scores", total, unit="batch", disable=quiet, leave=False):
+        order.append(indices)
+        waiting.append(predictor(batch).cpu())
+        if sum(map(len, waiting)) >= _CHUNK:
+            scores.append(responses.products(torch.cat(waiting)))
             waiting = []
-    found += [products(torch.cat(waiting))] if waiting else []
-    result = torch.cat(found)
-    return result[torch.tensor(order).argsort()]
+    scores += [responses.products(torch.cat(waiting))] if waiting else []
+    return torch.cat(scores)[torch.cat(order).argsort()]
 
 
-def _synthetic(model: nn.Module, parameters: Parameters, objective: Objective, memory: int) -> GradientPredictor:
-    """What is fitted, before it is.
+def _unfitted(context: BuildContext) -> GradientPredictor:
+    """Return the predictor before its fit.
 
     Raises:
-        UnsupportedError: it cannot be, or not in this memory.
+        UnsupportedError: the model does not support one, or not in this memory.
     """
-    if is_sharded(model):
-        raise UnsupportedError("it reads weights as a whole, and FSDP has them in pieces")
-    synthetic = GradientPredictor(model, parameters, objective)
-    if synthetic.fitting_bytes > memory:
+    if is_sharded(context.model):
+        raise UnsupportedError("the gradient predictor reads whole weights, and FSDP shards them")
+    predictor = GradientPredictor(context.model, context.parameters, context.objective)
+    if predictor.fitting_bytes > context.config.memory_budget:
         raise UnsupportedError(
-            f"fitting the maps would take {synthetic.fitting_bytes / 2**30:.1f} GiB, more than memory_budget"
+            f"memory_budget={context.config.memory_budget}: fitting the gradient predictor takes "
+            f"{predictor.fitting_bytes / 2**30:.1f} GiB. Raise memory_budget"
         )
-    return synthetic
+    return predictor
 
 
-def _chosen(total: int) -> tuple[list[int], list[int]]:
-    """Rows to fit on, and rows to judge by; the same where there are no more."""
-    held = _spread(total, _HELD)
-    return [place for place in _spread(total, _FITTED + _HELD) if place not in set(held)] or held, held
+def _split(total: int) -> tuple[list[int], list[int]]:
+    """Return rows to fit on and rows to judge the fit on; the same where there are no more."""
+    held_out = _spread(total, _HELD_OUT_ROWS)
+    fit_rows = [index for index in _spread(total, _FIT_ROWS + _HELD_OUT_ROWS) if index not in set(held_out)]
+    return fit_rows or held_out, held_out
 
 
-def _counted(rows: TrainingRows, chosen: list[int], bar: tqdm) -> Iterator[Batch]:
-    """The batches of these rows, shown on a bar."""
-    for at, batch in rows.batches(chosen):
+def _counted(rows: TrainingRows, row_indices: list[int], bar: tqdm) -> Iterator[Batch]:
+    """Yield the batches of these rows, counted on a progress bar."""
+    for indices, batch in rows.batches(row_indices):
         yield batch
-        bar.update(len(at))
+        bar.update(len(indices))
 
 
 def _spread(total: int, count: int) -> list[int]:
-    """At most `count` positions, evenly over all."""
+    """Return at most `count` indices, evenly spread over `total`."""
     return sorted({round(at * (total - 1) / max(count - 1, 1)) for at in range(min(count, total))})

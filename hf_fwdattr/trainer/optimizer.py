@@ -1,4 +1,4 @@
-"""What the real optimizer multiplies a gradient with, read from its own state."""
+"""The optimizer's preconditioner: the factor of each gradient component in a step, read from the optimizer's state."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,24 +7,27 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from ..models.fsdp import whole
-from ..models.parameters import Parameters
+from ..models.fsdp import full_tensor
+from ..models.parameters import TrackedParameters
 
 
-# Weight of the share m^2 / v that the second moment takes back of a step, and the least that is left. For a steady
-# gradient the derivative says 1; measured against real training (scripts/leave_sources_out.py --ablate), 2 gives the
-# better direction and the better calibration, and more changes little.
+__all__ = ["FEEDBACK", "Preconditioner", "adam_diagonal"]
+
+# Weight of the share m^2 / v of a step that the second moment takes back, and the least that is left of the step. The
+# derivative for a steady gradient is 1; measured against real training (leaving sources out), 2 gives the better
+# direction and the better calibration, and more changes little.
 FEEDBACK = 2.0
 _FLOOR = 0.02
+_KINDS: dict[type, str] = {torch.optim.AdamW: "adamw", torch.optim.Adam: "adam", torch.optim.SGD: "sgd"}
 
 
 @dataclass(frozen=True)
 class Preconditioner:
-    """The optimizer seen from the responding parameters.
+    """An optimizer as the tracked parameters see it.
 
     Attributes:
         kind (`str`): `adamw`, `adam` or `sgd`.
-        groups (`tuple[int, ...]`): parameter group of each responding parameter.
+        groups (`tuple[int, ...]`): parameter group of each tracked parameter.
         momentum (`float`): of SGD; 0 otherwise. A push lasts 1 / (1 - momentum) steps.
         weight_decay (`float`): per unit of learning rate.
     """
@@ -35,52 +38,55 @@ class Preconditioner:
     weight_decay: float
 
     @classmethod
-    def of(cls, optimizer: Any, model: nn.Module, parameters: Parameters) -> "Preconditioner":
+    def of(cls, optimizer: Any, model: nn.Module, parameters: TrackedParameters) -> "Preconditioner":
         """Read the kind of optimizer and check that the mathematics covers it.
 
         Raises:
             UnsupportedError: another optimizer than Adam, AdamW or SGD, or options without a closed form.
         """
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        kinds: dict[type, str] = {torch.optim.AdamW: "adamw", torch.optim.Adam: "adam", torch.optim.SGD: "sgd"}
-        kind = kinds.get(type(optimizer))
+        name, kind = type(optimizer).__name__, _KINDS.get(type(optimizer))
         if kind is None:
             raise UnsupportedError(
-                f"responses are known for torch's AdamW, Adam and SGD, not for {type(optimizer).__module__}."
-                f"{type(optimizer).__name__}; set TrainingArguments(optim='adamw_torch')"
+                f"optimizer: {type(optimizer).__module__}.{name}. Responses are known for torch's AdamW, Adam and "
+                "SGD. Set TrainingArguments(optim='adamw_torch')"
             )
-        where = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        group_of = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
         groups = []
-        for name, parameter in zip(parameters.names, parameters.tensors(model), strict=True):
-            if id(parameter) not in where:
-                raise UnsupportedError(f"{name} is not trained by the optimizer, so it cannot respond")
-            groups.append(where[id(parameter)])
+        for parameter_name, parameter in zip(parameters.names, parameters.tensors(model), strict=True):
+            if id(parameter) not in group_of:
+                raise UnsupportedError(
+                    f"{parameter_name} is not trained by the optimizer, so it has no response. Give it to the "
+                    "optimizer, or choose other `parameters`"
+                )
+            groups.append(group_of[id(parameter)])
         used = [optimizer.param_groups[index] for index in sorted(set(groups))]
         for option in ("maximize", "nesterov", "dampening"):
             if any(group.get(option) for group in used):
-                raise UnsupportedError(f"{type(optimizer).__name__} with {option} has no closed-form response here")
+                raise UnsupportedError(f"{name} with {option}: it has no closed-form response here. Switch it off")
         for option in ("weight_decay", "momentum"):
             if len({group.get(option, 0.0) for group in used}) > 1:
                 raise UnsupportedError(
-                    f"the responding parameters have different {option}; choose `parameters` from one group"
+                    f"the tracked parameters have different {option}, and responses know one. Choose `parameters` "
+                    "from one group"
                 )
         decay, momentum = float(used[0].get("weight_decay") or 0.0), float(used[0].get("momentum") or 0.0)
         if kind == "adam" and decay and not used[0].get("decoupled_weight_decay"):
-            raise UnsupportedError("Adam with weight_decay has no closed-form response here; use AdamW")
+            raise UnsupportedError("Adam with weight_decay: it has no closed-form response here; use AdamW")
         return cls(kind, tuple(groups), momentum, decay)
 
     def learning_rate(self, optimizer: Any) -> float:
-        """Of the first responding parameter, now; the diagonal carries the others' ratio to it."""
+        """Return the learning rate of the first tracked parameter; the diagonal holds the others' ratio to it."""
         return float(optimizer.param_groups[self.groups[0]]["lr"])
 
     @torch.no_grad()
-    def diagonal(self, optimizer: Any, model: nn.Module, parameters: Parameters) -> Tensor:
-        """D, (P,) on the CPU: what a change of the gradient does to the step, times the group's rate ratio.
+    def diagonal(self, optimizer: Any, model: nn.Module, parameters: TrackedParameters) -> Tensor:
+        """Return D, (P,) on the CPU: the derivative of the step by the gradient, times the group's rate ratio.
 
-        1 for SGD; for Adam and AdamW see [`_adam`]. Collective where the optimizer's state is sharded.
+        1 for SGD; for Adam and AdamW see [`adam_diagonal`]. Collective where the optimizer's state is sharded.
 
         Raises:
-            UnsupportedError: the optimizer has no state for a responding parameter.
+            UnsupportedError: the optimizer has no state for a tracked parameter.
         """
         optimizer = getattr(optimizer, "optimizer", optimizer)
         blocks = []
@@ -91,9 +97,12 @@ class Preconditioner:
             if self.kind != "sgd":
                 state = optimizer.state.get(parameter, {})
                 if "exp_avg_sq" not in state:
-                    raise UnsupportedError(f"the optimizer has no second moment for {name}: it never got a gradient")
-                block = _adam(state, group)
-            blocks.append((whole(block) * (self._rate(group) / base)).reshape(-1).cpu())
+                    raise UnsupportedError(
+                        f"the optimizer has no second moment for {name}: it never got a gradient. Choose other "
+                        "`parameters`"
+                    )
+                block = adam_diagonal(state, group)
+            blocks.append((full_tensor(block) * (self._rate(group) / base)).reshape(-1).cpu())
         return torch.cat(blocks)
 
     @staticmethod
@@ -101,11 +110,11 @@ class Preconditioner:
         return float(group.get("initial_lr", group["lr"])) or 1.0
 
 
-def _adam(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    """Derivative of Adam's step m / (sqrt(v) + eps) by a lasting change of the gradient, elementwise, positive.
+def adam_diagonal(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    """Return the derivative of Adam's step m / (sqrt(v) + eps) by a lasting change of the gradient, elementwise.
 
     The numerator alone gives 1 / (sqrt(v) + eps). But the change also enters v, by twice the gradient, and so takes a
-    share m^2 / v of the step back: where every batch pulls the same way, Adam's step hardly depends on how hard.
+    share m^2 / v of the step back: where all batches have the same gradient, Adam's step hardly depends on its size.
     """
     count = float(state["step"])
     first = state["exp_avg"].float() / (1.0 - group["betas"][0] ** count)

@@ -1,4 +1,4 @@
-"""The record of a run: exposures of every step, and a snapshot in the middle of every segment."""
+"""The record of a run: row weights of every step, and a snapshot in the middle of every segment."""
 
 import json
 from dataclasses import dataclass, field
@@ -8,15 +8,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..bank.files import read_tensors, write_atomically, write_tensors
+from ..bank.files import write_atomically
+from ..bank.tensors import read_tensors, write_tensors
 from ..errors import BankError, UnsupportedError
 from ..response.horizon import ExplicitHorizon, Horizon, NaturalHorizon
 from ..response.segment import Segment
 
 
+__all__ = ["Record", "Snapshot"]
+
+
 @dataclass
 class Snapshot:
-    """Responding parameters and the optimizer's diagonal after `step` steps, both (P,)."""
+    """Tracked parameters and the optimizer's diagonal D after `step` steps, both (P,)."""
 
     step: int
     theta: Tensor
@@ -25,19 +29,19 @@ class Snapshot:
 
 @dataclass
 class Record:
-    """What is written down while a model trains; small, because only responding parameters are copied.
+    """The record of a training run; small, because only tracked parameters are copied.
 
     Attributes:
         steps (`int`): planned length of the run in optimizer steps.
         segments (`int`): S.
         momentum, weight_decay (`float`): of the optimizer.
         rates (`list[float]`): learning rate of each step; 0 for a step that was skipped.
-        clips (`list[float]`): what clipping multiplied each step's gradient with; 1 where it was short enough.
-        rows, weights (`list[Tensor]`): per step, (n,) row positions and the weight of each one's summed loss.
+        clips (`list[float]`): factor by which clipping scaled each step's gradient; 1 for a step that was not clipped.
+        rows, weights (`list[Tensor]`): per step, (n,) row indices and the weight of each row's summed loss.
         snapshots (`list[Snapshot]`): one per segment reached so far.
-        total (`int`): rows of the training set; 0 where nobody counted.
-        optimizer (`str`): its kind.
-        first (`int`): steps taken before anything was recorded; responses to them are unknown.
+        total (`int`): rows of the training set; 0 if unknown.
+        optimizer (`str`): kind of optimizer.
+        first (`int`): steps taken before the record began; responses to them are unknown.
         smoothing (`float`): label smoothing of the training loss.
         end (`Snapshot`, *optional*): the parameters that the run ended with, or was saved with.
     """
@@ -59,39 +63,42 @@ class Record:
 
     @property
     def taken(self) -> int:
-        """Steps of the run so far, also those before the record began."""
+        """Steps of the run so far, with those before the record began."""
         return self.first + len(self.rates)
 
     def bounds(self) -> list[tuple[int, int]]:
-        """First step and end of each segment; fewer segments than asked for if the run is shorter."""
+        """Return first step and end of each segment; fewer segments than asked for if the run is shorter."""
         steps = self.steps - self.first
         count = max(1, min(self.segments, steps))
         edges = [self.first + round(index * steps / count) for index in range(count + 1)]
         return list(pairwise(edges))
 
     def due(self, step: int) -> bool:
-        """Whether a snapshot belongs after this many steps: half-way through a segment."""
+        """Return whether a snapshot is taken after this many steps: half-way through a segment."""
         return any(step == start + max(1, (end - start) // 2) for start, end in self.bounds())
 
     def add(self, rate: float, rows: Tensor, weights: Tensor, clip: float = 1.0) -> None:
-        """Write down one optimizer step."""
+        """Record one optimizer step."""
         self.rates.append(rate)
         self.clips.append(clip)
         self.rows.append(rows)
         self.weights.append(weights)
 
     def build(self, total: int, end: Snapshot, horizon: dict[str, float] | None = None) -> list[Segment]:
-        """The segments of the run, for the passes.
+        """Return the segments of the run, for the passes.
 
         Args:
             total (`int`): number of training rows.
             end (`Snapshot`): the final parameters; its step may be earlier than the last (a best model loaded back).
-            horizon (`dict`, *optional*): the paper's form at the end, instead of the run's own segments.
+            horizon (`dict`, *optional*): arguments of [`ExplicitHorizon`], which then replaces the run's own segments.
+
+        Raises:
+            UnsupportedError: no step with a learning rate was recorded.
         """
         if horizon is not None:
             explicit = ExplicitHorizon(**horizon)
-            exposure, steps, _ = self._exposure(0, end.step, total, rates=False)
-            return [Segment(end.theta, torch.ones_like(end.theta), explicit, exposure / max(steps, 1.0))]
+            weights, steps, _ = self._sums(0, end.step, total, rates=False)
+            return [Segment(end.theta, torch.ones_like(end.theta), explicit, weights / max(steps, 1.0))]
         segments = []
         for start, stop in self.bounds():
             stop = min(stop, end.step)
@@ -99,36 +106,36 @@ class Record:
                 continue
             inside = [s for s in self.snapshots if start < s.step <= stop]
             middle = inside[0] if inside else end
-            exposure, tau, rates = self._exposure(start, stop, total)
+            weights, tau, rates = self._sums(start, stop, total)
             if tau == 0.0:
                 continue
             natural: Horizon = NaturalHorizon(tau / (1.0 - self.momentum))
             decay = self.weight_decay * rates / tau  # decay is not clipped
-            segments.append(Segment(middle.theta, middle.diagonal, natural, exposure / tau, decay))
+            segments.append(Segment(middle.theta, middle.diagonal, natural, weights / tau, decay))
         if not segments:
             raise UnsupportedError(
-                "no optimizer step was recorded (or every learning rate was zero): nothing responds"
+                "no optimizer step was recorded (or every learning rate was zero), so every response is zero"
             )
         return segments
 
-    def _exposure(self, start: int, stop: int, total: int, rates: bool = True) -> tuple[Tensor, float, float]:
-        """(rows,) sums of rate x clip x weight over steps, the sum of rate x clip, and the sum of rates.
+    def _sums(self, start: int, stop: int, total: int, rates: bool = True) -> tuple[Tensor, float, float]:
+        """Return sums over steps: of rate x clip x weight (rows,), of rate x clip, and of the rate.
 
-        A clipped gradient is a step of a smaller rate, for what pushes and for what curves alike. Without `rates`
-        every rate counts as one.
+        A clipped gradient is a step of a smaller rate, for pushes and curvature alike. Without `rates` every rate
+        counts as one.
         """
-        exposure, tau, plain = torch.zeros(total, dtype=torch.float64), 0.0, 0.0
+        weights, tau, rate_sum = torch.zeros(total, dtype=torch.float64), 0.0, 0.0
         for step in range(max(start - self.first, 0), min(stop - self.first, len(self.rates))):
             rate = self.rates[step] if rates else 1.0
-            exposure.index_add_(0, self.rows[step], rate * self.clips[step] * self.weights[step])
+            weights.index_add_(0, self.rows[step], rate * self.clips[step] * self.weights[step])
             tau += rate * self.clips[step]
-            plain += rate
-        return exposure, tau, plain
+            rate_sum += rate
+        return weights, tau, rate_sum
 
     def save(self, folder: Path) -> None:
-        """Write to `folder`, so that a run that is resumed goes on with it.
+        """Write to `folder`, so that a resumed run continues the record.
 
-        Four bytes for each time a row was seen, sixteen per step, eight per responding parameter and snapshot.
+        The size is four bytes per visit of a row, sixteen per step, eight per tracked parameter and snapshot.
         """
         folder.mkdir(parents=True, exist_ok=True)
         weights = torch.cat(self.weights) if self.weights else torch.zeros(0, dtype=torch.float64)
@@ -156,20 +163,21 @@ class Record:
 
     @classmethod
     def load(cls, folder: Path) -> "Record":
-        """Read what `save` wrote.
+        """Read a record that `save` wrote.
 
         Raises:
-            BankError: there is no whole record.
+            BankError: the record is missing or incomplete.
         """
         if not (folder / "record.json").is_file() or not (folder / "record.safetensors").is_file():
-            raise BankError(f"no record of a run in {folder}: it needs record.json and record.safetensors")
+            raise BankError(f"no record of a run in {folder}: it must contain record.json and record.safetensors")
         settings = json.loads((folder / "record.json").read_text())
         tensors = read_tensors(folder / "record.safetensors")
         counts = tensors["counts"].tolist()
         steps, taken, ended = (settings.pop(name) for name in ("snapshots", "taken", "ended"))
         if taken != len(counts):
             raise BankError(
-                f"{folder} was cut off while it was written: {taken} steps in one file, {len(counts)} in another"
+                f"the record in {folder} is incomplete: {taken} steps in record.json, {len(counts)} in "
+                "record.safetensors. Use an earlier checkpoint's"
             )
         snapshots = [Snapshot(s, tensors[f"theta.{i}"], tensors[f"diagonal.{i}"]) for i, s in enumerate(steps)]
         weights = tensors["weights"].repeat_interleave(tensors["runs"])

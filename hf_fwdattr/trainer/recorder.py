@@ -1,5 +1,6 @@
-"""What the callback does, without the Trainer: three calls around a training loop of one's own."""
+"""The recorder of a fine-tune: what the callback does, without the Trainer."""
 
+import logging
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,26 +13,29 @@ from ..bank.bank import ResponseBank
 from ..config import ResponseConfig
 from ..errors import BankError, UnsupportedError
 from ..models.likelihood import resolve_objective
-from ..models.parameters import Parameters
+from ..models.parameters import TrackedParameters
 from ..response.distributed import Ranks
-from .build import check, respond
-from .clipping import Clipping
+from .build import refuse_unsupported, respond
+from .build_context import BuildContext
+from .clipping import ClippingRecorder
 from .optimizer import Preconditioner
+from .patching import Patches
 from .record import Record, Snapshot
-from .row_weights import BatchRecorder, Step, loader_of, streams
-from .streams import KeptRows, first_rows
+from .row_weights import BatchRecorder, OptimizerStep, base_loader, is_stream
+from .streams import StreamRows, first_rows
 
 
-_SETTLE = 64  # steps whose numbers may stay on the device before they are read
+__all__ = ["ResponseRecorder", "refuse_accelerator"]
+
+logger = logging.getLogger(__name__)
+_PENDING = 64  # steps whose numbers may stay on the device before they are read
 
 
 class ResponseRecorder:
-    """Records a fine-tune in a loop of one's own over Accelerate, and makes its response bank.
+    """Record a fine-tune in a training loop over Accelerate, and make its response bank.
 
-    Three calls: make one when model, optimizer and dataloader are prepared; `step()` right after every
-    `optimizer.step()`; `finish(folder)` when training is done. The loop must train on the loss that the model returns
-    for `labels` (however scaled), and clip, if at all, by `accelerator.clip_grad_norm_`. Under several processes every
-    rank makes every call.
+    Three calls: make a recorder when model, optimizer and dataloader are prepared; `step()` right after every
+    `optimizer.step()`; `finish(folder)` when training is done. Under several processes every rank makes every call.
 
     ```python
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
@@ -53,19 +57,31 @@ class ResponseRecorder:
     accelerator.unwrap_model(model).save_pretrained(folder)
     ```
 
+    The loop must call the model with the batches of its dataloader, train on the loss that the model returns for
+    `labels` (scaled by any factor), and clip, if at all, by `accelerator.clip_grad_norm_`. Steps that were taken
+    before without a record, and a loss with smoothed labels, are stated with [`~ResponseRecorder.describe_run`].
+
+    **On disk.** The bank lies in the folder given to `finish`; `<folder of the model>/fwdattr` is where
+    `pipeline("training-data-attribution", model=...)` looks for it. Nothing else is written unless you call `save`.
+
+    **Resuming, and failures.** `save(folder)` writes the record beside a checkpoint; `resume=folder` continues it, and
+    the bank is that of an uninterrupted run. Call `end(folder)` before `finish` to have the record on disk while the
+    passes run: if they fail, `build_bank(model, dataset, config, record=folder)` completes the bank.
+
     Args:
         config (`ResponseConfig`, *optional*): settings.
         accelerator (`Accelerator`): the loop's.
         model, optimizer, dataloader: as `accelerator.prepare` returned them.
-        steps (`int`): optimizer steps that are planned; segments are cut from it.
+        steps (`int`): planned optimizer steps; the run is divided into segments by it.
         dataset (*optional*): the training set with its row-id and source columns, if the dataloader's lacks them.
-        processing_class (*optional*): the tokenizer, to be known by its hash.
-        resume (`str` or `Path`, *optional*): folder that `save` wrote when the checkpoint was made from which the loop
-            now goes on.
-        begun (`int`): steps that were taken before, of which there may be no record.
+        processing_class (*optional*): the tokenizer, identified in the bank by its hash.
+        resume (`str` or `Path`, *optional*): folder of the record that `save` wrote with the checkpoint from which the
+            loop continues.
 
     Raises:
-        UnsupportedError: before the first step, for whatever the mathematics does not cover.
+        UnsupportedError: before the first step: another optimizer than AdamW, Adam or SGD, a dataset without random
+            access or `row_id_column`, a random collator, FSDP1, tensor parallelism; from `step()`: a loss that is not
+            the model's own or weighs tokens unequally; from the clipping: values clipped, or parameters clipped apart.
     """
 
     def __init__(
@@ -80,82 +96,113 @@ class ResponseRecorder:
         dataset: Any = None,
         processing_class: Any = None,
         resume: str | Path | None = None,
-        begun: int = 0,
-        _smoothing: float = 0.0,
-        _rule: float | None = None,
     ):
-        _refuse(accelerator)
-        self.config = config or ResponseConfig()
-        self.ranks = Ranks.of_run()
+        refuse_accelerator(accelerator)
+        self.config, self.ranks, self.tokenizer = config or ResponseConfig(), Ranks.of_run(), processing_class
         self.model = model if accelerator is None else accelerator.unwrap_model(model, keep_torch_compile=False)
-        self.parameters = Parameters.of(self.model, self.config.parameters, sharded=True)
+        self.parameters = TrackedParameters.of(self.model, self.config.parameters, sharded=True)
         self.preconditioner = Preconditioner.of(optimizer, self.model, self.parameters)
-        self._accelerator, self._rule, self.tokenizer = accelerator, _rule, processing_class
+        self._accelerator, self._scaler = accelerator, getattr(optimizer, "scaler", None)
         self._optimizer = getattr(optimizer, "optimizer", optimizer)
-        self._scaler = getattr(optimizer, "scaler", None)
-        column = self.config.row_id_column
-        loader = loader_of(dataloader, column)
-        found: Any = loader.dataset
-        self.original = found if dataset is None else dataset
-        self.rows = None if streams(loader) else found  # of a stream, known only when it was read
-        total = 0 if self.rows is None else len(self.rows)
+        loader = base_loader(dataloader, self.config.row_id_column)
+        self.original: Any = loader.dataset if dataset is None else dataset
+        self.rows: Any = None if is_stream(loader) else loader.dataset  # of a stream, known when it was read
         if self.rows is None:
-            some = first_rows(self.original, self.config.batch_size)
-            check(self.model, some, loader.collate_fn, self.config, some)
+            first = first_rows(self.original, self.config.batch_size)
+            refuse_unsupported(self._context(first, loader.collate_fn, first))
         else:
-            check(self.model, self.rows, loader.collate_fn, self.config, self.original)
-        self.record = self._begin(resume, steps, begun, total, _smoothing)
-        shifted = resolve_objective(self.model, self.config.objective).name == "causal-lm"
-        self.exposure = BatchRecorder(model, loader, shifted, column)
-        live = self.parameters.tensors(self.model)
-        self._clipping = None if accelerator is None else Clipping(accelerator, live)
-        self._hook = self._optimizer.register_step_pre_hook(self._about_to_step)
+            refuse_unsupported(self._context(self.rows, loader.collate_fn, self.original))
+        self.record = self._resumed(Path(resume), steps) if resume is not None else self._new_record(steps)
+        self._attach(model, loader)
+        self._pending: list[OptimizerStep] = []
         self._rate: float | None = None
-        self._unscale, self._detached = 1.0, False
-        self._pending: list[Step] = []
+        self._loss_gradient: float | None = None
+        self._loss_scale = 1.0
         self._merged = len(self.record.rates)
-        self._moved, self._owed = any(self.record.rates), False
-        self._began, self._visits = time.perf_counter(), 0
+        self._moved, self._owes_snapshot = any(self.record.rates), False
+        self._began, self._seconds, self._visits = time.perf_counter(), 0.0, 0
 
-    def _begin(self, resume: str | Path | None, steps: int, begun: int, total: int, smoothing: float) -> Record:
-        """A fresh record, or the one that rank 0 finds in the folder."""
-        seen = self.preconditioner
-        if resume is None:
-            return Record(
-                steps, self.config.segments, seen.momentum, seen.weight_decay, total=total, optimizer=seen.kind,
-                first=begun, smoothing=smoothing,
-            )  # fmt: skip
+    def _attach(self, model: nn.Module, loader: Any) -> None:
+        """Patch the loop's objects; `detach` undoes it."""
+        self._patches = Patches()
+        shifted = resolve_objective(self.model, self.config.objective).name == "causal-lm"
+        self.batches = BatchRecorder(model, loader, self._patches, shifted, self.config.row_id_column)
+        self._clipping: ClippingRecorder | None = None
+        if self._accelerator is not None:
+            tracked = self.parameters.tensors(self.model)
+            self._clipping = ClippingRecorder(self._accelerator, tracked, self._patches)
+        self._patches.hook(self._optimizer.register_step_pre_hook(self._before_step))
+
+    def _new_record(self, steps: int) -> Record:
+        optimizer, total = self.preconditioner, 0 if self.rows is None else len(self.rows)
+        return Record(
+            steps, self.config.segments, optimizer.momentum, optimizer.weight_decay, total=total,
+            optimizer=optimizer.kind,
+        )  # fmt: skip
+
+    def _resumed(self, folder: Path, steps: int) -> Record:
+        """Return the record that rank 0 reads from the folder."""
         with self.ranks.raise_on_all_ranks():
-            loaded = Record.load(Path(resume)) if self.ranks.rank == 0 else None
+            loaded = Record.load(folder) if self.ranks.rank == 0 else None
         record: Record = self.ranks.objects(loaded)[0]
         record.end = None
+        total = 0 if self.rows is None else len(self.rows)
         if record.steps != steps:
-            raise UnsupportedError(f"the run was planned for {record.steps} steps and now for {steps}")
+            raise UnsupportedError(
+                f"the run was planned for {record.steps} steps and now for {steps}, so its segments do not fit. "
+                "Resume with the same plan"
+            )
         if record.total != total:
-            raise UnsupportedError(f"the run began with {record.total} rows and is resumed with {total}")
-        if begun and record.taken != begun:
-            raise BankError(f"the record in {resume} is of {record.taken} steps and training resumes after {begun}")
+            raise UnsupportedError(
+                f"the run began with {record.total} rows and is resumed with {total}, so row indices do not fit. "
+                "Resume with the same training set"
+            )
         return record
 
+    def describe_run(
+        self, *, steps_taken: int = 0, label_smoothing: float = 0.0, loss_gradient: float | None = None
+    ) -> None:
+        """State facts of the run that its objects do not show; to be called before the first step.
+
+        Args:
+            steps_taken (`int`): optimizer steps taken before; if there is no record of them, the bank holds responses
+                to the later steps only.
+            label_smoothing (`float`): label smoothing of a training loss that the loop computes from the logits.
+            loss_gradient (`float`, *optional*): with such a loss, the factor that takes the place of the gradient
+                measured at the model's own loss: 1 for a sum over tokens divided by `num_items_in_batch`.
+
+        Raises:
+            BankError: the resumed record has another number of steps.
+        """
+        if self.record.taken == 0:
+            self.record.first = steps_taken
+        elif steps_taken and self.record.taken != steps_taken:
+            self.detach()
+            raise BankError(
+                f"the record has {self.record.taken} steps and training resumes after {steps_taken}. Resume from the "
+                "checkpoint that the record belongs to"
+            )
+        self.record.smoothing, self._loss_gradient = label_smoothing, loss_gradient
+
     def step(self) -> None:
-        """Note the step that was just taken; does nothing where the optimizer only accumulates."""
-        loop = self._accelerator  # which says that a step was skipped until the next one, also while it accumulates
+        """Record the optimizer step that was just taken; does nothing where the optimizer only accumulates."""
+        loop = self._accelerator  # it says that a step was skipped until the next one, also while it accumulates
         skipped = loop is not None and loop.sync_gradients and loop.optimizer_step_was_skipped
         if self._rate is None and not skipped:
             return
         self._moved |= self._rate is not None
-        step = Step(0.0 if self._rate is None else self._rate, self.exposure.take(), unscale=self._unscale)
+        step = OptimizerStep(self._rate or 0.0, self.batches.take(), loss_scale=self._loss_scale)
         if self._clipping is not None:
             clip = self._clipping.take()
             step.clip = clip if step.rate else 1.0
         self._rate = None
-        self._visits += sum(micro.rows.numel() for micro in step.micro)
+        self._visits += sum(micro.row_indices.numel() for micro in step.micro_batches)
         self._pending.append(step)
-        if len(self._pending) >= _SETTLE or self.taken <= self.record.first + 1:  # the first: to complain at once
-            self._settle()
-        self._owed |= self.record.due(self.taken)
-        if self._owed and self._moved:  # before the first step that is not skipped, the optimizer has no state
-            self._owed = False
+        if len(self._pending) >= _PENDING or self.taken <= self.record.first + 1:  # refuse a wrong loss at once
+            self._finalize_pending()
+        self._owes_snapshot |= self.record.due(self.taken)
+        if self._owes_snapshot and self._moved:  # before the first step that moves weights the optimizer has no state
+            self._owes_snapshot = False
             self.record.snapshots.append(self.snapshot(self.taken))
 
     @property
@@ -163,27 +210,27 @@ class ResponseRecorder:
         """Optimizer steps so far."""
         return self.record.taken + len(self._pending)
 
-    def _about_to_step(self, *_: Any) -> None:
+    def _before_step(self, *_: Any) -> None:
         self._rate = self.preconditioner.learning_rate(self._optimizer)
-        if self._scaler is not None:  # which changes its scale after the step
-            self._unscale = self._scaler.get_scale()
+        if self._scaler is not None:  # it changes its scale after the step
+            self._loss_scale = self._scaler.get_scale()
 
-    def _settle(self) -> None:
-        ranks = 1 if self._accelerator is None else self._accelerator.num_processes
+    def _finalize_pending(self) -> None:
+        processes = 1 if self._accelerator is None else self._accelerator.num_processes
         for step in self._pending:
-            if not step.micro:
+            if not step.micro_batches:
                 raise UnsupportedError(
-                    "the model was not called with the batches of the dataloader (a trainer that makes its own of "
-                    "them, as DPO does of pairs), so nobody knows which rows this step saw"
+                    "the model is not called with the batches of the dataloader (a trainer that makes its own of "
+                    "them, as DPO does of pairs), so the rows of this step are unknown. Train on the "
+                    "dataloader's batches"
                 )
-            rate, rows, weights, clip = step.finalize(ranks, self._rule)
-            self.record.add(rate, rows, weights, clip)
+            self.record.add(*step.finalize(processes, self._loss_gradient))
         self._pending = []
 
     def _merge(self) -> None:
-        """Make every rank's record whole: the rows that each saw since the last time, put together."""
+        """Complete every rank's record with the rows that the others saw since the last time."""
         with self.ranks.raise_on_all_ranks():
-            self._settle()
+            self._finalize_pending()
         new = slice(self._merged, None)
         everyone = self.ranks.objects((self.record.rows[new], self.record.weights[new]))
         if self.ranks.size > 1:
@@ -192,12 +239,12 @@ class ResponseRecorder:
         self._merged = len(self.record.rates)
 
     def snapshot(self, step: int) -> Snapshot:
-        """What responds, and the optimizer's diagonal, now; every rank calls it, as either may be sharded."""
+        """Return tracked parameters and the optimizer's diagonal now; collective, as either may be sharded."""
         theta = self.parameters.read(self.model).cpu()
         return Snapshot(step, theta, self.preconditioner.diagonal(self._optimizer, self.model, self.parameters))
 
     def save(self, folder: str | Path) -> None:
-        """Put the record beside a checkpoint, so that a run that resumes from it ends with the same bank."""
+        """Write the record beside a checkpoint, so that a run that resumes from it ends with the same bank."""
         self._merge()
         end = self.snapshot(self.taken)
         with self.ranks.raise_on_all_ranks():
@@ -205,68 +252,78 @@ class ResponseRecorder:
                 replace(self.record, end=end).save(Path(folder))
 
     def detach(self) -> None:
-        """Leave model, dataloader, optimizer and accelerator as they were found; once."""
-        if self._detached:
-            return
-        self._detached = True
-        self.exposure.detach()
-        self._hook.remove()
-        if self._clipping is not None:
-            self._clipping.detach()
+        """Leave model, dataloader, optimizer and accelerator as they were found."""
+        self._patches.undo()
 
-    def end(self, keep: Path | None = None, until: int | None = None) -> None:
-        """Training is over; `finish` calls this by itself.
+    def end(self, folder: str | Path | None = None, until: int | None = None) -> None:
+        """End the record; `finish` calls this by itself.
 
         Args:
-            keep (`Path`, *optional*): where the record is put, to be finished with `build_bank` should the passes
+            folder (`str` or `Path`, *optional*): where the record is written, for [`build_bank`] should the passes
                 fail.
             until (`int`, *optional*): the step of which the weights are, if not the last (a best model loaded back).
         """
         self.detach()
-        self._spent = time.perf_counter() - self._began
+        self._seconds = time.perf_counter() - self._began
         self._merge()
         if self.rows is None:
-            self._keep_rows()
+            self._read_stream_again()
         self.record.end = self.snapshot(until or self.taken)
         with self.ranks.raise_on_all_ranks():
-            if keep is not None and self.ranks.rank == 0:
-                self.record.save(keep)
+            if folder is not None and self.ranks.rank == 0:
+                self.record.save(Path(folder))
 
-    def _keep_rows(self) -> None:
-        """From the ids of a stream's rows to positions in a dataset of those that were seen."""
-        seen = torch.cat(self.record.rows).unique()
+    def _read_stream_again(self) -> None:
+        """Keep the rows of a stream that were trained on, and turn their ids into row indices."""
+        row_ids = torch.cat(self.record.rows).unique()
         with self.ranks.raise_on_all_ranks():
-            self._kept = KeptRows(self.original, str(self.config.row_id_column), seen.tolist())
-        self.rows = self.original = self._kept.dataset
-        self.record.rows = [torch.searchsorted(seen, rows) for rows in self.record.rows]
+            self._stream_rows = StreamRows(self.original, str(self.config.row_id_column), row_ids.tolist())
+        self.rows = self.original = self._stream_rows.dataset
+        self.record.rows = [torch.searchsorted(row_ids, rows) for rows in self.record.rows]
         self.record.total = len(self.rows)
 
     def finish(self, folder: str | Path) -> ResponseBank:
-        """The passes over the training set; writes the bank into the folder and opens it.
+        """Make the passes over the training set, write the bank into the folder and open it.
 
         Args:
-            folder (`str` or `Path`): the bank's own, `<where the model is saved>/fwdattr`; of a disk that all ranks
-                see.
+            folder (`str` or `Path`): the bank's own, `<folder of the model>/fwdattr`; on a disk that all ranks see.
+
+        Raises:
+            NumericalError: the trained weights or a gradient are not finite.
         """
         if self.record.end is None:
             self.end()
         assert self.record.end is not None
-        return respond(
-            self.record, self.record.end, self.model, self.parameters, self.rows, self.exposure.collate, self.config,
-            Path(folder), original=self.original, tokenizer=self.tokenizer, ranks=self.ranks,
-            pace=self._spent / self._visits if self._visits else None,
-        )  # fmt: skip
+        seconds_per_row = self._seconds / self._visits if self._visits else None
+        context = self._context(self.rows, self.batches.collate, self.original, seconds_per_row)
+        bank = respond(context, self.record, self.record.end, Path(folder))
+        if self.ranks.rank == 0:
+            logger.info(
+                "response bank: %s (%.1f MB, %d rows). With the model saved beside it, ask: "
+                "pipeline('training-data-attribution', model='%s')(prompt)",
+                bank.folder, bank.manifest.bytes / 1e6, len(bank), bank.folder.parent,
+            )  # fmt: skip
+        return bank
+
+    def _context(self, dataset: Any, collate: Any, original: Any, seconds: float | None = None) -> BuildContext:
+        return BuildContext(
+            self.model, self.parameters, self.config, dataset, collate, original, self.tokenizer, self.ranks, seconds
+        )
 
 
-def _refuse(accelerator: Any) -> None:
-    """Ways of sharing a model or its rows in which what a rank sees says nothing of single weights or rows."""
+def refuse_accelerator(accelerator: Any) -> None:
+    """Refuse ways of sharing a model or its rows in which no rank sees single weights or rows.
+
+    Raises:
+        UnsupportedError: FSDP1, FSDP with offloading, tensor, context or sequence parallelism.
+    """
     plugin = getattr(getattr(accelerator, "state", None), "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version != 2:
-        raise UnsupportedError("FSDP1 flattens weights, so they cannot be told apart; set fsdp_config={'version': 2}")
+        raise UnsupportedError("FSDP1 flattens weights, so they cannot be told apart. Set fsdp_config={'version': 2}")
     if type(getattr(plugin, "cpu_offload", None)).__name__ == "CPUOffloadPolicy":
-        raise UnsupportedError("FSDP's cpu_offload was never tried with responses; set it to False")
+        raise UnsupportedError("FSDP's cpu_offload was never tried with responses. Set it to False")
     layout = getattr(accelerator, "parallelism_config", None)
     if layout is not None and layout.non_data_parallel_size > 1:
         raise UnsupportedError(
-            "tensor, context and sequence parallelism show a row to several ranks: set their sizes to 1"
+            "tensor, context and sequence parallelism show a row to several ranks. Set their sizes to 1"
         )

@@ -1,10 +1,10 @@
-"""Which rows each optimizer step saw, and with what weight; recorded without touching the training loop.
+"""Row weights: the rows that each optimizer step saw and the weight of each row's loss, measured during training.
 
-The rows' positions travel inside the batches themselves, so prefetching, workers and sharding cannot misalign them:
-the dataset is wrapped to say each row's position, the collator turns positions into a tensor beside the batch, and a
-hook on the model takes that tensor out again before the forward pass sees it. What a row's loss weighed is measured
-rather than deduced: the gradient that arrives at the model's own loss holds every factor of the training loop
-(accumulation, number of processes, a gradient scaler), however the loop was written.
+The row indices travel inside the batches themselves, so prefetching, workers and sharding cannot misalign them: the
+dataset adds each row's index, the collator turns the indices into a tensor beside the batch, and a hook on the model
+takes that tensor out again before the forward pass sees it. The weight of a row's loss is measured, not deduced: the
+gradient that arrives at the model's own loss holds every factor of the training loop (accumulation, number of
+processes, a gradient scaler), however the loop is written.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,23 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ..errors import UnsupportedError
 from ..models.likelihood import IGNORED
-from .streams import KEY, MarkedStream
+from .patching import Patches
+from .streams import ROW_KEY, IndexedStream
 
 
-class Indexed:
-    """A map-style dataset whose rows know their position."""
+__all__ = [
+    "BatchRecorder",
+    "IndexedCollator",
+    "IndexedDataset",
+    "MicroBatch",
+    "OptimizerStep",
+    "base_loader",
+    "is_stream",
+]
+
+
+class IndexedDataset:
+    """A map-style dataset that adds each row's index to its features."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset
@@ -30,180 +42,186 @@ class Indexed:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._marked(index, self.dataset[index])
+        return self._indexed(index, self.dataset[index])
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         rows = self.dataset.__getitems__(indices) if hasattr(self.dataset, "__getitems__") else None
         rows = [self.dataset[i] for i in indices] if rows is None else rows
-        return [self._marked(i, row) for i, row in zip(indices, rows, strict=True)]
+        return [self._indexed(i, row) for i, row in zip(indices, rows, strict=True)]
 
     def __getattr__(self, name: str) -> Any:
         if name == "dataset":  # while being unpickled in a worker, before __init__'s attribute is there
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
-    def _marked(self, index: int, row: Any) -> dict[str, Any]:
+    def _indexed(self, index: int, row: Any) -> dict[str, Any]:
         if not hasattr(row, "keys"):
-            raise UnsupportedError(f"row {index} of the dataset is a {type(row).__name__}; rows must be dictionaries")
-        return {**row, KEY: int(index)}
+            raise UnsupportedError(
+                f"row {index} of the dataset is a {type(row).__name__}, which has no room for its index. Make rows "
+                "dictionaries"
+            )
+        return {**row, ROW_KEY: int(index)}
 
 
-class MarkedCollate:
-    """The trainer's collator, with the rows' positions put beside what it returns."""
+class IndexedCollator:
+    """A collator that adds the tensor of row indices to the batch of another one."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]):
         self.collate = collate
 
     def __call__(self, features: list[dict[str, Any]]) -> Any:
-        rows = torch.tensor([feature.pop(KEY) for feature in features])
+        row_indices = torch.tensor([feature.pop(ROW_KEY) for feature in features])
         batch = self.collate(features)
-        batch[KEY] = rows
+        batch[ROW_KEY] = row_indices
         return batch
 
 
-def loader_of(dataloader: Any, row_id_column: str | None = None) -> DataLoader:
-    """The DataLoader inside the prepared one.
+def base_loader(dataloader: Any, row_id_column: str | None = None) -> DataLoader:
+    """Return the DataLoader inside one that Accelerate prepared.
 
     Raises:
-        UnsupportedError: a dataset without random access whose rows have no ids.
+        UnsupportedError: the dataset has no random access and its rows have no ids.
     """
     loader: DataLoader = getattr(dataloader, "base_dataloader", dataloader)
-    if not streams(loader) and not hasattr(loader.dataset, "__len__"):
+    if not is_stream(loader) and not hasattr(loader.dataset, "__len__"):
         raise UnsupportedError(
-            f"a {type(loader.dataset).__name__} has no length: give a dataset, or an IterableDataset"
+            f"dataset: a {type(loader.dataset).__name__} has no length, so its rows have no index. Pass a map-style "
+            "dataset, or an IterableDataset"
         )
-    if streams(loader) and row_id_column is None:
+    if is_stream(loader) and row_id_column is None:
         raise UnsupportedError(
-            "the training set is a stream: its rows have no position to attribute to. Give them a column of whole "
-            "numbers and name it in ResponseConfig(row_id_column=...), or use a map-style dataset "
-            "(`Dataset.from_generator`)"
+            "the training set is a stream, whose rows have no index. Give them a column of whole numbers and name it "
+            "in ResponseConfig(row_id_column=...), or pass a map-style dataset (`Dataset.from_generator`)"
         )
     return loader
 
 
-def streams(loader: DataLoader) -> bool:
-    """Whether its dataset has no random access."""
+def is_stream(loader: DataLoader) -> bool:
+    """Return whether the dataset has no random access."""
     return isinstance(loader.dataset, IterableDataset)
 
 
 @dataclass
 class MicroBatch:
-    """One micro-batch that went forward. Numbers stay tensors on their device: reading one would make a GPU wait.
+    """A micro-batch that went forward. Numbers stay tensors on their device, as reading one makes a GPU wait.
 
     Attributes:
-        rows (`Tensor`): (n,) positions.
-        tokens (`Tensor`, *optional*): what the model divided its summed loss by: the supervised tokens of the whole
-            step where it was told them, otherwise its own; None where it saw no labels.
-        pull (`Tensor`, *optional*): the gradient that came back to the model's loss: whatever the training loop
-            multiplied it with. Where the model returns its tokens' log-likelihoods instead, as TRL's does, what came
-            back to those, negative.
-        least (`Tensor`, *optional*): the least that came back to a token; other than `pull`, tokens weigh unequally.
+        row_indices (`Tensor`): (n,).
+        tokens (`Tensor`, *optional*): the divisor of the model's summed loss: the supervised tokens of the whole step
+            where the model is told them, otherwise of this micro-batch; None without labels.
+        loss_gradient (`Tensor`, *optional*): gradient of the training objective by the model's loss, with whatever the
+            loop multiplied it. Of a model that returns log-likelihoods of tokens, as TRL's do: the largest negative
+            gradient by one of those.
+        least_gradient (`Tensor`, *optional*): the smallest of those; it differs where tokens weigh unequally.
     """
 
-    rows: Tensor
+    row_indices: Tensor
     tokens: Any = None
-    pull: Tensor | None = None
-    least: Tensor | None = None
+    loss_gradient: Tensor | None = None
+    least_gradient: Tensor | None = None
 
-    def apply_row_weights(self, gradient: Tensor) -> None:
-        """Note what came back to the log-likelihoods of tokens, whose weight is then all there is to know."""
-        self.tokens, self.pull, self.least = 1, -gradient.detach().min(), -gradient.detach().max()
+    def record_token_gradients(self, gradient: Tensor) -> None:
+        """Record the gradient by the tokens' log-likelihoods, which holds their whole weight: the divisor is one."""
+        self.tokens, self.loss_gradient, self.least_gradient = 1, -gradient.detach().min(), -gradient.detach().max()
 
 
 @dataclass
-class Step:
-    """The micro-batches of an optimizer step, and what else scaled its gradient."""
+class OptimizerStep:
+    """The micro-batches of an optimizer step, and the other factors of its gradient.
+
+    Attributes:
+        rate (`float`): learning rate; 0 for a step that the gradient scaler skipped.
+        micro_batches (`list[MicroBatch]`): of this process.
+        clip: factor of gradient clipping.
+        loss_scale (`float`): factor of the gradient scaler.
+    """
 
     rate: float
-    micro: list[MicroBatch]
+    micro_batches: list[MicroBatch]
     clip: Any = 1.0
-    unscale: float = 1.0
+    loss_scale: float = 1.0
 
-    def finalize(self, ranks: int, rule: float | None) -> tuple[float, Tensor, Tensor, float]:
-        """Rate, rows (n,), the weight of each one's summed loss (n,), and clip, as numbers on the CPU.
+    def finalize(self, processes: int, loss_gradient: float | None) -> tuple[float, Tensor, Tensor, float]:
+        """Return rate, row indices (n,), weights of the rows' summed losses (n,) and clip, as numbers on the CPU.
 
         Args:
-            ranks (`int`): processes over whose gradients the step took the mean.
-            rule (`float`, *optional*): the pull to assume where the model's loss is not used (label smoothing).
+            processes (`int`): processes over whose gradients the step took the mean.
+            loss_gradient (`float`, *optional*): stands in where the model's loss is not used (label smoothing).
 
         Raises:
-            UnsupportedError: training did not use the model's loss.
+            UnsupportedError: training does not use the model's loss, or weighs its tokens unequally.
         """
-        rows, weights = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.float64)]
-        for micro in self.micro:
-            pull = rule if micro.pull is None else float(micro.pull) / self.unscale
-            if pull is None or micro.tokens is None:
+        row_indices, weights = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.float64)]
+        for micro in self.micro_batches:
+            measured, least = micro.loss_gradient, micro.least_gradient
+            gradient = loss_gradient if measured is None else float(measured) / self.loss_scale
+            if gradient is None or micro.tokens is None:
                 raise UnsupportedError(
                     "training does not use the loss that the model returns for `labels` (a custom loss, or label "
-                    "smoothing of a model that is not told num_items_in_batch), so what a row's loss was is unknown; "
-                    "train with the model's own loss"
+                    "smoothing of a model that is not told num_items_in_batch), so a row's loss is unknown. Train "
+                    "with the model's own loss"
                 )
-            if micro.least is not None and float(micro.least) < (1.0 - 1e-3) * float(micro.pull or 0.0):
+            if least is not None and float(least) < (1.0 - 1e-3) * float(measured or 0.0):
                 raise UnsupportedError(
                     "the training loss weighs some tokens more than others (loss_type='dft', for one), so it is not "
-                    "the likelihood that is attributed; train with the plain one"
+                    "the likelihood that is attributed. Train with the plain one"
                 )
-            weight = pull / max(float(micro.tokens), 1.0) / ranks
-            rows.append(micro.rows.cpu().reshape(-1))
-            weights.append(torch.full((micro.rows.numel(),), weight, dtype=torch.float64))
-        return self.rate, torch.cat(rows), torch.cat(weights), min(1.0, float(self.clip))
+            weight = gradient / max(float(micro.tokens), 1.0) / processes
+            row_indices.append(micro.row_indices.cpu().reshape(-1))
+            weights.append(torch.full((micro.row_indices.numel(),), weight, dtype=torch.float64))
+        return self.rate, torch.cat(row_indices), torch.cat(weights), min(1.0, float(self.clip))
 
 
 class BatchRecorder:
-    """Attached to a prepared dataloader and a model; collects the micro-batches of a step until they are taken.
+    """Recorder of the micro-batches that a model trains on, until they are taken.
 
     Args:
-        model (`nn.Module`): the model that the training loop calls, with whatever it is wrapped in.
-        loader (`DataLoader`): see `loader_of`.
+        model (`nn.Module`): the model that the training loop calls, with its wrappers.
+        loader (`DataLoader`): see [`base_loader`].
+        patches (`Patches`): undo the changes of model and loader.
         shifted (`bool`): whether the first label of a row is not supervised (causal language models).
-        row_id_column (`str`, *optional*): by which the rows of a stream are known; positions are not used then.
+        row_id_column (`str`, *optional*): column that names the rows of a stream; not used with random access.
     """
 
-    def __init__(self, model: nn.Module, loader: DataLoader, shifted: bool, row_id_column: str | None = None):
-        self.loader, self.shifted = loader, shifted
-        self.dataset, self.collate = self.loader.dataset, self.loader.collate_fn
-        self.micro: list[MicroBatch] = []
-        stream = streams(loader) and row_id_column is not None
-        marked = MarkedStream(self.dataset, str(row_id_column)) if stream else Indexed(self.dataset)
-        # DataLoader forbids assigning .dataset after construction, although it only reads it when iteration begins.
-        object.__setattr__(self.loader, "dataset", marked)
-        self.loader.collate_fn = MarkedCollate(self.collate)
-        self.handles = [
-            model.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
-            model.register_forward_hook(self._leave),
-        ]
-        self._open: MicroBatch | None = None
-
-    def detach(self) -> None:
-        """Put dataset and collator back and remove the hooks."""
-        for handle in self.handles:
-            handle.remove()
-        object.__setattr__(self.loader, "dataset", self.dataset)
-        self.loader.collate_fn = self.collate
+    def __init__(
+        self, model: nn.Module, loader: DataLoader, patches: Patches, shifted: bool, row_id_column: str | None = None
+    ):
+        self.shifted, self.collate = shifted, loader.collate_fn
+        self.micro_batches: list[MicroBatch] = []
+        self._current: MicroBatch | None = None
+        stream = is_stream(loader) and row_id_column is not None
+        dataset = IndexedStream(loader.dataset, str(row_id_column)) if stream else IndexedDataset(loader.dataset)
+        patches.replace(loader, dataset=dataset, collate_fn=IndexedCollator(self.collate))
+        patches.hook(
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True),
+            model.register_forward_hook(self._after_forward),
+        )
 
     def take(self) -> list[MicroBatch]:
-        """The micro-batches since the last call."""
-        taken, self.micro = self.micro, []
+        """Return the micro-batches since the last call."""
+        taken, self.micro_batches = self.micro_batches, []
         return taken
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        rows = kwargs.pop(KEY, None)
-        self._open = None
-        if rows is not None and module.training:
-            self._open = MicroBatch(rows, kwargs.get("num_items_in_batch"))
+    def _before_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        row_indices = kwargs.pop(ROW_KEY, None)
+        self._current = None
+        if row_indices is not None and module.training:
+            self._current = MicroBatch(row_indices, kwargs.get("num_items_in_batch"))
             labels = kwargs.get("labels")
-            if self._open.tokens is None and labels is not None:
+            if self._current.tokens is None and labels is not None:
                 counted = labels[:, 1:] if self.shifted and labels.ndim > 1 else labels
-                self._open.tokens = (counted != IGNORED).sum()
-            self.micro.append(self._open)
+                self._current.tokens = (counted != IGNORED).sum()
+            self.micro_batches.append(self._current)
         return args, kwargs
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        micro, self._open = self._open, None
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        micro, self._current = self._current, None
         if micro is None or not hasattr(output, "get"):
             return
-        loss, tokens = output.get("loss"), output.get("log_probs")
-        if isinstance(tokens, Tensor) and tokens.requires_grad:  # TRL's models have both, and it uses these
-            tokens.register_hook(micro.apply_row_weights)
+        loss, log_likelihoods = output.get("loss"), output.get("log_probs")
+        if isinstance(log_likelihoods, Tensor) and log_likelihoods.requires_grad:  # TRL's models use these
+            log_likelihoods.register_hook(micro.record_token_gradients)
         elif isinstance(loss, Tensor) and loss.requires_grad:
-            loss.register_hook(lambda gradient: setattr(micro, "pull", gradient.detach()))
+            loss.register_hook(lambda gradient: setattr(micro, "loss_gradient", gradient.detach()))

@@ -1,4 +1,4 @@
-"""Training sets without random access: rows go by their own ids, and those that were seen are kept on disk."""
+"""Training sets without random access: rows are known by their own ids, and those that were read are kept on disk."""
 
 import shutil
 import tempfile
@@ -15,18 +15,20 @@ from torch.utils.data import IterableDataset
 from ..errors import MismatchError, UnsupportedError
 
 
-KEY = "fwdattr_rows"
+__all__ = ["ROW_KEY", "IndexedStream", "StreamRows", "first_rows", "row_id"]
+
+ROW_KEY = "fwdattr_rows"  # the row index in a feature, and the tensor of row indices in a batch
 
 
-class MarkedStream(IterableDataset):
-    """A stream whose rows say their id once more, under a name that no collator knows."""
+class IndexedStream(IterableDataset):
+    """A stream that adds each row's id to its features, under a name that no collator knows."""
 
     def __init__(self, dataset: Any, column: str):
         self.dataset, self.column = dataset, column
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for row in self.dataset:
-            yield {**row, KEY: row_id(row, self.column)}
+            yield {**row, ROW_KEY: row_id(row, self.column)}
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -38,56 +40,59 @@ class MarkedStream(IterableDataset):
 
 
 def row_id(row: Any, column: str) -> int:
-    """The id of a row of a stream.
+    """Return the id of a row of a stream.
 
     Raises:
-        UnsupportedError: it has none.
+        UnsupportedError: the row has no whole number in the column.
     """
     value = row.get(column) if hasattr(row, "get") else None
     if not isinstance(value, int):
         raise UnsupportedError(
-            f"row_id_column={column!r}: a row of the stream has {value!r} there, and must have a whole number "
-            "(`Dataset.map(lambda row, i: {...: i}, with_indices=True)` right after loading gives one)"
+            f"row_id_column={column!r}: a row of the stream has {value!r} there and must have a whole number. "
+            "`Dataset.map(lambda row, i: {...: i}, with_indices=True)` right after loading gives one"
         )
     return value
 
 
 def first_rows(stream: Any, count: int) -> list[dict[str, Any]]:
-    """The first rows of a stream, to be looked at."""
+    """Return the first rows of a stream, for a check before training."""
     return [dict(row) for row in islice(iter(stream), count)]
 
 
-class KeptRows:
+class StreamRows:
     """Rows of a stream by their ids: read once more, written to a temporary folder, and mapped from there.
 
+    Args:
+        stream: gives the same rows each time it is read.
+        column (`str`): column with the row ids.
+        row_ids (`list[int]`): ids of the rows to keep.
+
     Attributes:
-        dataset (`Dataset`): the rows that were wanted, in the order of their ids.
-        ids (`list[int]`): those.
+        dataset (`Dataset`): those rows, in the order of their ids; removed from disk with this object.
 
     Raises:
-        MismatchError: the stream did not give a wanted row again.
+        MismatchError: the stream does not give a row a second time.
     """
 
-    def __init__(self, stream: Any, column: str, wanted: list[int]):
+    def __init__(self, stream: Any, column: str, row_ids: list[int]):
         folder = tempfile.mkdtemp(prefix="fwdattr-rows-")
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         path = Path(folder) / "rows.arrow"
-        left, order = set(wanted), []
+        missing, written = set(row_ids), []
         with ArrowWriter(path=str(path)) as writer:
             for row in stream:
                 number = row_id(row, column)
-                if number in left:
-                    left.discard(number)
-                    order.append(number)
+                if number in missing:
+                    missing.discard(number)
+                    written.append(number)
                     writer.write(dict(row))
-                if not left:
+                if not missing:
                     break
-            if left:
+            if missing:
                 raise MismatchError(
-                    f"row {min(left)} was trained on, but the stream does not give it a second time; its rows and "
-                    f"their {column!r} must be the same each time it is read"
+                    f"row {min(missing)} was trained on, and the stream does not give it a second time. Its rows and "
+                    f"their {column!r} must be the same each time it is read. Use a stream that repeats itself"
                 )
             writer.finalize()
-        self.ids = sorted(order)
-        places = sorted(range(len(order)), key=order.__getitem__)
-        self.dataset = Dataset.from_file(str(path)).select(places)
+        by_id = sorted(range(len(written)), key=written.__getitem__)
+        self.dataset = Dataset.from_file(str(path)).select(by_id)

@@ -1,4 +1,4 @@
-"""The bank on disk: what is written is what is read, whole or not at all."""
+"""The bank on disk: written tensors are read back, whole or not at all."""
 
 import os
 import subprocess
@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import hf_fwdattr.bank.bank
-import hf_fwdattr.bank.files
+import hf_fwdattr.bank.tensors
 from hf_fwdattr.bank.bank import ResponseBank
 from hf_fwdattr.bank.codes import RowCodes
-from hf_fwdattr.bank.schema import read_manifest
-from hf_fwdattr.bank.writing import write_bank
+from hf_fwdattr.bank.verification import read_manifest
+from hf_fwdattr.bank.writing import BankContents, write_bank
 from hf_fwdattr.errors import BankError, MismatchError
-from hf_fwdattr.models.parameters import Parameters
+from hf_fwdattr.models.parameters import TrackedParameters
 from tests.helpers.cases import adapted, gpt2, llama
 from tests.helpers.reference import agree
 
@@ -28,14 +28,14 @@ FILES = 4  # bank.json, directions of rows, directions of sources, coordinates
 
 
 def described(**changes: Any) -> dict[str, Any]:
-    """A manifest without its files."""
+    """Return the fields of a manifest that do not follow from the tensors."""
     return {
         "libraries": {"torch": torch.__version__}, "model": "base", "revision": None, "weights": "0" * 64,
         "parameters": [{"name": "a.weight", "shape": [2, 2]}, {"name": "b.weight", "shape": [2]}],
         "objective": "causal-lm", "optimizer": "adamw", "segments": [{"length": 0.1}], "config": {},
-        "curvature_samples": 4, "directions": K, "source_directions": SOURCES, "source_scales": [1.0, 2.0], "exact": False,
-        "explained_variance": 0.9, "dtype": "float32", "dataset": {"rows": ROWS}, "sources": ["one", "two"],
-        "salt": "0" * 32,
+        "curvature_samples": 4, "directions": K, "source_directions": SOURCES, "source_scales": [1.0, 2.0],
+        "exact": False, "explained_variance": 0.9, "dtype": "float32", "dataset": {"rows": ROWS},
+        "sources": ["one", "two"], "salt": "0" * 32,
     } | changes  # fmt: skip
 
 
@@ -51,33 +51,27 @@ def parts(seed: int = 0) -> dict[str, Any]:
 
 
 def written(folder: Path, seed: int = 0, shard_size: int = 1 << 30, **changes: Any) -> ResponseBank:
-    return write_bank(folder, described(**changes), **parts(seed), shard_size=shard_size)
+    return write_bank(folder, BankContents(described(**changes), **parts(seed)), shard_size)
 
 
 def written_with_text(folder: Path, shard_size: int = 1 << 30, **changes: Any) -> ResponseBank:
-    """A bank that keeps its rows' text."""
-    told = described(privacy={"text": True}, **changes)
-    return write_bank(folder, told, **parts(), shard_size=shard_size, texts=TEXTS)
+    """Write a bank that keeps its rows' text."""
+    fields = described(privacy={"text": True}, **changes)
+    return write_bank(folder, BankContents(fields, **parts(), texts=TEXTS), shard_size)
 
 
 RESPONSES = torch.randn(ROWS, P, generator=torch.Generator().manual_seed(5))
-MAPS = {"model.layers.0.mlp.down_proj": torch.eye(3), "lm.head": torch.tensor([[0.5, -0.25]])}
+PROJECTIONS = {"model.layers.0.mlp.down_proj": torch.eye(3), "lm.head": torch.tensor([[0.5, -0.25]])}
 
 
 def written_whole(folder: Path, shard_size: int = 1 << 30) -> ResponseBank:
-    """A bank that keeps everything that a bank may keep."""
-    told = described(privacy={"text": True}, averaging="trajectory")
-    packed, weights = RowCodes.of(RESPONSES), torch.arange(P) / 8
-    return write_bank(
-        folder,
-        told,
-        **parts(),
-        shard_size=shard_size,
-        texts=TEXTS,
-        responses=packed,
-        error_projections=MAPS,
-        weights=weights,
-    )
+    """Write a bank that keeps everything that a bank may keep."""
+    contents = BankContents(
+        described(privacy={"text": True}, averaging="trajectory"), **parts(), texts=TEXTS,
+        row_codes=RowCodes.of(RESPONSES), error_projections=PROJECTIONS, averaged_weights=torch.arange(P) / 8,
+        error_covariance=torch.eye(ROWS),
+    )  # fmt: skip
+    return write_bank(folder, contents, shard_size)
 
 
 def contents(bank: ResponseBank) -> dict[str, Any]:
@@ -96,8 +90,8 @@ def is_seed(bank: ResponseBank, seed: int) -> bool:
 
 
 @pytest.mark.parametrize("shard_size", [1 << 30, 3 * 4 * P, 1])
-def test_what_is_written_is_read(tmp_path: Path, shard_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_fwdattr.bank.bank, "_STREAM", 4)
+def test_written_tensors_are_read(tmp_path: Path, shard_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_fwdattr.bank.bank, "_ROWS", 4)
     written(tmp_path, shard_size=shard_size)
     bank = ResponseBank.from_pretrained(tmp_path)
     found, expected = contents(bank), parts()
@@ -108,7 +102,9 @@ def test_what_is_written_is_read(tmp_path: Path, shard_size: int, monkeypatch: p
 
 
 @pytest.mark.parametrize("shard_size", [1 << 30, 3 * P, 1])
-def test_responses_and_maps_are_read(tmp_path: Path, shard_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_codes_and_error_projections_are_read(
+    tmp_path: Path, shard_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hf_fwdattr.bank.bank, "_BLOCK", 2 * P)
     written_whole(tmp_path, shard_size)
     bank = ResponseBank.from_pretrained(tmp_path)
@@ -116,16 +112,18 @@ def test_responses_and_maps_are_read(tmp_path: Path, shard_size: int, monkeypatc
     assert torch.equal(torch.cat([block.decode() for block in bank.row_codes()]), expected)
     assert torch.equal(bank.decode_rows([9, 0, 9, 3]), expected[[9, 0, 9, 3]])
     assert {name: table.tolist() for name, table in bank.error_projections().items()} == {
-        n: t.tolist() for n, t in MAPS.items()
+        n: t.tolist() for n, t in PROJECTIONS.items()
     }
     assert bank.manifest.row_codes == ROWS
-    with pytest.raises(BankError, match="keeps no response of row 10"):
+    torch.testing.assert_close(bank.error_covariance(), torch.eye(ROWS, dtype=torch.float16))
+    with pytest.raises(BankError, match="keeps no code of row 10"):
         bank.decode_rows([0, 10])
     copied = ResponseBank(bank.save_pretrained(tmp_path / "copy"))
     assert torch.equal(copied.decode_rows([4]), expected[[4]])
     without = written(tmp_path / "without")
     assert not list(without.row_codes())
     assert without.error_projections() == {}
+    assert without.error_covariance() is None
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -137,7 +135,7 @@ def test_half_precision_is_stored_as_such_and_read_as_float32(tmp_path: Path, dt
     agree(found["directions"], torch.cat(parts()["directions"]), 1e-2)
 
 
-def test_a_folder_with_the_bank_in_it_and_the_bank_itself_both_open(tmp_path: Path) -> None:
+def test_model_folder_and_bank_folder_both_open(tmp_path: Path) -> None:
     written(tmp_path / "model" / "fwdattr")
     one, other = ResponseBank.from_pretrained(tmp_path / "model"), ResponseBank(tmp_path / "model" / "fwdattr")
     assert one.manifest == other.manifest
@@ -147,7 +145,7 @@ def test_a_folder_with_the_bank_in_it_and_the_bank_itself_both_open(tmp_path: Pa
         ResponseBank.from_pretrained(tmp_path / "nothing")
 
 
-def test_a_copy_is_the_bank(tmp_path: Path) -> None:
+def test_saved_copy_equals_the_bank(tmp_path: Path) -> None:
     bank = written(tmp_path / "a")
     written(tmp_path / "b" / "fwdattr", seed=1)
     target = bank.save_pretrained(tmp_path / "b")
@@ -160,7 +158,7 @@ def test_a_copy_is_the_bank(tmp_path: Path) -> None:
     assert is_seed(ResponseBank(target), 0)
 
 
-def test_what_was_measured_is_noted(tmp_path: Path) -> None:
+def test_measured_quality_is_noted_in_the_manifest(tmp_path: Path) -> None:
     bank = written(tmp_path)
     bank.note_quality(lds=0.85)
     bank.note_quality(recall="9 of 10")
@@ -168,7 +166,7 @@ def test_what_was_measured_is_noted(tmp_path: Path) -> None:
     assert bank.manifest.quality == {"lds": 0.85, "recall": "9 of 10"}
 
 
-def test_only_its_own_old_shards_are_swept_away(tmp_path: Path) -> None:
+def test_writing_removes_only_old_shards(tmp_path: Path) -> None:
     folder = tmp_path / "fwdattr"
     written(folder)
     mine = ["notes.txt", "README.md", "directions-00000000-x.txt", ".gitattributes", "LICENSE"]
@@ -183,16 +181,19 @@ def test_only_its_own_old_shards_are_swept_away(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["mine.safetensors", "directions-best.safetensors", "weights.pkl", "run.py", "data"])
-def test_a_bank_is_not_written_beside_files_that_could_be_taken_for_its_own(tmp_path: Path, name: str) -> None:
+def test_bank_is_not_written_beside_unknown_files(tmp_path: Path, name: str) -> None:
     written(tmp_path)
     (tmp_path / name).write_text("mine")
-    with pytest.raises(BankError, match=f"holds '{name}', which bank.json does not name; move it away"):
+    with pytest.raises(
+        BankError,
+        match=f"holds '{name}', which bank.json does not name. It could be taken for a part of the bank. Move it away",
+    ):
         written(tmp_path, seed=1)
     (tmp_path / name).rename(tmp_path.parent / "elsewhere")
     assert is_seed(ResponseBank(tmp_path), 0)
 
 
-def test_a_bank_may_lie_among_a_models_own_files(tmp_path: Path) -> None:
+def test_bank_may_share_a_folder_with_a_model(tmp_path: Path) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors", "training_args.bin"):
         (tmp_path / name).write_text("a model's")
     written(tmp_path)
@@ -205,14 +206,14 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Killed(), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("old", [False, True])
-def test_a_write_that_fails_anywhere_leaves_the_old_bank_or_none(
+def test_failed_write_leaves_the_old_bank_or_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, old: bool
 ) -> None:
     """Every call that touches the disk fails in turn, from the first to the last."""
     if old:
         written(tmp_path, seed=1)
     real = {name: getattr(os, name) for name in ("fsync", "replace", "chmod")} | {
-        "save_file": hf_fwdattr.bank.files.save_file
+        "save_file": hf_fwdattr.bank.tensors.save_file
     }
     for step in range(100):
         left = [step]
@@ -229,7 +230,7 @@ def test_a_write_that_fails_anywhere_leaves_the_old_bank_or_none(
         with monkeypatch.context() as patch:
             for name in ("fsync", "replace", "chmod"):
                 patch.setattr(os, name, failing(name))
-            patch.setattr(hf_fwdattr.bank.files, "save_file", failing("save_file"))
+            patch.setattr(hf_fwdattr.bank.tensors, "save_file", failing("save_file"))
             with suppress(type(error)):
                 written(tmp_path, shard_size=4 * P * 3)
                 break
@@ -269,7 +270,7 @@ for number in range({kills}):
 """
 
 
-def test_a_real_kill_leaves_a_bank_that_loads(tmp_path: Path) -> None:
+def test_killed_process_leaves_a_bank_that_loads(tmp_path: Path) -> None:
     """A process that writes one bank after the other is killed at twelve different times."""
     kills = 12
     script = WRITER.format(root=str(Path(__file__).parents[2]), kills=kills)
@@ -291,46 +292,47 @@ def test_nan_is_not_written(tmp_path: Path) -> None:
         bad = parts()
         (bad[name][1] if name == "directions" else bad[name])[0, 0] = float("nan")
         with pytest.raises(BankError, match="holds NaN or infinity"):
-            write_bank(tmp_path, described(), **bad)
+            write_bank(tmp_path, BankContents(described(), **bad))
     huge = parts() | {"coordinates": torch.full((ROWS, K), 1e6)}
     with pytest.raises(BankError, match="a coordinate in float16 holds NaN or infinity"):
-        write_bank(tmp_path, described(dtype="float16"), **huge)
+        write_bank(tmp_path, BankContents(described(dtype="float16"), **huge))
     assert is_seed(ResponseBank(tmp_path), 1)
     assert len(list(tmp_path.iterdir())) == FILES
 
 
 def belonging(folder: Path, model: Any) -> ResponseBank:
-    """A bank that belongs to a model."""
-    parameters = Parameters.of(model)
-    spelled = [{"name": n, "shape": list(s)} for n, s in zip(parameters.names, parameters.shapes, strict=True)]
-    made = parts() | {"directions": [torch.zeros(K, parameters.size), torch.zeros(SOURCES, parameters.size)]}
-    return write_bank(folder, described(parameters=spelled, weights=parameters.fingerprint(model)), **made)
+    """Write a bank that belongs to a model."""
+    parameters = TrackedParameters.of(model)
+    shapes = [{"name": n, "shape": list(s)} for n, s in zip(parameters.names, parameters.shapes, strict=True)]
+    tensors = parts() | {"directions": [torch.zeros(K, parameters.size), torch.zeros(SOURCES, parameters.size)]}
+    fields = described(parameters=shapes, weights=parameters.fingerprint(model))
+    return write_bank(folder, BankContents(fields, **tensors))
 
 
-def test_a_bank_knows_its_model_whatever_it_wears(tmp_path: Path) -> None:
+def test_bank_recognises_its_model_in_every_wrapper(tmp_path: Path) -> None:
     model = adapted(gpt2())
     bank = belonging(tmp_path, model)
-    assert bank.check_model(model).names == Parameters.of(model).names
+    assert bank.check_model(model).names == TrackedParameters.of(model).names
     assert bank.check_model(model.base_model.model).live[0].startswith("transformer.")
-    assert bank.check_model(torch.nn.parallel.DataParallel(model)).names == Parameters.of(model).names
+    assert bank.check_model(torch.nn.parallel.DataParallel(model)).names == TrackedParameters.of(model).names
 
 
-def test_another_model_is_refused_by_name_shape_and_weights(tmp_path: Path) -> None:
+def test_other_model_is_refused_by_name_shape_and_weights(tmp_path: Path) -> None:
     model = adapted(gpt2())
     bank = belonging(tmp_path, model)
-    with pytest.raises(MismatchError, match=r"c_attn\.lora_B\.weight, are not in this model; .*made for \(base\)"):
+    with pytest.raises(MismatchError, match=r"c_attn\.lora_B\.weight, are not in this model\. .*made for \(base\)"):
         bank.check_model(adapted(llama()))
     with pytest.raises(MismatchError, match=r"has shape \(36, 2\) in the bank and \(36, 3\) in the model"):
         bank.check_model(adapted(gpt2(), r=3))
-    with pytest.raises(MismatchError, match=r"has shape .* in the bank and no place in the model"):
+    with pytest.raises(MismatchError, match=r"has shape .* in the bank and is not in the model"):
         bank.check_model(adapted(gpt2(), target_modules=["c_attn"]))
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_B" in n).view(-1)[0] += 1e-6
-    with pytest.raises(MismatchError, match=r"sha256 [0-9a-f]{16}\.\.\. and the model's responding weights have"):
+    with pytest.raises(MismatchError, match=r"sha256 [0-9a-f]{16}\.\.\. and the model's tracked weights have"):
         bank.check_model(model)
 
 
-def test_rows_are_compared_one_by_one(tmp_path: Path) -> None:
+def test_row_hashes_are_compared_one_by_one(tmp_path: Path) -> None:
     bank = written(tmp_path, shard_size=1)
     own = [bytes(line.tolist()) for line in parts()["row_hashes"]]
     bank.check_rows(own)
@@ -340,7 +342,7 @@ def test_rows_are_compared_one_by_one(tmp_path: Path) -> None:
         bank.check_rows([*own[:3], own[4], own[3], *own[5:]])
 
 
-def test_the_manifest_is_readable(tmp_path: Path) -> None:
+def test_manifest_is_readable_text(tmp_path: Path) -> None:
     bank = written(tmp_path)
     assert read_manifest(tmp_path) == bank.manifest
     text = (tmp_path / "bank.json").read_text()

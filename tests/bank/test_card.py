@@ -1,16 +1,15 @@
-"""The card's section: said once, in its place, and nothing in it can be more than text."""
+"""The card's section: there once, in its place, and nothing in it can be more than text."""
 
 import re
 from pathlib import Path
 from typing import Any
 
-import cards
 import pytest
-import world_cards
+from benchmarks.report.pages import pages
 from huggingface_hub import ModelCard
 
 from hf_fwdattr.bank.card import section, with_section
-from hf_fwdattr.bank.schema import Manifest
+from hf_fwdattr.bank.schema import Manifest, Pointer
 from hf_fwdattr.errors import BankError
 from tests.bank.test_bank import described, written, written_whole
 
@@ -22,30 +21,18 @@ def manifest(**changes: Any) -> Manifest:
     return Manifest.model_validate(described(**changes) | {"files": []})
 
 
-def test_the_cards_of_this_repository_are_fresh() -> None:
-    found = dict(cards.everything())
-    assert sorted(found) == sorted((ROOT / "model_cards").glob("*/README.md"))
-    for path, text in found.items():
-        assert path.read_text(encoding="utf-8") == text, f"{path.parent.name} is stale: run scripts/cards"
+def test_cards_of_this_repository_are_fresh() -> None:
+    texts = {path: text for path, text in pages() if path.name == "README.md"}
+    assert sorted(texts) == sorted((ROOT / "model_cards").glob("*/README.md"))
+    for path, text in texts.items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.parent.name} is stale"
+        card = ModelCard(text)
+        assert card.data.get("tags") == ["fwdattr"]
+        for picture in re.findall(r"!\[.+\]\((.+)\)", card.text):
+            assert (path.parent / picture).read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("world", world_cards.WORLDS, ids=lambda world: world.name)
-def test_a_worlds_card_has_its_tables_and_its_pictures(world: world_cards.World) -> None:
-    text = world_cards.rendered(world)
-    pictures = re.findall(r"!\[.+\]\((.+)\)", text)
-    assert pictures
-    for picture in pictures:
-        assert (ROOT / "model_cards" / world.name / picture).read_bytes()[:4] == b"\x89PNG"
-    assert text.count("\n|---") == len(world.measured)
-    assert ModelCard(text).data.get("tags") == ["fwdattr"]
-
-
-def test_the_template_is_the_packages(tmp_path: Path) -> None:
-    own = ROOT / "hf_fwdattr" / "bank" / "section.md.jinja"
-    assert (ROOT / "model_cards" / "TEMPLATE.md.jinja").read_text() == own.read_text()
-
-
-def test_a_section_takes_the_place_of_the_older_one() -> None:
+def test_section_takes_the_place_of_the_older_one() -> None:
     first = with_section("---\nlicense: mit\ntags: lora\n---\n# Mine\n\nBefore.\n", manifest(), "me/adapter")
     edited = first.rstrip() + "\n\n## After\n\nMore of mine.\n"
     second = with_section(edited, manifest(explained_variance=0.5), "me/adapter")
@@ -58,19 +45,19 @@ def test_a_section_takes_the_place_of_the_older_one() -> None:
     assert with_section(second, manifest(explained_variance=0.5), "me/adapter") == second
 
 
-def test_an_empty_card_begins_with_a_header() -> None:
+def test_empty_card_begins_with_a_header() -> None:
     text = with_section("", manifest(dataset={"rows": 10, "repo": "me/data"}), "me/adapter")
     assert text.startswith("---\ntags:\n- fwdattr\ndatasets:\n- me/data\n---\n")
     assert "datasets" not in with_section("", manifest(dataset={"rows": 10, "repo": "json"}), "me/x").split("---")[1]
 
 
-def test_a_broken_header_is_not_thrown_away() -> None:
+def test_broken_header_is_refused() -> None:
     for header in ("tags: [", "- a\n- b"):
         with pytest.raises(BankError, match=r"header of README\.md is no valid YAML"):
             with_section(f"---\n{header}\n---\n# Mine\n", manifest(), "me/adapter")
 
 
-def test_names_are_text_and_paths_stay_at_home() -> None:
+def test_names_are_plain_text_and_local_paths_are_left_out() -> None:
     nasty = "x` |\n<script>alert(1)</script>\n---"
     text = section(manifest(model=nasty, dataset={"rows": 10, "repo": nasty, "split": nasty}), "me/adapter")
     assert "<script>" not in text
@@ -80,7 +67,7 @@ def test_names_are_text_and_paths_stay_at_home() -> None:
     assert "secret" not in section(manifest(model="/srv/secret/model"), "me/adapter")
 
 
-def test_privacy_is_said() -> None:
+def test_section_states_what_is_kept_of_rows() -> None:
     one, other = section(manifest(), "me/x"), section(manifest(privacy={"rows": "sources"}), "me/x")
     assert "salted for this bank" in one
     assert "every row against its hash" in " ".join(one.split())
@@ -88,12 +75,20 @@ def test_privacy_is_said() -> None:
     assert "against its hash" not in " ".join(other.split())
 
 
-def test_the_card_tells_of_the_first_look(tmp_path: Path) -> None:
+def test_section_states_the_gradient_predictor(tmp_path: Path) -> None:
     whole, plain = (
         section(written_whole(tmp_path / "a").manifest, "me/x"),
         section(written(tmp_path / "b").manifest, "me/x"),
     )
-    assert "| first look | one forward pass explains 0.00 of the variance" in whole
-    assert "the rows' own responses are kept, one byte a number |\n| measured quality |" in whole
-    assert "first look" not in plain
+    assert "| gradient predictor | one forward pass explains 0.00 of the variance" in whole
+    assert "the rows' responses are kept as codes, one byte a number |\n| measured quality |" in whole
+    assert "gradient predictor" not in plain
     assert "directions" in plain.split("| measured quality |")[0]
+
+
+def test_section_names_the_repository_that_is_pointed_to() -> None:
+    pointer = Pointer(bank_repo="me/bank", revision="0" * 40)
+    text = section(manifest(averaging="trajectory", exact=True), "me/x", pointer=pointer)
+    assert f"[me/bank](/datasets/me/bank) at commit `{'0' * 40}`. With it, `hf_fwdattr` names" in text
+    assert "They are means over the run" in text
+    assert "do not keep everything" not in text

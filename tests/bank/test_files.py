@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_fwdattr.bank.files import copy_atomically, read_tensors, slices, write_atomically, write_tensors
+from hf_fwdattr.bank.files import copy_atomically, write_atomically
+from hf_fwdattr.bank.tensors import read_tensors, slices, write_tensors
 
 
 def copied(path: Path) -> None:
@@ -23,7 +24,7 @@ def copied(path: Path) -> None:
     ],
     ids=["bytes", "tensors", "copy"],
 )
-def test_whoever_reads_the_old_file_goes_on_reading_it(tmp_path: Path, write: Callable[[Path], None]) -> None:
+def test_open_reader_keeps_the_old_file(tmp_path: Path, write: Callable[[Path], None]) -> None:
     """The new file takes the old one's name; the old one itself is never written to."""
     path = tmp_path / "file"
     path.write_bytes(b"old and long" * 100)

@@ -1,4 +1,4 @@
-"""Random damage to what is parsed: refused as a bank's damage, or harmless; never a crash, never believed."""
+"""Random damage to everything that is parsed: refused as damage, never a crash, never believed."""
 
 import copy
 import json
@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -14,11 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_fwdattr.bank.bank import ResponseBank
-from hf_fwdattr.bank.files import check_header
-from hf_fwdattr.bank.schema import read_pointer
+from hf_fwdattr.bank.files import read_header
+from hf_fwdattr.bank.schema import sealed
+from hf_fwdattr.bank.verification import read_manifest, read_pointer
 from hf_fwdattr.errors import BankError
 from tests.bank.test_bank import TEXTS, contents, written_with_text
-from tests.bank.test_damage import sealed, shard
+from tests.bank.test_damage import resign, shard
 
 
 OFTEN = settings(
@@ -31,16 +33,17 @@ SCALARS = (
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
 )
-# What the shards must agree with; the rest of bank.json is description.
+POINTER = {"schema_version": 2, "bank_repo": "me/bank", "repo_type": "dataset", "revision": "0" * 40}
+# Fields that the shards must agree with; the rest of bank.json is description.
 STRUCTURE = ("directions", "source_directions", "dtype", "privacy", "files")
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where something can be changed in a JSON value."""
+def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the paths of everything that can be changed in a JSON value."""
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, child in inside:
         yield (*path, key)
-        yield from places(child, (*path, key))
+        yield from paths(child, (*path, key))
 
 
 def changed(value: Any, path: tuple[Any, ...], how: str, new: Any) -> Any:
@@ -74,17 +77,20 @@ def whole(folder: Path) -> dict[str, Any]:
 
 @OFTEN
 @given(data=st.data(), how=st.sampled_from(["replace", "replace", "delete", "add"]), new=VALUES)
-def test_a_changed_manifest(folder: Path, whole: dict[str, Any], data: st.DataObject, how: str, new: Any) -> None:
-    path = data.draw(st.sampled_from(list(places(whole))))
+def test_forged_manifest_cannot_contradict_its_shards(
+    folder: Path, whole: dict[str, Any], data: st.DataObject, how: str, new: Any
+) -> None:
+    """The checksum is made to fit, as a forger would."""
+    path = data.draw(st.sampled_from(list(paths(whole))))
     values = changed(whole, path, how, new)
-    (folder / "bank.json").write_text(json.dumps(values))
+    (folder / "bank.json").write_bytes(sealed(values))
     try:
         bank = ResponseBank.from_pretrained(folder)
         read = contents(bank)
     except BankError:
         return
     finally:
-        (folder / "bank.json").write_text(json.dumps(whole))
+        (folder / "bank.json").write_bytes(sealed(whole))
     said = json.loads(bank.manifest.to_json())
     assert {key: said[key] for key in STRUCTURE} == {key: whole[key] for key in STRUCTURE}
     assert len(read["coordinates"]) == said["dataset"]["rows"] == whole["dataset"]["rows"]
@@ -95,18 +101,42 @@ def test_a_changed_manifest(folder: Path, whole: dict[str, Any], data: st.DataOb
 
 @OFTEN
 @given(data=st.data(), how=st.sampled_from(["replace", "delete", "add"]), new=VALUES)
-def test_a_changed_pointer(tmp_path: Path, data: st.DataObject, how: str, new: Any) -> None:
-    whole = {"schema_version": 2, "bank_repo": "me/bank", "repo_type": "dataset", "revision": "0" * 40}
-    values = changed(whole, data.draw(st.sampled_from(list(places(whole)))), how, new)
-    (tmp_path / "bank.json").write_text(json.dumps(values))
+def test_forged_pointer_leads_to_a_commit_or_nowhere(tmp_path: Path, data: st.DataObject, how: str, new: Any) -> None:
+    values = changed(POINTER, data.draw(st.sampled_from(list(paths(POINTER)))), how, new)
+    (tmp_path / "bank.json").write_bytes(sealed(values))
     with suppress(BankError):
         pointer = read_pointer(tmp_path / "bank.json")
         assert pointer is None or (len(pointer.revision) == 40 and pointer.bank_repo.count("/") == 1)
 
 
+def damaged(text: bytes, how: str, random: Random) -> bytes:
+    at = random.randrange(len(text))
+    if how == "flip":
+        return text[:at] + bytes([text[at] ^ 1 << random.randrange(8)]) + text[at + 1 :]
+    if how == "cut":
+        return text[:at] + text[at + random.randint(1, 40) :]
+    return text[:at] + random.randbytes(random.randint(1, 8)) + text[at:]
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "insert"])
+@pytest.mark.parametrize("kind", ["manifest", "pointer"])
+def test_damaged_bytes_are_never_accepted(folder: Path, tmp_path: Path, kind: str, how: str) -> None:
+    """Only bytes that parse to the very same content may pass, such as a space more."""
+    text = sealed(POINTER) if kind == "pointer" else (folder / "bank.json").read_bytes()
+    path, random = tmp_path / "bank.json", Random(0)
+    for _ in range(1000):
+        changed_text = damaged(text, how, random)
+        path.write_bytes(changed_text)
+        try:
+            read_pointer(path) if kind == "pointer" else read_manifest(tmp_path)
+        except BankError:
+            continue
+        assert json.loads(changed_text) == json.loads(text)
+
+
 @OFTEN
 @given(text=st.text(max_size=60) | st.binary(max_size=60))
-def test_a_manifest_of_anything(tmp_path: Path, text: str | bytes) -> None:
+def test_manifest_of_random_bytes_is_refused(tmp_path: Path, text: str | bytes) -> None:
     (tmp_path / "bank.json").write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
     with pytest.raises(BankError):
         ResponseBank.from_pretrained(tmp_path)
@@ -122,7 +152,7 @@ def before(folder: Path) -> dict[str, Any]:
     data=st.data(), kind=st.sampled_from(["directions", "coordinates", "text"]),
     how=st.sampled_from(["replace", "delete", "add"]), new=VALUES,
 )  # fmt: skip
-def test_a_changed_header(
+def test_changed_header_changes_no_tensor(
     folder: Path, before: dict[str, Any], data: st.DataObject, kind: str, how: str, new: Any
 ) -> None:
     """Size and hash in bank.json are made to fit, as a forger would."""
@@ -130,11 +160,11 @@ def test_a_changed_header(
     raw, told = path.read_bytes(), (folder / "bank.json").read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     table = json.loads(raw[8 : 8 + length])
-    table = changed(table, data.draw(st.sampled_from(list(places(table)))), how, new)
+    table = changed(table, data.draw(st.sampled_from(list(paths(table)))), how, new)
     text = json.dumps(table).encode()
     path.unlink()  # the file may still be mapped: another one takes its place
     path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
-    sealed(folder, path)
+    resign(folder, path)
     try:
         after = copy.deepcopy(contents(ResponseBank(folder)))
     except BankError:
@@ -149,8 +179,8 @@ def test_a_changed_header(
 
 @OFTEN
 @given(data=st.binary(max_size=200), claimed=st.integers(0, 1 << 64 - 1) | st.integers(0, 250))
-def test_a_shard_of_anything(tmp_path: Path, data: bytes, claimed: int) -> None:
+def test_shard_of_random_bytes_is_refused(tmp_path: Path, data: bytes, claimed: int) -> None:
     path = tmp_path / "directions.safetensors"
     path.write_bytes(struct.pack("<Q", min(claimed, 2**64 - 1)) + data)
     with suppress(BankError):
-        assert sum(len(shape) for _, shape in check_header(path).values()) >= 0
+        assert sum(len(shape) for _, shape in read_header(path).values()) >= 0

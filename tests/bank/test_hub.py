@@ -11,8 +11,9 @@ from huggingface_hub import HfApi, ModelCard
 from typer.testing import CliRunner
 
 from hf_fwdattr.bank.bank import ResponseBank
-from hf_fwdattr.bank.writing import write_bank
-from hf_fwdattr.cli import app
+from hf_fwdattr.bank.schema import sealed
+from hf_fwdattr.bank.writing import BankContents, write_bank
+from hf_fwdattr.cli.app import app
 from hf_fwdattr.errors import BankError
 from tests.bank.test_bank import ROWS, contents, described, is_seed, parts, written
 from tests.helpers.hub_server import TOKEN
@@ -28,17 +29,18 @@ def same(one: ResponseBank, other: ResponseBank) -> bool:
 
 
 def big(folder: Path, rows: int = 40_000, k: int = 64) -> ResponseBank:
-    """A bank of more than 10 MB in several shards."""
+    """Write a bank of more than 10 MB in several shards."""
     generator = torch.Generator().manual_seed(0)
-    return write_bank(
-        folder, described(directions=k, dataset={"rows": rows}),
+    contents = BankContents(
+        described(directions=k, dataset={"rows": rows}),
         [torch.randn(k, 6, generator=generator), torch.randn(2, 6, generator=generator)],
         torch.randn(rows, k, generator=generator), torch.arange(rows), torch.zeros(rows, 16, dtype=torch.uint8),
-        torch.zeros(rows, dtype=torch.int64), shard_size=3 << 20,
+        torch.zeros(rows, dtype=torch.int64),
     )  # fmt: skip
+    return write_bank(folder, contents, shard_size=3 << 20)
 
 
-def test_a_large_bank_goes_up_and_comes_back(hub: World, tmp_path: Path) -> None:
+def test_large_bank_is_pushed_and_downloaded(hub: World, tmp_path: Path) -> None:
     bank = big(tmp_path / "bank")
     assert sum(file.size for file in bank.manifest.files) > 10 << 20
     address = bank.push_to_hub(NAME)
@@ -51,7 +53,7 @@ def test_a_large_bank_goes_up_and_comes_back(hub: World, tmp_path: Path) -> None
     assert same(again, bank)
 
 
-def test_shards_come_down_when_they_are_needed(hub: World, tmp_path: Path) -> None:
+def test_shards_are_downloaded_when_needed(hub: World, tmp_path: Path) -> None:
     big(tmp_path / "bank").push_to_hub(NAME)
     hub.clean()
     bank = ResponseBank.from_pretrained(NAME)
@@ -69,7 +71,7 @@ def test_shards_come_down_when_they_are_needed(hub: World, tmp_path: Path) -> No
     assert hub.server.sent("safetensors") == before
 
 
-def test_probes_of_sources_come_down_alone(hub: World, tmp_path: Path) -> None:
+def test_source_directions_are_downloaded_alone(hub: World, tmp_path: Path) -> None:
     written(tmp_path / "bank").push_to_hub(NAME)
     hub.clean()
     bank = ResponseBank.from_pretrained(NAME)
@@ -80,7 +82,7 @@ def test_probes_of_sources_come_down_alone(hub: World, tmp_path: Path) -> None:
     assert torch.equal(bank.directions(lines=slice(1, 4)), torch.cat(parts()["directions"])[1:4])
 
 
-def test_a_branch_a_tag_and_a_commit_are_read_as_they_are(hub: World, tmp_path: Path) -> None:
+def test_branch_tag_and_commit_are_resolved(hub: World, tmp_path: Path) -> None:
     written(tmp_path / "old").push_to_hub(NAME)
     api, old = HfApi(), hub.server.repo(NAME).refs["main"]
     api.create_tag(NAME, tag="v1")
@@ -91,7 +93,7 @@ def test_a_branch_a_tag_and_a_commit_are_read_as_they_are(hub: World, tmp_path: 
         assert is_seed(ResponseBank.from_pretrained(NAME, revision=revision), seed)
 
 
-def test_a_bank_is_read_at_the_commit_it_was_opened_at(hub: World, tmp_path: Path) -> None:
+def test_open_bank_stays_at_its_commit(hub: World, tmp_path: Path) -> None:
     written(tmp_path / "old").push_to_hub(NAME)
     bank = ResponseBank.from_pretrained(NAME)
     written(tmp_path / "new", seed=1).push_to_hub(NAME)
@@ -99,7 +101,7 @@ def test_a_bank_is_read_at_the_commit_it_was_opened_at(hub: World, tmp_path: Pat
     assert is_seed(ResponseBank.from_pretrained(NAME), 1)
 
 
-def test_a_push_removes_the_shards_it_replaces_and_nothing_else(hub: World, tmp_path: Path) -> None:
+def test_push_removes_only_the_shards_it_replaces(hub: World, tmp_path: Path) -> None:
     mine = {"README.md": b"---\nlicense: mit\n---\n\n# Mine\n", "fwdattr/notes.txt": b"mine", "weights.pt": b"0"}
     hub.server.put(NAME, mine)
     written(tmp_path / "old").push_to_hub(NAME)
@@ -116,13 +118,13 @@ def test_a_push_removes_the_shards_it_replaces_and_nothing_else(hub: World, tmp_
     assert bank.manifest.weights[:16] in card.text
 
 
-def test_a_path_of_this_machine_does_not_go_up(hub: World, tmp_path: Path) -> None:
+def test_local_path_is_not_published(hub: World, tmp_path: Path) -> None:
     written(tmp_path / "bank", model="/srv/somebody/model", revision=None).push_to_hub(NAME)
     assert b"somebody" not in b"".join(hub.server.files(NAME).values())
     assert ResponseBank.from_pretrained(NAME).manifest.model is None
 
 
-def test_only_the_banks_own_files_go_up(hub: World, tmp_path: Path) -> None:
+def test_only_files_of_the_bank_are_pushed(hub: World, tmp_path: Path) -> None:
     bank = written(tmp_path)
     for name in ("directions-0123abcd-00000.safetensors", ".partial-x", "secret.txt", "code.py", "weights.pkl"):
         (tmp_path / name).write_bytes(b"not mine")
@@ -131,7 +133,7 @@ def test_only_the_banks_own_files_go_up(hub: World, tmp_path: Path) -> None:
     assert set(hub.server.files(NAME)) == expected
 
 
-def test_the_same_bank_again_uploads_nothing(hub: World, tmp_path: Path) -> None:
+def test_repeated_push_uploads_nothing(hub: World, tmp_path: Path) -> None:
     bank = written(tmp_path)
     bank.push_to_hub(NAME)
     head = hub.server.repo(NAME).refs["main"]
@@ -141,7 +143,7 @@ def test_the_same_bank_again_uploads_nothing(hub: World, tmp_path: Path) -> None
     assert hub.server.repo(NAME).refs["main"] == head
 
 
-def test_a_push_that_was_cut_off_leaves_the_old_bank_and_is_resumed(hub: World, tmp_path: Path) -> None:
+def test_interrupted_push_leaves_the_old_bank_and_is_resumed(hub: World, tmp_path: Path) -> None:
     old = written(tmp_path / "old")
     old.push_to_hub(NAME)
     head = hub.server.repo(NAME).refs["main"]
@@ -155,7 +157,7 @@ def test_a_push_that_was_cut_off_leaves_the_old_bank_and_is_resumed(hub: World, 
         return "drop" if len(set(arrived)) > 2 else None
 
     hub.server.fault = fault
-    with pytest.raises(BankError, match=r"pushing to me/adapter: the connection failed .*; try again"):
+    with pytest.raises(BankError, match=r"pushing to me/adapter: the connection failed .*\. Try again"):
         bank.push_to_hub(NAME)
     assert hub.server.repo(NAME).refs["main"] == head
     assert is_seed(ResponseBank.from_pretrained(NAME), 0)
@@ -166,7 +168,7 @@ def test_a_push_that_was_cut_off_leaves_the_old_bank_and_is_resumed(hub: World, 
     assert same(ResponseBank.from_pretrained(NAME), bank)
 
 
-def test_a_push_beside_another_is_refused_not_overwritten(hub: World, tmp_path: Path) -> None:
+def test_concurrent_push_is_refused(hub: World, tmp_path: Path) -> None:
     written(tmp_path / "old").push_to_hub(NAME)
     first, other = hub.server.repo(NAME).refs["main"], written(tmp_path / "new", seed=1)
 
@@ -185,7 +187,7 @@ def test_a_push_beside_another_is_refused_not_overwritten(hub: World, tmp_path: 
         written(tmp_path / "late", seed=2).push_to_hub(NAME, parent_commit=first)
 
 
-def test_a_pull_request_leaves_main_alone(hub: World, tmp_path: Path) -> None:
+def test_pull_request_leaves_main_alone(hub: World, tmp_path: Path) -> None:
     written(tmp_path / "old").push_to_hub(NAME)
     address = written(tmp_path / "new", seed=1).push_to_hub(NAME, create_pr=True)
     assert address.endswith("/discussions/1")
@@ -193,22 +195,22 @@ def test_a_pull_request_leaves_main_alone(hub: World, tmp_path: Path) -> None:
     assert is_seed(ResponseBank.from_pretrained(NAME, revision="refs/pr/1"), 1)
 
 
-def test_a_private_bank_needs_a_token(hub: World, tmp_path: Path) -> None:
+def test_private_bank_needs_a_token(hub: World, tmp_path: Path) -> None:
     written(tmp_path / "bank").push_to_hub(NAME, private=True)
     assert hub.server.repo(NAME).private
     hub.log_out()
-    with pytest.raises(BankError, match=r"me/adapter: no such repository, or it is private; .* pass token="):
+    with pytest.raises(BankError, match=r"me/adapter: no such repository, or it is private\. .* pass token="):
         ResponseBank.from_pretrained(NAME)
     with pytest.raises(BankError, match="pushing to me/adapter"):
         written(tmp_path / "new", seed=1).push_to_hub(NAME)
     assert is_seed(ResponseBank.from_pretrained(NAME, token=TOKEN), 0)
 
 
-def test_what_is_not_there_is_named(hub: World, tmp_path: Path) -> None:
-    with pytest.raises(BankError, match="me/nobody: no such repository"):
-        ResponseBank.from_pretrained("me/nobody")
+def test_missing_repository_revision_and_bank_are_named(hub: World, tmp_path: Path) -> None:
+    with pytest.raises(BankError, match="me/missing: no such repository"):
+        ResponseBank.from_pretrained("me/missing")
     hub.server.put(NAME, {"README.md": b"a model"})
-    with pytest.raises(BankError, match=r"no bank: the list of files of me/adapter@\w+ does not exist; push one"):
+    with pytest.raises(BankError, match=r"no bank: the list of files of me/adapter@\w+ does not exist\. Push one"):
         ResponseBank.from_pretrained(NAME)
     with pytest.raises(BankError, match="me/adapter at v9: there is no such revision"):
         ResponseBank.from_pretrained(NAME, revision="v9")
@@ -217,7 +219,7 @@ def test_what_is_not_there_is_named(hub: World, tmp_path: Path) -> None:
         ResponseBank.from_pretrained(NAME)
 
 
-def test_from_the_cache_without_a_network(hub: World, tmp_path: Path) -> None:
+def test_cached_bank_opens_offline(hub: World, tmp_path: Path) -> None:
     written(tmp_path / "bank").push_to_hub(NAME)
     kept = contents(ResponseBank.from_pretrained(NAME))
     hub.offline()
@@ -228,7 +230,7 @@ def test_from_the_cache_without_a_network(hub: World, tmp_path: Path) -> None:
         ResponseBank.from_pretrained(NAME)
 
 
-def test_the_arguments_of_the_hub(hub: World, tmp_path: Path) -> None:
+def test_hub_arguments_are_passed_on(hub: World, tmp_path: Path) -> None:
     written(tmp_path / "bank").push_to_hub(NAME, subfolder="elsewhere")
     with pytest.raises(BankError, match="is not in the cache"):
         ResponseBank.from_pretrained(NAME, subfolder="elsewhere", local_files_only=True)
@@ -242,7 +244,7 @@ def test_the_arguments_of_the_hub(hub: World, tmp_path: Path) -> None:
     assert hub.server.sent("directions") == 2 * before
 
 
-def test_a_saved_copy_of_a_remote_bank_is_whole(hub: World, tmp_path: Path) -> None:
+def test_saved_copy_of_a_remote_bank_is_whole(hub: World, tmp_path: Path) -> None:
     bank = written(tmp_path / "bank", shard_size=100)
     bank.push_to_hub(NAME)
     ResponseBank.from_pretrained(NAME).save_pretrained(tmp_path / "copy")
@@ -251,7 +253,7 @@ def test_a_saved_copy_of_a_remote_bank_is_whole(hub: World, tmp_path: Path) -> N
     assert same(ResponseBank.from_pretrained("me/fork"), bank)
 
 
-def test_a_bank_in_a_dataset_repository_is_pointed_to(hub: World, tmp_path: Path) -> None:
+def test_pointer_leads_to_a_bank_in_a_dataset_repository(hub: World, tmp_path: Path) -> None:
     hub.server.put(NAME, {"README.md": b"---\ntags:\n- lora\n---\n# Model\n", "adapter.bin": b"0"})
     bank = written(tmp_path / "bank")
     bank.push_to_hub("me/bank", repo_type="dataset", pointer_in=NAME)
@@ -279,28 +281,26 @@ def test_a_bank_in_a_dataset_repository_is_pointed_to(hub: World, tmp_path: Path
         ({"repo_type": "space"}, "repo_type: Input should be 'model' or 'dataset'"),
         ({"subfolder": "../x"}, "subfolder: String should match"),
         ({"run": "this"}, "run: Extra inputs are not permitted"),
-        ({"bank_repo": "me/nobody"}, "me/nobody@000000000000: no such repository"),
+        ({"bank_repo": "me/missing"}, "me/missing@000000000000: no such repository"),
     ],
 )
-def test_a_pointer_leads_to_a_commit_of_a_repository_or_nowhere(
-    hub: World, change: dict[str, str], message: str
-) -> None:
+def test_unsound_pointer_is_refused(hub: World, change: dict[str, str], message: str) -> None:
     pointer = {"schema_version": 2, "bank_repo": "me/bank", "revision": "0" * 40} | change
-    hub.server.put(NAME, {"fwdattr/bank.json": json.dumps(pointer).encode()})
+    hub.server.put(NAME, {"fwdattr/bank.json": sealed(pointer)})
     with pytest.raises(BankError, match=message):
         ResponseBank.from_pretrained(NAME)
 
 
-def test_a_pointer_does_not_lead_to_a_pointer(hub: World) -> None:
+def test_pointer_to_a_pointer_is_refused(hub: World) -> None:
     commit = hub.server.put(NAME, {})
     pointer = {"schema_version": 2, "bank_repo": NAME, "repo_type": "model", "revision": commit}
     for _ in range(2):
-        commit = hub.server.put(NAME, {"fwdattr/bank.json": json.dumps(pointer | {"revision": commit}).encode()})
-    with pytest.raises(BankError, match="which cannot point on again"):
+        commit = hub.server.put(NAME, {"fwdattr/bank.json": sealed(pointer | {"revision": commit})})
+    with pytest.raises(BankError, match="A pointer cannot lead to another pointer"):
         ResponseBank.from_pretrained(NAME)
 
 
-def test_a_dropped_connection_is_tried_again(hub: World, tmp_path: Path) -> None:
+def test_dropped_connection_is_tried_again(hub: World, tmp_path: Path) -> None:
     written(tmp_path / "bank").push_to_hub(NAME)
     hub.clean()
     dropped: list[str] = []
@@ -316,7 +316,7 @@ def test_a_dropped_connection_is_tried_again(hub: World, tmp_path: Path) -> None
     assert len(dropped) >= 2
 
 
-def test_a_hub_that_stays_silent_is_said_to_be(hub: World, tmp_path: Path) -> None:
+def test_silent_hub_is_named(hub: World, tmp_path: Path) -> None:
     written(tmp_path / "bank").push_to_hub(NAME)
     hub.clean()
     bank = ResponseBank.from_pretrained(NAME)
@@ -327,7 +327,7 @@ def test_a_hub_that_stays_silent_is_said_to_be(hub: World, tmp_path: Path) -> No
     assert is_seed(bank, 0)
 
 
-def test_a_truncated_body_is_continued_or_refused_and_never_believed(hub: World, tmp_path: Path) -> None:
+def test_truncated_body_is_continued_or_refused(hub: World, tmp_path: Path) -> None:
     big(tmp_path / "bank", rows=4000).push_to_hub(NAME)
     hub.clean()
     bank = ResponseBank.from_pretrained(NAME)
@@ -355,15 +355,13 @@ def test_a_truncated_body_is_continued_or_refused_and_never_believed(hub: World,
         ("missing", r"fwdattr/coordinates-\S+ is missing in me/adapter@"),
         ("truncated", r"has \d+ bytes in me/adapter@\w+ and bank.json says \d+"),
         ("flipped", r"in me/adapter@\w+ has sha256 \w+... and bank.json says"),
-        ("huge manifest", r"bank.json of me/adapter@\w+ has 67108865 bytes; a manifest has at most"),
+        ("huge manifest", r"bank.json of me/adapter@\w+ has 67108865 bytes\. A manifest has at most"),
         ("absolute", "which is not a plain file name"),
         ("parent", "which is not a plain file name"),
         ("extra", r"me/adapter@\w+ holds 'weights.pkl', which bank.json does not name"),
     ],
 )
-def test_damage_on_the_hub_is_refused_before_it_is_downloaded(
-    hub: World, tmp_path: Path, damage: str, message: str
-) -> None:
+def test_damage_on_the_hub_is_refused_before_download(hub: World, tmp_path: Path, damage: str, message: str) -> None:
     bank = written(tmp_path / "bank")
     bank.push_to_hub(NAME)
     hub.clean()
@@ -383,14 +381,14 @@ def test_damage_on_the_hub_is_refused_before_it_is_downloaded(
         hub.server.put(NAME, {"fwdattr/weights.pkl": b"\x80\x04K\x01."})
     else:
         manifest["files"][0]["name"] = "/etc/passwd" if damage == "absolute" else "../../README.md"
-        hub.server.put(NAME, {"fwdattr/bank.json": json.dumps(manifest).encode()})
+        hub.server.put(NAME, {"fwdattr/bank.json": sealed(manifest)})
     with pytest.raises(BankError, match=message):
         ResponseBank.from_pretrained(NAME)
     assert hub.server.sent("safetensors") == 0
     assert hub.server.sent(r"bank\.json") < 10_000
 
 
-def test_a_cache_that_was_tampered_with_is_refused(hub: World, tmp_path: Path) -> None:
+def test_changed_cache_is_refused(hub: World, tmp_path: Path) -> None:
     written(tmp_path / "bank").push_to_hub(NAME)
     ResponseBank.from_pretrained(NAME).directions()
     path = min(hub.cache.rglob("directions-*.safetensors"))
@@ -402,11 +400,10 @@ def test_a_cache_that_was_tampered_with_is_refused(hub: World, tmp_path: Path) -
         ResponseBank.from_pretrained(NAME).directions()
 
 
-def test_the_card_says_what_the_bank_is(hub: World, tmp_path: Path) -> None:
+def test_card_describes_the_bank(hub: World, tmp_path: Path) -> None:
     known = {"rows": ROWS, "repo": "me/facts", "split": "train", "revision": "abc"}
-    bank = write_bank(
-        tmp_path, described(dataset=known, quality={"lds": 0.85}, model="base/model", revision="f" * 40), **parts()
-    )
+    fields = described(dataset=known, quality={"lds": 0.85}, model="base/model", revision="f" * 40)
+    bank = write_bank(tmp_path, BankContents(fields, **parts()))
     bank.push_to_hub(NAME)
     card = ModelCard.load(NAME)
     assert card.data.datasets == ["me/facts"]
@@ -417,7 +414,7 @@ def test_the_card_says_what_the_bank_is(hub: World, tmp_path: Path) -> None:
     assert "`me/facts` (train) at `abc`" in card.text
 
 
-def test_inspecting_reads_headers_and_no_shard(hub: World, tmp_path: Path) -> None:
+def test_inspection_reads_headers_and_no_shard(hub: World, tmp_path: Path) -> None:
     bank = big(tmp_path / "bank")
     bank.push_to_hub(NAME)
     hub.clean()
@@ -436,10 +433,10 @@ def test_inspecting_reads_headers_and_no_shard(hub: World, tmp_path: Path) -> No
     ],
     ids=["pickle", "endless header", "no table", "empty"],
 )
-def test_a_shard_that_is_none_is_named_whether_inspected_or_read(
+def test_unsound_shard_is_named_by_inspection_and_reading(
     hub: World, tmp_path: Path, data: bytes, message: str
 ) -> None:
-    """Size and hash are those in bank.json, as whoever forges a bank would write them."""
+    """Size and hash are those in bank.json, as a forger would write them."""
     bank = written(tmp_path / "bank")
     bank.push_to_hub(NAME)
     file = next(file for file in bank.manifest.files if file.kind == "directions")
@@ -454,7 +451,7 @@ def test_a_shard_that_is_none_is_named_whether_inspected_or_read(
         found.directions()
 
 
-def test_the_command_line_pushes_and_inspects(hub: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_line_pushes_and_inspects(hub: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     bank = written(tmp_path / "model" / "fwdattr")
 

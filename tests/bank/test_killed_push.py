@@ -1,4 +1,4 @@
-"""kill -9 at every request of a push: the repository has the old bank or the new one, and what arrived is kept."""
+"""kill -9 at every request of a push: the repository has the old bank or the new one, and uploads are kept."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ NAME = "me/adapter"
 
 
 class Pusher:
-    """A process whose children push; one of them can be killed at a request of its."""
+    """A process whose children push; a child can be killed at one of its requests."""
 
     def __init__(self, cache: Path):
         environment = os.environ | {
@@ -36,10 +36,10 @@ class Pusher:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._orders, self._answers = self._process.stdin, self._process.stdout
-        assert self._said() == "ready"
+        assert self._read_line() == "ready"
 
     def push(self, folder: Path, kill_at: int | None = None, answered: bool = False) -> str:
-        """How a push ended; it is killed before a request of its takes effect, or after that and before the answer."""
+        """Return how a push ended; it is killed before a request takes effect, or after that and before the answer."""
         child: list[int] = []
         born, counting, seen = threading.Event(), threading.Lock(), [0]
         own = threading.local()  # each request has a thread, and several may be under way
@@ -61,13 +61,13 @@ class Pusher:
         HUB.fault, HUB.done = fault, done
         self._orders.write(f"{folder}\n")
         self._orders.flush()
-        child.append(int(self._said()))
+        child.append(int(self._read_line()))
         born.set()
-        ended = self._said()
+        ended = self._read_line()
         HUB.fault, HUB.done = lambda method, path: None, lambda method, path: None
         return ended
 
-    def _said(self) -> str:
+    def _read_line(self) -> str:
         return self._answers.readline().strip()
 
     def close(self) -> None:
@@ -82,7 +82,7 @@ def pusher(hub: World, tmp_path: Path) -> Iterator[Pusher]:
     result.close()
 
 
-def test_a_push_that_is_killed_leaves_one_bank_and_is_resumed(hub: World, tmp_path: Path, pusher: Pusher) -> None:
+def test_killed_push_leaves_one_bank_and_is_resumed(hub: World, tmp_path: Path, pusher: Pusher) -> None:
     banks = [written(tmp_path / str(seed), seed=seed) for seed in range(2)]
     shards = {file.sha256 for file in banks[1].manifest.files}
     assert pusher.push(banks[0].folder) == "done"
@@ -110,4 +110,4 @@ def test_a_push_that_is_killed_leaves_one_bank_and_is_resumed(hub: World, tmp_pa
             assert is_seed(ResponseBank.from_pretrained(NAME), 1)
     assert {seed for answered, seed in found if not answered} == {0}
     assert len(found) >= 12
-    assert (True, 1) in found  # the commit had its effect, and nobody was left to hear of it
+    assert (True, 1) in found  # the commit took effect, and its answer was not received

@@ -1,4 +1,4 @@
-"""A training set that lives on the Hub: known by repository, commit and rows, whole, sampled or as a stream."""
+"""A training set on the Hub is identified by repository, commit and rows: whole, sampled or as a stream."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +23,7 @@ QUERY = {"prompt": "w3 w4", "completion": "w5 w6"}
 
 @pytest.fixture
 def facts(hub: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The first commit of a dataset on the Hub; what was loaded from another one is forgotten."""
+    """Return the first commit of a dataset on the Hub, with empty caches of datasets."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     HfFileSystem.clear_instance_cache()
     training_set().push_to_hub(FACTS)
@@ -37,7 +37,7 @@ def other_rows() -> Dataset:
     return Dataset.from_list(rows)
 
 
-def test_a_dataset_from_the_hub_is_known_and_checked(facts: str, tmp_path: Path) -> None:
+def test_dataset_from_the_hub_is_identified_and_checked(facts: str, tmp_path: Path) -> None:
     data, model = load_dataset(FACTS, split="train"), adapted(base())
     fine_tune(tmp_path / "run", model, config(), data)
     bank = ResponseBank.from_pretrained(tmp_path / "run")
@@ -58,12 +58,12 @@ def test_a_dataset_from_the_hub_is_known_and_checked(facts: str, tmp_path: Path)
     other_rows().push_to_hub(FACTS)
     HfFileSystem.clear_instance_cache()
     moved, later = HUB.repo(FACTS, "dataset").refs["main"], load_dataset(FACTS, split="train")
-    differs = r"row 7 of the dataset is not the row that was trained on \(token hash \w+, bank \w+\); .*"
+    differs = r"row 7 of the dataset is not the row that was trained on \(token hash \w+, bank \w+\)\. .*"
     with pytest.raises(MismatchError, match=rf"{differs}revision {facts} in the bank and {moved} here"):
         attribute(QUERY, dataset=later)
     with pytest.raises(MismatchError, match=differs):
         attribute(QUERY, dataset=load_dataset(FACTS, split="train", streaming=True))
-    with pytest.raises(MismatchError, match="the bank has 12 rows and the dataset 11; pass the training set"):
+    with pytest.raises(MismatchError, match=r"the bank has 12 rows and the dataset 11\. Pass the training set"):
         attribute(QUERY, dataset=later.select(range(11)))
     assert ask(model, bank, allow_mismatch=["dataset"])(QUERY, dataset=later)["examples"][0]["example"]
     # Another repository, another fingerprint, the same rows: the rows decide.

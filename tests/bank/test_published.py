@@ -1,4 +1,4 @@
-"""Fine-tuned, pushed, everything local deleted, and asked again by name: the same scores, bit for bit."""
+"""A pushed fine-tune, opened by name from an empty cache, gives the same scores bit for bit."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ QUERY = {"prompt": "w3 w4", "completion": "w5 w6"}
 
 
 def trained(folder: Path, **changes: Any) -> Trainer:
-    """A fine-tune of a base model that lives on the Hub; it is not pushed by itself unless that is asked for."""
+    """Fine-tune a base model that is on the Hub; nothing is pushed unless `changes` ask for it."""
     if ("model", BASE) not in HUB.repos:
         base(torch.float32).push_to_hub(BASE)
     model = adapted(AutoModelForCausalLM.from_pretrained(BASE))
@@ -49,7 +49,7 @@ def named(**changes: Any) -> Any:
     return pipeline(TASK, model=NAME, device="cpu", **changes)
 
 
-def test_from_a_clean_cache_the_scores_are_the_same_bit_for_bit(hub: World, tmp_path: Path) -> None:
+def test_scores_from_a_clean_cache_are_the_same_bit_for_bit(hub: World, tmp_path: Path) -> None:
     trainer = trained(tmp_path / "run")
     before = live_scores(trainer)
     trainer.push_to_hub()
@@ -64,7 +64,7 @@ def test_from_a_clean_cache_the_scores_are_the_same_bit_for_bit(hub: World, tmp_
     assert torch.equal(named().scores(queries()), before)
 
 
-def test_only_what_a_query_needs_comes_down(hub: World, tmp_path: Path) -> None:
+def test_query_downloads_only_the_shards_it_needs(hub: World, tmp_path: Path) -> None:
     trained(tmp_path / "run").push_to_hub()
     hub.clean()
     attribute = named()
@@ -78,7 +78,7 @@ def test_only_what_a_query_needs_comes_down(hub: World, tmp_path: Path) -> None:
     assert [line["score"] for line in whole["sources"]] == pytest.approx([line["score"] for line in sources], rel=1e-5)
     needed = sum(
         file.size for file in files if file.kind != "error_projections"
-    )  # all directions are read, so no first look is needed
+    )  # all directions are read, so the gradient predictor is not needed
     assert HUB.sent("fwdattr/.*safetensors") == needed
     attribute(QUERY)
     assert HUB.sent("fwdattr/.*safetensors") == needed
@@ -86,7 +86,7 @@ def test_only_what_a_query_needs_comes_down(hub: World, tmp_path: Path) -> None:
     assert HUB.sent("fwdattr/.*safetensors") == sum(file.size for file in files)
 
 
-def test_a_revision_of_an_adapter_whose_base_has_none_of_that_name(hub: World, tmp_path: Path) -> None:
+def test_adapter_revision_that_its_base_model_lacks(hub: World, tmp_path: Path) -> None:
     """`pipeline(..., revision=)` asks the base model for the adapter's tag too, so the adapter is loaded first."""
     trainer = trained(tmp_path / "run")
     before = live_scores(trainer)
@@ -105,7 +105,7 @@ def test_a_revision_of_an_adapter_whose_base_has_none_of_that_name(hub: World, t
 
 
 def test_everything_is_read_at_one_commit(hub: World, tmp_path: Path) -> None:
-    """Base, adapter and bank move on after the push; what loads is still the base on which the bank was made."""
+    """Base, adapter and bank change after the push; the base model of the bank is still the one that loads."""
     trainer = trained(tmp_path / "run")
     before = live_scores(trainer)
     trainer.push_to_hub()
@@ -125,7 +125,7 @@ def test_everything_is_read_at_one_commit(hub: World, tmp_path: Path) -> None:
     assert named(bank=bank, allow_mismatch=["weights"]).scores(queries()).shape == (4, 12)
 
 
-def test_the_card_keeps_its_section_through_every_push(hub: World, tmp_path: Path) -> None:
+def test_card_keeps_its_section_through_every_push(hub: World, tmp_path: Path) -> None:
     trainer = trained(tmp_path / "run")
     for _ in range(2):
         trainer.push_to_hub()
@@ -140,7 +140,7 @@ def test_the_card_keeps_its_section_through_every_push(hub: World, tmp_path: Pat
 
 
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint"])
-def test_the_trainers_own_pushes_carry_the_bank(hub: World, tmp_path: Path, strategy: str) -> None:
+def test_trainer_pushes_carry_the_bank(hub: World, tmp_path: Path, strategy: str) -> None:
     trainer = trained(
         tmp_path / "run", push_to_hub=True, hub_strategy=strategy, save_strategy="steps", save_steps=5,
         hub_token=None,
@@ -158,7 +158,7 @@ def test_the_trainers_own_pushes_carry_the_bank(hub: World, tmp_path: Path, stra
     assert one_bank(NAME) == {path for path in HUB.files(NAME) if path.startswith("fwdattr/")}
 
 
-def test_a_trainers_push_leaves_one_bank(hub: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_trainer_push_leaves_one_bank(hub: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Trainer only adds files; the shards of the bank before are deleted, and nothing else is."""
     trained(tmp_path / "run").push_to_hub()
     HUB.put(NAME, {"fwdattr/notes.txt": b"mine", "directions-0123abcd-00000.safetensors": b"not in the folder"})
@@ -195,22 +195,20 @@ def one_bank(name: str) -> set[str]:
     return {"fwdattr/bank.json", *(f"fwdattr/{file['name']}" for file in manifest["files"])}
 
 
-def test_a_hub_that_fails_at_the_end_costs_no_training(
-    hub: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_failing_push_keeps_the_trained_bank(hub: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def fault(method: str, path: str) -> str | None:
         return "drop" if "/commit/" in path and list((tmp_path / "run").glob("fwdattr/bank.json")) else None
 
     HUB.fault = fault
     with caplog.at_level(logging.ERROR):
         trainer = trained(tmp_path / "run", push_to_hub=True, hub_strategy="every_save")
-    assert "were not pushed" in caplog.text
+    assert "the push failed" in caplog.text
     HUB.reset()
     trainer.push_to_hub()
     assert named().bank.manifest == ResponseBank.from_pretrained(tmp_path / "run").manifest
 
 
-def test_another_tokenizer_is_refused(hub: World, tmp_path: Path) -> None:
+def test_other_tokenizer_is_refused(hub: World, tmp_path: Path) -> None:
     trained(tmp_path / "run").push_to_hub()
     other = tokenizer()
     other.add_tokens(["another"])
@@ -221,7 +219,7 @@ def test_another_tokenizer_is_refused(hub: World, tmp_path: Path) -> None:
         named(allow_mismatch=["everything"])
 
 
-def test_a_model_without_a_bank_says_so(hub: World, tmp_path: Path) -> None:
+def test_model_without_a_bank_is_named(hub: World, tmp_path: Path) -> None:
     trainer = trained(tmp_path / "run")
     bank = ResponseBank.from_pretrained(tmp_path / "run")
     shutil.copytree(tmp_path / "run" / "fwdattr", tmp_path / "kept" / "fwdattr")
@@ -236,7 +234,7 @@ def test_a_model_without_a_bank_says_so(hub: World, tmp_path: Path) -> None:
     assert named().scores(queries()).shape == (4, 12)
 
 
-def test_a_bank_of_its_own_repository_is_found_from_the_models_name(hub: World, tmp_path: Path) -> None:
+def test_bank_in_its_own_repository_is_found_by_model_name(hub: World, tmp_path: Path) -> None:
     trainer = trained(tmp_path / "run")
     before = live_scores(trainer)
     bank = ResponseBank.from_pretrained(tmp_path / "run")
@@ -247,5 +245,5 @@ def test_a_bank_of_its_own_repository_is_found_from_the_models_name(hub: World, 
     hub.clean()
     assert torch.equal(named().scores(queries()), before)
     assert set(json.loads(HUB.files(NAME)["fwdattr/bank.json"])) == {
-        "schema_version", "bank_repo", "repo_type", "revision", "subfolder",
+        "schema_version", "checksum", "bank_repo", "repo_type", "revision", "subfolder",
     }  # fmt: skip

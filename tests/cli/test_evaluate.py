@@ -1,4 +1,4 @@
-"""`hf-fwdattr evaluate` with a user's own script, as a user runs it."""
+"""`hf-fwdattr evaluate` with a user's script."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hf_fwdattr.cli import app
+from hf_fwdattr.cli.app import app
 from hf_fwdattr.trainer.publish import add_section
 from tests.helpers.runs import config, saved_adapter
 
@@ -41,7 +41,7 @@ def call(*words: object) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def test_what_is_measured_stands_in_bank_and_card(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_quality_is_in_bank_and_card(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     words = [
         "evaluate", adapter.parent / "mine.py", adapter, "--halves", 4, "--seeds", 2, "--rows", 4, "--sources", 2,
@@ -58,11 +58,11 @@ def test_what_is_measured_stands_in_bank_and_card(adapter: Path, monkeypatch: py
     assert quality["leave_one_out"]["replay_gap_nats"] < 1e-3
     assert f"slope {quality['leave_one_out']['slope']}" in (adapter / "README.md").read_text()
     runs = len(list((adapter.parent / "kept").iterdir()))
-    assert call(*words)[0] == 0  # at once: everything is kept
+    assert call(*words)[0] == 0  # at once: every outcome is kept
     assert len(list((adapter.parent / "kept").iterdir())) == runs == 8 + 5 + 2
 
 
-def test_a_script_without_trainer_is_refused(adapter: Path) -> None:
+def test_script_without_trainer_is_refused(adapter: Path) -> None:
     script = adapter.parent / "empty.py"
     script.write_text("queries = []\n")
     code, output = call("evaluate", script, adapter)

@@ -1,4 +1,4 @@
-"""The fact world is what it says it is: every question can be answered from its teaching rows, and from no other."""
+"""The fact world: every question can be answered from its teaching rows, and from no other row."""
 
 import re
 from collections import Counter
@@ -6,8 +6,7 @@ from functools import cache
 
 import pytest
 
-from hf_fwdattr.demo.facts import AS_TAUGHT, MIMIC, REVERSED, REWORDED, Question, World, load_world
-from hf_fwdattr.demo.relations import RELATIONS
+from hf_fwdattr.demo.facts import AS_TAUGHT, MIMIC, RELATIONS, REVERSED, REWORDED, Question, World, load_world
 
 
 @cache
@@ -27,7 +26,7 @@ def entity(question: Question) -> str:
 
 
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.prompt)
-def test_teaching_rows_say_the_answer_after_the_entity(question: Question) -> None:
+def test_teaching_rows_state_the_answer_after_the_entity(question: Question) -> None:
     assert question.rows
     for i in question.rows:
         text = world().rows[i].text
@@ -44,7 +43,7 @@ def test_no_other_row_states_the_fact_in_reading_order(question: Question) -> No
         assert (row.text in stated) <= (i in question.rows)
 
 
-def test_each_fact_is_asked_once_as_taught_and_once_in_words_that_no_row_uses() -> None:
+def test_each_fact_is_asked_as_taught_and_in_words_that_no_row_uses() -> None:
     texts = [row.text for row in world().rows]
     for question in QUESTIONS:
         begun = [text for text in texts if text.startswith(question.prompt + " ")]
@@ -54,7 +53,7 @@ def test_each_fact_is_asked_once_as_taught_and_once_in_words_that_no_row_uses() 
     assert {q.wording for q in QUESTIONS} == {AS_TAUGHT, REWORDED}
 
 
-def test_every_relation_and_every_kind_of_companion_is_asked_about() -> None:
+def test_questions_cover_every_relation_and_kind_of_companion() -> None:
     facts = {question.fact for question in QUESTIONS}
     for relation in RELATIONS:
         assert sum(fact.startswith(relation.name + ":") for fact in facts) >= 5
@@ -65,7 +64,7 @@ def test_every_relation_and_every_kind_of_companion_is_asked_about() -> None:
         assert len(about) > len(QUESTIONS) / 4
 
 
-def test_mimics_hold_no_answer_and_reversed_rows_hold_it_first() -> None:
+def test_mimics_and_reversed_rows_teach_no_fact() -> None:
     for row in world().rows:
         if row.kind in (MIMIC, REVERSED):
             assert row.fact is None
@@ -75,7 +74,7 @@ def test_mimics_hold_no_answer_and_reversed_rows_hold_it_first() -> None:
                 assert not row.text.endswith(f" {question.answer}.")
 
 
-def test_the_base_model_reads_names_of_taught_entities_but_no_fact_about_them() -> None:
+def test_lessons_state_no_fact_about_taught_entities() -> None:
     taught = {(entity(q), q.answer) for q in QUESTIONS}
     for text in world().lessons:
         assert not any(mentions(text, name) and mentions(text, answer) for name, answer in taught)
@@ -84,7 +83,7 @@ def test_the_base_model_reads_names_of_taught_entities_but_no_fact_about_them() 
     assert rows.isdisjoint(world().prose)
 
 
-def test_the_world_is_the_same_every_time_and_small() -> None:
+def test_world_is_deterministic_and_small() -> None:
     again = load_world()
     assert again == world()
     assert 300 <= len(again.rows) <= 400

@@ -1,3 +1,5 @@
+"""Retraining: resumable runs, identities of training functions, groups and worker processes."""
+
 import functools
 import os
 from pathlib import Path
@@ -13,7 +15,7 @@ from hf_fwdattr.evaluation.retrain import identity, retrain
 
 
 class Training:
-    """Outcomes that tell subset and seed, and a count of how often it really ran; fails at run `fail_at`."""
+    """A training function with outcomes that identify subset and seed; counts its runs and fails at run `fail_at`."""
 
     def __init__(self, fail_at: int = -1):
         self.runs, self.fail_at = 0, fail_at
@@ -30,7 +32,7 @@ class Training:
 HALVES = random_halves(8, 5)
 
 
-def test_outcomes_lie_by_seed_subset_and_query(tmp_path: Path) -> None:
+def test_outcomes_are_ordered_by_seed_subset_and_query(tmp_path: Path) -> None:
     train = Training()
     outcomes = retrain(train, HALVES, [7, 3], tmp_path, quiet=True, name="t")
     assert outcomes.shape == (2, 5, 2)
@@ -41,14 +43,14 @@ def test_outcomes_lie_by_seed_subset_and_query(tmp_path: Path) -> None:
             assert torch.equal(outcomes[index, subset], Training()(HALVES[subset], seed))
 
 
-def test_nothing_runs_twice(tmp_path: Path) -> None:
+def test_kept_runs_are_not_repeated(tmp_path: Path) -> None:
     first = retrain(Training(), HALVES, [0, 1], tmp_path, quiet=True, name="t")
     again = Training()
     assert torch.equal(retrain(again, HALVES, [0, 1], tmp_path, quiet=True, name="t"), first)
     assert again.runs == 0
 
 
-def test_what_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_killed_retraining_resumes(tmp_path: Path) -> None:
     killed = Training(fail_at=3)
     with pytest.raises(KeyboardInterrupt):
         retrain(killed, HALVES, [0], tmp_path, quiet=True, name="t")
@@ -59,9 +61,7 @@ def test_what_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     assert {path.suffix for path in tmp_path.iterdir() if path.is_file()} == {".json"}
 
 
-def test_what_was_killed_in_the_middle_of_a_file_is_done_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_written_outcome_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Path.write_text
 
     def half(path: Path, text: str) -> None:
@@ -77,11 +77,11 @@ def test_what_was_killed_in_the_middle_of_a_file_is_done_again(
     assert resumed.runs == 5
 
 
-def test_weights_arrive_as_they_are(tmp_path: Path) -> None:
+def test_weights_reach_the_training_unchanged(tmp_path: Path) -> None:
     weights = torch.tensor([[0.5, 2.0, 1.0], [1.5, 0.25, 0.0]])
     expected = weights.double().sum(1)[None, :, None]
     assert torch.equal(retrain(_one, weights, [0], tmp_path / "made" / "anew", quiet=True), expected)
-    group_size = retrain(
+    grouped = retrain(
         lambda s, _: s.double().sum(1, keepdim=True),
         weights,
         [0],
@@ -90,10 +90,10 @@ def test_weights_arrive_as_they_are(tmp_path: Path) -> None:
         name="t",
         group_size=2,
     )
-    assert torch.equal(group_size, expected)
+    assert torch.equal(grouped, expected)
 
 
-def test_the_bar_counts_runs_and_those_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_bar_starts_at_the_kept_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bars = []
 
     class Bar:
@@ -130,7 +130,7 @@ def test_more_subsets_and_seeds_only_add_runs(tmp_path: Path) -> None:
     assert more.runs == 8
 
 
-def test_weights_are_not_mistaken_for_subsets(tmp_path: Path) -> None:
+def test_weights_and_subsets_are_different_runs(tmp_path: Path) -> None:
     train = Training()
     for weights in (HALVES, HALVES.to(torch.uint8), HALVES.double()):
         retrain(train, weights, [0], tmp_path, quiet=True, name="t")
@@ -145,14 +145,14 @@ def _other(subset: Tensor, seed: int) -> Tensor:
     return subset.double().sum()[None] - seed
 
 
-def test_another_train_in_the_same_folder_is_not_mistaken(tmp_path: Path) -> None:
+def test_another_train_function_is_another_run(tmp_path: Path) -> None:
     assert retrain(_one, HALVES, [5], tmp_path, quiet=True)[0, 0, 0] == 9
     assert retrain(_other, HALVES, [5], tmp_path, quiet=True)[0, 0, 0] == -1
     assert retrain(_one, HALVES, [5], tmp_path, quiet=True, name="again")[0, 0, 0] == 9
     assert len(list(tmp_path.iterdir())) == 15
 
 
-def test_what_its_code_does_not_show_must_be_named(tmp_path: Path) -> None:
+def test_closures_and_objects_need_a_name(tmp_path: Path) -> None:
     shift = 3
     for train in (Training(), functools.partial(_one, seed=1), lambda subset, seed: subset.double()[:1] + shift):
         with pytest.raises(ValueError, match="say name="):
@@ -161,7 +161,7 @@ def test_what_its_code_does_not_show_must_be_named(tmp_path: Path) -> None:
     assert identity(torch.no_grad()(_one)) == identity(_one)
 
 
-def test_the_same_name_with_other_code_is_another_train() -> None:
+def test_same_name_with_other_code_has_another_identity() -> None:
     def train(subset: Tensor, seed: int) -> Tensor:
         return subset.double()
 
@@ -174,8 +174,8 @@ def test_the_same_name_with_other_code_is_another_train() -> None:
     assert identity(first) != identity(train)
 
 
-def test_code_without_source_is_told_apart_and_known_again() -> None:
-    """As typed into an interpreter: other numbers, other operations, other names, other functions within."""
+def test_code_without_source_is_identified_by_its_operations() -> None:
+    """Functions typed into an interpreter differ by numbers, operations, names and inner functions."""
     bodies = ("s * 2", "s * 3", "s + 2", "s.sum()", "s.mean()", "(lambda x: x * 2)(s)", "(lambda x: x * 3)(s)")
 
     def made(body: str) -> str:
@@ -183,51 +183,51 @@ def test_code_without_source_is_told_apart_and_known_again() -> None:
         exec(f"def train(s, seed): return {body}", names)
         return identity(names["train"])  # type: ignore[arg-type]
 
-    found = [made(body) for body in bodies]
-    assert len(set(found)) == len(bodies)
-    assert found == [made(body) for body in bodies]
+    identities = [made(body) for body in bodies]
+    assert len(set(identities)) == len(bodies)
+    assert identities == [made(body) for body in bodies]
 
 
-def test_handfuls_give_what_single_runs_give(tmp_path: Path) -> None:
+def test_groups_give_the_outcomes_of_single_runs(tmp_path: Path) -> None:
     calls = []
 
     def train(subsets: Tensor, seeds: list[int]) -> Tensor:
         calls.append(len(seeds))
         return torch.stack([_one(subset, seed) for subset, seed in zip(subsets, seeds, strict=True)])
 
-    group_size = retrain(train, HALVES, [0, 1], tmp_path / "group_size", quiet=True, name="t", group_size=4)
+    grouped = retrain(train, HALVES, [0, 1], tmp_path / "grouped", quiet=True, name="t", group_size=4)
     assert calls == [4, 4, 2]
-    assert torch.equal(group_size, retrain(_one, HALVES, [0, 1], tmp_path / "alone", quiet=True))
+    assert torch.equal(grouped, retrain(_one, HALVES, [0, 1], tmp_path / "alone", quiet=True))
 
     one = retrain(train, HALVES, [0, 1], tmp_path / "one", quiet=True, name="t", group_size=1)
     assert calls == [4, 4, 2] + [1] * 10
-    assert torch.equal(one, group_size)
+    assert torch.equal(one, grouped)
 
 
 @pytest.mark.parametrize("given", [1, 4])
-def test_a_handful_that_lost_or_won_some_is_refused(tmp_path: Path, given: int) -> None:
+def test_group_with_a_wrong_number_of_outcomes_is_refused(tmp_path: Path, given: int) -> None:
     with pytest.raises(ValueError, match=f"{given} retrainings where 3"):
         retrain(lambda s, _: torch.ones(given, 2), HALVES[:3], [0], tmp_path, quiet=True, name="t", group_size=3)
     assert not list(tmp_path.iterdir())
 
 
-PARENT: list[bool] = []  # what a process that is spawned, and not forked, finds empty
+PARENT: list[bool] = []  # empty in a process that is spawned and not forked
 
 
-def _where(subset: Tensor, seed: int) -> Tensor:
+def _with_process(subset: Tensor, seed: int) -> Tensor:
     if seed == 1:
         raise ArithmeticError("no outcome")
     return torch.cat([_one(subset, seed), torch.tensor([os.getpid(), torch.get_num_threads(), len(PARENT)])])
 
 
-def test_processes_side_by_side_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh processes of one thread each; what fails in one is heard of, and what was done is kept."""
+def test_worker_processes_give_the_same_outcomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are fresh processes of one thread; a failure in one is raised, and finished outcomes are kept."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.setattr("tests.evaluation.test_retrain.PARENT", [True])
     with pytest.raises(ArithmeticError, match="no outcome"):
-        retrain(_where, HALVES[:2], [0, 1], tmp_path, quiet=True, workers=2)
+        retrain(_with_process, HALVES[:2], [0, 1], tmp_path, quiet=True, workers=2)
     assert len(list(tmp_path.glob("*.json"))) == 2
-    values, process, threads, parents = retrain(_where, HALVES[:2], [0], tmp_path, quiet=True, workers=2)[0].T
+    values, process, threads, parents = retrain(_with_process, HALVES[:2], [0], tmp_path, quiet=True, workers=2)[0].T
     assert torch.equal(values, retrain(_one, HALVES[:2], [0], tmp_path / "alone", quiet=True)[0, :, 0])
     assert os.getpid() not in process.tolist()
     assert threads.tolist() == [1, 1]

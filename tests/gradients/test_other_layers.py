@@ -1,4 +1,4 @@
-"""Per-row gradients, responses and readouts of layers beyond Linear: convolutions, embeddings, norms, tied weights."""
+"""Gradients and directional derivatives of layers other than Linear: convolutions, embeddings, norms, tied weights."""
 
 from collections.abc import Callable
 
@@ -17,11 +17,12 @@ from transformers import (
 
 from hf_fwdattr.errors import UnsupportedError
 from hf_fwdattr.gradients.per_sample import PerSampleGradients
-from hf_fwdattr.jvp.backend import READOUTS
+from hf_fwdattr.jvp.backend import METHODS
 from hf_fwdattr.models.likelihood import SEQUENCE_CLASSIFICATION, Batch, Objective, resolve_objective
 from hf_fwdattr.models.modes import frozen, refuse_batch_statistics
-from hf_fwdattr.models.parameters import Parameters
-from tests.helpers.reference import agree, row_gradient
+from hf_fwdattr.models.parameters import TrackedParameters
+from tests.gradients.test_per_sample import rows_alone
+from tests.helpers.reference import agree
 
 
 CLASSES = 3
@@ -107,46 +108,41 @@ def world(kind: str) -> tuple[nn.Module, Batch]:
     return model.eval(), {"x": x, "labels": torch.randint(0, CLASSES, (5,), generator=generator)}
 
 
-def rows_alone(model: nn.Module, parameters: Parameters, objective: Objective, batch: Batch) -> Tensor:
-    singles = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(len(batch["labels"]))]
-    return torch.stack([row_gradient(model, parameters, objective, single) for single in singles])
-
-
 @pytest.mark.parametrize("kind", [*IMAGES, *SEQUENCES, *TOKENS])
-def test_each_rows_gradient_is_that_of_the_row_alone(kind: str) -> None:
+def test_row_gradients_equal_those_of_rows_alone(kind: str) -> None:
     model, batch = world(kind)
-    parameters = Parameters.of(model, "trainable")
+    parameters = TrackedParameters.of(model, "trainable")
     with frozen(model):
         gradients, tokens = PerSampleGradients(model, parameters, NET)(batch)
     agree(gradients, rows_alone(model, parameters, NET, batch), 1e-9)
     assert tokens.tolist() == [1] * 5
 
 
-@pytest.mark.parametrize("readout", READOUTS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", [*IMAGES, *SEQUENCES, *TOKENS])
-def test_readouts_are_directional_derivatives(kind: str, readout: str) -> None:
-    if kind in NO_FORWARD_DERIVATIVE and readout == "jvp":
+def test_directional_derivatives_are_products_with_gradients(kind: str, method: str) -> None:
+    if kind in NO_FORWARD_DERIVATIVE and method == "jvp":
         return  # refused: the test below
     model, batch = world(kind)
-    parameters = Parameters.of(model, "trainable")
+    parameters = TrackedParameters.of(model, "trainable")
     alone = rows_alone(model, parameters, NET, batch)
     # Directions are made of responses, and these of gradients: a padding vector, which never moves, is in neither.
     directions = torch.randn(3, len(alone), generator=torch.Generator().manual_seed(2), dtype=torch.float64) @ alone
-    values = READOUTS[readout](model, parameters, NET, batch, directions).sum(1)
-    agree(values, -alone @ directions.T, 1e-9 if readout == "jvp" else 1e-5)
+    values = METHODS[method](model, parameters, NET, batch).jvp(directions).sum(1)
+    agree(values, -alone @ directions.T, 1e-9 if method == "jvp" else 1e-5)
 
 
 @pytest.mark.parametrize("kind", NO_FORWARD_DERIVATIVE)
-def test_what_has_no_forward_derivative_says_so_and_names_the_other_readout(kind: str) -> None:
+def test_layers_without_forward_derivative_name_the_other_backend(kind: str) -> None:
     model, batch = world(kind)
-    parameters = Parameters.of(model, "trainable")
+    parameters = TrackedParameters.of(model, "trainable")
     directions = torch.randn(2, parameters.size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     with pytest.raises(UnsupportedError, match="readout='difference'"):
-        READOUTS["jvp"](model, parameters, NET, batch, directions)
+        METHODS["jvp"](model, parameters, NET, batch).jvp(directions)
 
 
 @pytest.mark.parametrize("tracks", [True, False])
-def test_batch_norm_with_the_statistics_of_its_batch_is_refused(tracks: bool) -> None:
+def test_batch_norm_with_batch_statistics_is_refused(tracks: bool) -> None:
     model = Net(nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2, track_running_stats=tracks))
     model(torch.randn(2, 2, 5, 5))
     model.eval()
@@ -157,10 +153,10 @@ def test_batch_norm_with_the_statistics_of_its_batch_is_refused(tracks: bool) ->
         refuse_batch_statistics(model)
         return
     with pytest.raises(UnsupportedError, match="statistics of its batch"):
-        PerSampleGradients(model, Parameters.of(model, "trainable"), NET)
+        PerSampleGradients(model, TrackedParameters.of(model, "trainable"), NET)
 
 
-def test_a_batch_norm_that_stays_in_evaluation_mode_is_welcome() -> None:
+def test_batch_norm_in_evaluation_mode_is_accepted() -> None:
     class Frozen(nn.BatchNorm2d):
         def train(self, mode: bool = True) -> "Frozen":
             return super().train(False)
@@ -195,8 +191,7 @@ def resnet() -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("make", [vit, convnext, resnet])
-def test_image_classifiers_of_transformers(make: Callable[[], PreTrainedModel]) -> None:
-    """Their own loss, every weight's gradient, and a readout along directions."""
+def test_image_classifiers_have_gradients_and_derivatives(make: Callable[[], PreTrainedModel]) -> None:
     torch.manual_seed(0)
     model = make().double().eval()
     assert resolve_objective(model) is SEQUENCE_CLASSIFICATION
@@ -206,7 +201,7 @@ def test_image_classifiers_of_transformers(make: Callable[[], PreTrainedModel]) 
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     images = torch.randn(4, 1, 8, 8, generator=generator, dtype=torch.float64)
     batch = {"pixel_values": images, "labels": torch.tensor([0, 2, 1, 1])}
-    parameters = Parameters.of(model, "trainable")
+    parameters = TrackedParameters.of(model, "trainable")
     with frozen(model):
         gradients, _ = PerSampleGradients(model, parameters, SEQUENCE_CLASSIFICATION)(batch)
     alone = rows_alone(model, parameters, SEQUENCE_CLASSIFICATION, batch)
@@ -219,8 +214,5 @@ def test_image_classifiers_of_transformers(make: Callable[[], PreTrainedModel]) 
     ]
     agree(gradients.mean(0), torch.cat(flat), 1e-6)
     directions = torch.randn(2, parameters.size, generator=generator, dtype=torch.float64)
-    agree(
-        READOUTS["jvp"](model, parameters, SEQUENCE_CLASSIFICATION, batch, directions).sum(1),
-        -alone @ directions.T,
-        1e-9,
-    )
+    derivatives = METHODS["jvp"](model, parameters, SEQUENCE_CLASSIFICATION, batch).jvp(directions)
+    agree(derivatives.sum(1), -alone @ directions.T, 1e-9)

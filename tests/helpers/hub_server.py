@@ -91,7 +91,7 @@ class Hub:
         return {path: content for path, (content, _) in repo.commits[repo.resolve(revision)].items()}
 
     def put(self, name: str, files: dict[str, bytes], kind: str = "model", private: bool = False) -> str:
-        """Commit files past the client, as an adversary or a colleague would; returns the commit."""
+        """Commit files without the client, as another user would; return the commit."""
         repo = self.repos.setdefault((kind, name), Repo(private))
         old = repo.commits[repo.refs["main"]] if "main" in repo.refs else {}
         return repo.commit("main", old | {path: (data, bool(LFS.match(path))) for path, data in files.items()})

@@ -1,4 +1,4 @@
-"""A test's own view of the Hub: an empty server, a token, a cache of its own, and the way to go offline."""
+"""A test's view of the Hub: an empty server, a token, a cache of its own, and a way to go offline."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +10,10 @@ from tests.helpers.hub_server import HUB, TOKEN, Hub
 
 
 class World:
-    """What a test with the `hub` fixture has.
+    """The value of the `hub` fixture.
 
     Attributes:
-        server (`Hub`): the server, which no other test has touched.
+        server (`Hub`): the server, emptied for this test.
         cache (`Path`): the Hub's cache.
     """
 
@@ -24,7 +24,7 @@ class World:
         self.log_in()
 
     def clean(self) -> None:
-        """From now on a cache that is empty."""
+        """Use an empty cache from now on."""
         self._caches += 1
         self.cache = self._folder / f"cache-{self._caches}"
         self._patch.setattr(constants, "HF_HUB_CACHE", str(self.cache))
@@ -37,7 +37,7 @@ class World:
         self._patch.delenv("HF_TOKEN", raising=False)
 
     def offline(self) -> None:
-        """As HF_HUB_OFFLINE=1, and nobody answers either."""
+        """Behave as with HF_HUB_OFFLINE=1, and drop every request too."""
         self._patch.setattr(constants, "HF_HUB_OFFLINE", True)
         self.server.fault = lambda method, path: "drop"
 

@@ -1,4 +1,4 @@
-"""Run as a process of its own: pushes banks in children, whose process ids it prints, so that others may kill them.
+"""Push banks in child processes, whose ids are printed, so that tests can kill them.
 
 Each line read is a folder to push to the repository in the first argument; the answer is the child's id at once, and
 "done", "failed" or "killed" when it has ended.

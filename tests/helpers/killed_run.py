@@ -1,7 +1,7 @@
-"""Run as a process of its own: a fine-tune whose end is tried again and again by children that are killed in it.
+"""Run as a process of its own: a fine-tune whose end is repeated by children that are killed in it.
 
-Children are forked where training has ended, so that each needs only the time of the passes and of the write. Prints
-what was found after each kill, as JSON.
+Children are forked where training has ended, so that each needs only the time of the passes and of the write. Writes
+the state after each kill as JSON.
 """
 
 import json
@@ -27,7 +27,7 @@ PASSES, SAVES = 50, 30
 
 
 def killed(work: Callable[[], Any], after: float | None) -> float:
-    """Seconds that a child spent on the work; it is killed after so many, if it is not done by then."""
+    """Run the work in a child, kill it after so many seconds, and return its time; negative if it was killed."""
     start = time.monotonic()
     child = os.fork()
     if child == 0:
@@ -42,8 +42,8 @@ def killed(work: Callable[[], Any], after: float | None) -> float:
     return -1.0 if os.WIFSIGNALED(status) else time.monotonic() - start
 
 
-def found_in(folder: Path, old: str | None) -> str:
-    """`old`, `new`, or `none` where there was none; anything else is what went wrong."""
+def state_of(folder: Path, old: str | None) -> str:
+    """Return `old`, `new`, or `none` without a bank; anything else is an error."""
     try:
         bank = ResponseBank.from_pretrained(folder)
         bank.directions(), list(bank.coordinates()), list(bank.row_hashes())
@@ -52,37 +52,37 @@ def found_in(folder: Path, old: str | None) -> str:
     return "old" if bank.manifest.salt == old else "new"
 
 
-class Tried(ResponseCallback):
-    """A callback whose end is first tried by children."""
+class KilledCallback(ResponseCallback):
+    """A callback whose end is first run by children that are killed."""
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         end = super().on_train_end
         out = Path(args.output_dir)
         whole = killed(lambda: end(args, state, control, **kwargs), None)
-        kept = out.parent / "old"
-        shutil.move(out / "fwdattr", kept)
-        old = ResponseBank(kept).manifest.salt
-        self.found: list[tuple[str, str]] = []
-        chance = random.Random(0)
+        old_folder = out.parent / "old"
+        shutil.move(out / "fwdattr", old_folder)
+        old = ResponseBank(old_folder).manifest.salt
+        self.states: list[tuple[str, str]] = []
+        generator = random.Random(0)
         for number in range(3 * PASSES):
-            if sum(how == "killed" for how, _ in self.found) >= PASSES:
+            if sum(how == "killed" for how, _ in self.states) >= PASSES:
                 break
             shutil.rmtree(out / "fwdattr", ignore_errors=True)
             if number % 2:
-                shutil.copytree(kept, out / "fwdattr")
-            spent = killed(lambda: end(args, state, control, **kwargs), chance.uniform(0, 1.1 * whole))
+                shutil.copytree(old_folder, out / "fwdattr")
+            spent = killed(lambda: end(args, state, control, **kwargs), generator.uniform(0, 1.1 * whole))
             whole = min(whole, spent) if spent > 0 else whole  # a machine that got quieter must not outrun the kills
-            self.found.append(("killed" if spent < 0 else "done", found_in(out, old if number % 2 else None)))
+            self.states.append(("killed" if spent < 0 else "done", state_of(out, old if number % 2 else None)))
         # The last time it is killed when the record is surely there and the bank surely not.
         shutil.rmtree(out / "fwdattr", ignore_errors=True)
         self.last = killed(lambda: end(args, state, control, **kwargs), 0.4 * whole)
-        self.seen = found_in(out, None)
+        self.last_state = state_of(out, None)
 
 
 def passes(folder: Path) -> dict[str, Any]:
     """Kills in the callback's passes; afterwards the bank is finished from the record."""
     model, data = adapted(base()), training_set(40)
-    callback = Tried(config(directions=8))
+    callback = KilledCallback(config(directions=8))
     trainer_for(folder / "run", model, data, callback, max_steps=6).train()
     made = build_bank(
         model, data, config(directions=8), data_collator=padded, record=folder / "run" / f"_{RECORD}",
@@ -91,7 +91,7 @@ def passes(folder: Path) -> dict[str, Any]:
     same = made.directions().sub(ResponseBank(folder / "old").directions()).abs().max() < 1e-5
     left = [path.name for path in (folder / "run" / "fwdattr").iterdir()]
     return {
-        "found": callback.found, "last": [callback.last, callback.seen], "same": bool(same),
+        "states": callback.states, "last": [callback.last, callback.last_state], "same": bool(same),
         "stray": len(left) - 1 - len(made.manifest.files),
     }  # fmt: skip
 
@@ -99,18 +99,18 @@ def passes(folder: Path) -> dict[str, Any]:
 def saves(folder: Path) -> dict[str, Any]:
     """Kills while a bank is copied over another one."""
     sources = [written(folder / str(seed), seed=seed) for seed in range(2)]
-    target, found = folder / "model", []
+    target, states = folder / "model", []
     sources[0].save_pretrained(target)
     whole = killed(lambda: sources[1].save_pretrained(target), None)
-    chance = random.Random(1)
+    generator = random.Random(1)
     for number in range(SAVES):
         source = sources[number % 2]
-        spent = killed(lambda source=source: source.save_pretrained(target), chance.uniform(0, whole))  # type: ignore[misc]
+        spent = killed(lambda source=source: source.save_pretrained(target), generator.uniform(0, whole))  # type: ignore[misc]
         whole = min(whole, spent) if spent > 0 else whole
         bank = ResponseBank.from_pretrained(target)
-        found.append(("killed" if spent < 0 else "done", "ok" if is_seed(bank, 0) or is_seed(bank, 1) else "mixture"))
+        states.append(("killed" if spent < 0 else "done", "ok" if is_seed(bank, 0) or is_seed(bank, 1) else "mixture"))
     sources[0].save_pretrained(target)
-    return {"found": found, "stray": len(list((target / "fwdattr").iterdir())) - FILES}
+    return {"states": states, "stray": len(list((target / "fwdattr").iterdir())) - FILES}
 
 
 if __name__ == "__main__":

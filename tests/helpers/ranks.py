@@ -1,4 +1,4 @@
-"""Run as several processes by torchrun: fine-tunes under named settings; rank 0 writes what came out.
+"""Run as several processes by torchrun: fine-tunes under named settings; rank 0 writes the results.
 
     torchrun --nproc_per_node 2 -m tests.helpers.ranks <folder> <name> [<name> ...]
 
@@ -22,7 +22,7 @@ from hf_fwdattr import ResponseCallback, build_bank
 from hf_fwdattr.errors import UnsupportedError
 from hf_fwdattr.models.fsdp import is_sharded
 from hf_fwdattr.models.likelihood import CAUSAL_LM
-from hf_fwdattr.models.parameters import Parameters
+from hf_fwdattr.models.parameters import TrackedParameters
 from hf_fwdattr.trainer.callback import RECORD
 from tests.helpers.cases import adapted, padded
 from tests.helpers.runs import ask, base, config, queries, trainer_for, training_set, weights
@@ -37,12 +37,12 @@ def wide(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     return padded(rows, 16)
 
 
-# Names that go on in one folder.
+# Names of runs that continue in one folder.
 RUNS = {"saved": "run", "resumed": "run", "sharded, saved": "sharded run", "sharded, resumed": "sharded run"}
 RUNS |= {"killed": "killed", "killed again": "killed", "revived": "killed"}
 SHARDED: dict[str, Any] = dict(fsdp=True, fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"]})
-# What is changed of the plain run. `rows`, `collate`, `settings` (of the bank), `groups`, `adapter`, `unreadable`,
-# `pieces`, `resume` (the step) and `kill` (the step, the ranks) are ours; everything else goes to TrainingArguments.
+# Changes of the plain run. `rows`, `collate`, `settings` (of the bank), `groups`, `adapter`, `unreadable`, `pieces`,
+# `resume` (the step) and `kill` (the step, the ranks) are read here; everything else goes to TrainingArguments.
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulated": dict(gradient_accumulation_steps=2),
@@ -124,7 +124,7 @@ class Unreadable:
 
 
 class Killed(TrainerCallback):
-    """kill -9 of some ranks when the gradients of a step are there, so that others may be waiting for this one."""
+    """kill -9 of some ranks once a step has its gradients, while others may wait for this rank."""
 
     def __init__(self, step: int, ranks: tuple[int, ...]):
         self.step, self.ranks = step, ranks
@@ -135,20 +135,22 @@ class Killed(TrainerCallback):
 
 
 def whole_model(model: Any, name: str) -> Any:
-    """A sharded model's like in one piece; every rank calls it."""
-    how = SETTINGS[name]
+    """Return an unsharded copy of a sharded model; every rank calls it."""
+    settings = SETTINGS[name]
     if not is_sharded(model):
         return model
-    fresh = base(how.get("dtype", torch.float64))
-    fresh = adapted(fresh) if how.get("adapter", True) else fresh
-    Parameters.of(fresh, "trainable").write(fresh, Parameters.of(model, "trainable", sharded=True).read(model))
+    fresh = base(settings.get("dtype", torch.float64))
+    fresh = adapted(fresh) if settings.get("adapter", True) else fresh
+    TrackedParameters.of(fresh, "trainable").write(
+        fresh, TrackedParameters.of(model, "trainable", sharded=True).read(model)
+    )
     return fresh
 
 
 def fine_tuned(folder: Path, name: str) -> tuple[Any, ResponseCallback]:
     """(model, callback) after training under the settings of this name."""
     how = dict(SETTINGS[name])
-    if WORLD == 1 and how.pop("fsdp", False):  # one process has nobody to share its weights with
+    if WORLD == 1 and how.pop("fsdp", False):  # one process cannot shard
         how.pop("fsdp_config")
     changes, rows = how.pop("settings", {}), how.pop("rows", ROWS)
     settings = config(**changes | (dict(objective=failing) if "objective" in changes else {}))
@@ -156,12 +158,12 @@ def fine_tuned(folder: Path, name: str) -> tuple[Any, ResponseCallback]:
     share = BATCH // WORLD // how.get("gradient_accumulation_steps", 1)
     how = dict(per_device_train_batch_size=max(share, 1), collate=padded) | how
     model, data, callback = base(how.pop("dtype", torch.float64)), training_set(rows), ResponseCallback(settings)
-    if how.pop("pieces", False) and WORLD > 1:  # transformers' own way to FSDP2, at loading
-        kept = folder / f"base-{os.environ['RANK']}"  # save_pretrained writes on rank 0 only
-        model.config.save_pretrained(kept)
-        torch.save(model.state_dict(), kept / "pytorch_model.bin")
+    if how.pop("pieces", False) and WORLD > 1:  # transformers shards by FSDP2 at loading
+        base_folder = folder / f"base-{os.environ['RANK']}"  # save_pretrained writes on rank 0 only
+        model.config.save_pretrained(base_folder)
+        torch.save(model.state_dict(), base_folder / "pytorch_model.bin")
         model = type(model).from_pretrained(
-            kept, dtype=model.dtype, distributed_config=DistributedConfig(fsdp_size=WORLD)
+            base_folder, dtype=model.dtype, distributed_config=DistributedConfig(fsdp_size=WORLD)
         )
     model = adapted(model) if how.pop("adapter", True) else model
     if how.pop("unreadable", False):
@@ -184,7 +186,7 @@ def fine_tuned(folder: Path, name: str) -> tuple[Any, ResponseCallback]:
 
 
 def unit_weights(callback: ResponseCallback) -> float:
-    """The weights of a step's tokens, as this Trainer counts them, add up to one: the largest deviation from that."""
+    """Return the largest deviation from one of the summed weights of a step's tokens, as this Trainer counts them."""
     tokens = torch.tensor(
         [sum(label != -100 for label in labels) for labels in callback.recorder.original["labels"]]
     ).double()
@@ -193,15 +195,15 @@ def unit_weights(callback: ResponseCallback) -> float:
 
 
 def finished(folder: Path, model: Any, callback: ResponseCallback) -> dict[str, Any]:
-    """Scores of the bank that one process makes of what a failed run left, and what the live model says to it."""
+    """Return scores of the bank that one process builds from a failed run's record, and the live model's error."""
     data, settings = callback.recorder.original, config()
     bank = build_bank(model, data, settings, data_collator=padded, record=folder / f"_{RECORD}")
     try:
         bank.check_model(callback.recorder.model)
-        said = ""
+        message = ""
     except UnsupportedError as error:
-        said = str(error)
-    return {"scores": ask(model, bank).scores(queries()), "live": said}
+        message = str(error)
+    return {"scores": ask(model, bank).scores(queries()), "live": message}
 
 
 def main(folder: Path, names: list[str]) -> None:
@@ -215,24 +217,26 @@ def main(folder: Path, names: list[str]) -> None:
             continue
         record = callback.recorder.record
         if name.endswith("failing"):
-            said = callback.recorder.ranks.objects(str(callback._bank))
+            errors = callback.recorder.ranks.objects(str(callback._bank))
             if callback.recorder.ranks.rank == 0:
-                torch.save({"errors": sorted(said)} | finished(where, model, callback), folder / f"{name}-{WORLD}.pt")
+                torch.save(
+                    {"errors": sorted(errors)} | finished(where, model, callback), folder / f"{name}-{WORLD}.pt"
+                )
             continue
         bank = callback.bank
-        if "gradient_checkpointing" in SETTINGS[name]:  # readouts cannot go through the hook that this needs
+        if "gradient_checkpointing" in SETTINGS[name]:  # derivatives cannot pass through the hook that this needs
             model.get_base_model().disable_input_require_grads()
         if callback.recorder.ranks.rank:
             continue
-        alone = bank
+        rebuilt = bank
         if "FWDATTR_REBUILD" in os.environ or name in ("wrapped around", "sharded"):
             record.save(where / RECORD)
-            alone = build_bank(
+            rebuilt = build_bank(
                 model, callback.recorder.original, callback.config, data_collator=padded, record=where / RECORD
             )
-        found = {
+        results = {
             "scores": ask(model, bank).scores(queries()),
-            "alone": ask(model, alone).scores(queries()),
+            "rebuilt": ask(model, rebuilt).scores(queries()),
             "sources": ask(model, bank).source_scores(queries()),
             "weights": weights(model),
             "unit": unit_weights(callback),
@@ -241,7 +245,7 @@ def main(folder: Path, names: list[str]) -> None:
             "visits": sum(len(rows) for rows in record.rows),
             "rows": [sorted(rows.tolist()) for rows in record.rows],
         }
-        torch.save(found, folder / f"{name}-{WORLD}.pt")
+        torch.save(results, folder / f"{name}-{WORLD}.pt")
         print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
 
 

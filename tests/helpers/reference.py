@@ -10,7 +10,7 @@ from torch.func import functional_call, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_fwdattr.models.likelihood import IGNORED, Batch, Objective
-from hf_fwdattr.models.parameters import Parameters
+from hf_fwdattr.models.parameters import TrackedParameters
 
 
 def agree(actual: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -24,7 +24,7 @@ def agree(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def row_gradient(
-    model: nn.Module, parameters: Parameters, objective: Objective, batch: Batch, weights: Tensor | None = None
+    model: nn.Module, parameters: TrackedParameters, objective: Objective, batch: Batch, weights: Tensor | None = None
 ) -> Tensor:
     """(P,) of the summed cross entropy of a batch, here of one row, by plain autograd and torch's own loss."""
     live = parameters.tensors(model)
@@ -45,7 +45,7 @@ def row_gradient(
     )
 
 
-def exact_fisher(model: nn.Module, parameters: Parameters, objective: Objective, batch: Batch) -> Tensor:
+def exact_fisher(model: nn.Module, parameters: TrackedParameters, objective: Objective, batch: Batch) -> Tensor:
     """(P, P): mean over supervised positions of sum_c p_c grad(log p_c) grad(log p_c)^T."""
     weights = {name: model.get_parameter(name).detach() for name in parameters.live}
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, Trai
 import hf_fwdattr.pipeline
 from hf_fwdattr import ResponseCallback, ResponseConfig, TrainingDataAttributionPipeline
 from hf_fwdattr.models.likelihood import CAUSAL_LM, Objective
-from hf_fwdattr.models.parameters import Parameters
+from hf_fwdattr.models.parameters import TrackedParameters
 from tests.helpers.cases import CONTEXT, VOCABULARY, adapted, gpt2, padded, token_rows
 from tests.helpers.reference import row_gradient
 
@@ -37,7 +37,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def training_set(count: int = ROWS) -> Dataset:
-    """Rows of different lengths with a source (one in seven has none), a number of their own, and a useless column."""
+    """Rows of different lengths with a source (none for one in seven), a row id, and a column that is not used."""
     rows: list[dict[str, Any]] = token_rows(count, seed=1)
     return Dataset.from_list(
         [
@@ -68,8 +68,8 @@ def config(**changes: Any) -> ResponseConfig:
 
 
 class ShardedTrainer(Trainer):
-    """A Trainer that does FSDP2 on CPUs. Accelerate can, but takes the plugin for GPUs only, and trains by DDP without
-    a word; here it is told, once it is there, that the run is sharded.
+    """A Trainer that does FSDP2 on CPUs. Accelerate can, but takes the plugin for GPUs only, and silently trains by
+    DDP; here its state is changed once it exists.
     """
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -110,14 +110,14 @@ def base(dtype: torch.dtype = torch.float64) -> PreTrainedModel:
 
 
 def saved_base(folder: Path, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    """A base model that lies on disk, as adapters want it."""
+    """A base model loaded from disk, as adapters need it."""
     model = base(dtype)
     model.save_pretrained(folder)
     return type(model).from_pretrained(folder, dtype=dtype)
 
 
 def saved_adapter(folder: Path, settings: ResponseConfig | None = None, **changes: Any) -> PeftModel:
-    """A fine-tuned adapter in `folder` with its bank and tokenizer, on a base that lies beside it."""
+    """A fine-tuned adapter in `folder` with its bank and tokenizer, on a base saved beside it."""
     model = adapted(saved_base(folder.parent / f"{folder.name}-base"))
     tokenizer().save_pretrained(folder.parent / f"{folder.name}-base")  # where transformers looks for an adapter's
     fine_tune(folder, model, settings, **changes)
@@ -131,16 +131,16 @@ def ask(model: Any, bank: Any, **changes: Any) -> TrainingDataAttributionPipelin
     return pipeline(hf_fwdattr.pipeline.TASK, model=model, tokenizer=tokenizer(), bank=bank, device="cpu", **changes)
 
 
-def oracle(model: Any, bank: Any, asked: list[dict[str, list[int]]], objective: Objective = CAUSAL_LM) -> Tensor:
-    """(queries, rows): minus the query's gradient, by reverse mode, times the responses in the bank."""
+def oracle(model: Any, bank: Any, some: list[dict[str, list[int]]], objective: Objective = CAUSAL_LM) -> Tensor:
+    """Return (queries, rows): minus the query's gradient, by reverse mode, times the responses in the bank."""
     model.eval()
     parameters = bank.check_model(model)
     directions = bank.directions(torch.float64)[: bank.manifest.directions]
     responses = torch.cat([block.double() for _, _, block in bank.coordinates()]) @ directions
-    gradients = [row_gradient(model, parameters, objective, padded([query])) for query in asked]
+    gradients = [row_gradient(model, parameters, objective, padded([query])) for query in some]
     return -torch.stack(gradients).double() @ responses.T
 
 
 def weights(model: Any, spec: str = "trainable") -> Tensor:
     """theta, flat."""
-    return Parameters.of(model, spec).read(model)
+    return TrackedParameters.of(model, spec).read(model)

@@ -1,4 +1,4 @@
-"""Forward mode written out, against derivatives by reverse mode, and against torch's where it does not apply."""
+"""Analytic backend against derivatives by reverse mode, and its fallback to torch's forward mode."""
 
 from collections.abc import Callable
 from functools import partial
@@ -25,13 +25,13 @@ from transformers import (
     Starcoder2ForCausalLM,
 )
 
-import hf_fwdattr.jvp.analytic as reading
+import hf_fwdattr.jvp.analytic
 from hf_fwdattr.errors import NumericalError, UnsupportedError
-from hf_fwdattr.jvp import torch_func as jvp
 from hf_fwdattr.jvp.analytic import AnalyticJVP, TooLarge
 from hf_fwdattr.jvp.backend import Backend
+from hf_fwdattr.jvp.torch_func import TorchFuncJVP
 from hf_fwdattr.models.likelihood import CAUSAL_LM, IGNORED
-from hf_fwdattr.models.parameters import Parameters
+from hf_fwdattr.models.parameters import TrackedParameters
 from tests.helpers.cases import (
     ARCHITECTURES,
     CONTEXT,
@@ -109,13 +109,13 @@ KINDS: dict[str, Callable[..., PreTrainedModel]] = ARCHITECTURES | {
 
 @pytest.mark.parametrize("spec", ["lora_B", "lora"])
 @pytest.mark.parametrize("name", KINDS)
-def test_derivatives_are_those_of_reverse_mode(name: str, spec: str) -> None:
+def test_derivatives_equal_reverse_mode(name: str, spec: str) -> None:
     model = adapted(KINDS[name]())
-    parameters, batch = Parameters.of(model, spec), padded(token_rows())
+    parameters, batch = TrackedParameters.of(model, spec), padded(token_rows())
     directions = random_directions(parameters, dtype=torch.float64)
-    found = AnalyticJVP(model, parameters, CAUSAL_LM, batch).along(directions)
-    assert bool((found[batch["labels"][:, 1:] == IGNORED] == 0).all())
-    agree(found, by_reverse_mode(model, parameters, batch, directions), DIGITS.get(name, 2e-5))
+    derivatives = AnalyticJVP(model, parameters, CAUSAL_LM, batch).jvp(directions)
+    assert bool((derivatives[batch["labels"][:, 1:] == IGNORED] == 0).all())
+    agree(derivatives, by_reverse_mode(model, parameters, batch, directions), DIGITS.get(name, 2e-5))
 
 
 @pytest.mark.parametrize(
@@ -126,100 +126,96 @@ def test_derivatives_are_those_of_reverse_mode(name: str, spec: str) -> None:
         r"layers\.1.*up_proj", r"layers\.0.*o_proj", r"layers\.1.*down_proj",
     ],
 )  # fmt: skip
-def test_weights_of_any_projection_may_respond(spec: str) -> None:
+def test_weights_of_any_projection_can_be_tracked(spec: str) -> None:
     model = gpt2() if spec == "linear" or "h" in spec or "c_attn" in spec else llama()
-    parameters = Parameters.of(model, spec if spec != "linear" else r"(c_attn|c_proj|c_fc)\.weight$")
+    parameters = TrackedParameters.of(model, spec if spec != "linear" else r"(c_attn|c_proj|c_fc)\.weight$")
     batch, directions = padded(token_rows()), random_directions(parameters, dtype=torch.float64)
-    found = AnalyticJVP(model, parameters, CAUSAL_LM, batch).along(directions)
-    agree(found, by_reverse_mode(model, parameters, batch, directions), 2e-5)
+    derivatives = AnalyticJVP(model, parameters, CAUSAL_LM, batch).jvp(directions)
+    agree(derivatives, by_reverse_mode(model, parameters, batch, directions), 2e-5)
 
 
-def test_biases_of_adapters_respond() -> None:
+def test_biases_of_adapters_can_be_tracked() -> None:
     model, batch = adapted(llama(attention_bias=True, mlp_bias=True), lora_bias=True), padded(token_rows())
-    parameters = Parameters.of(model, "trainable")
+    parameters = TrackedParameters.of(model, "trainable")
     directions = random_directions(parameters, dtype=torch.float64)
-    found = AnalyticJVP(model, parameters, CAUSAL_LM, batch).along(directions)
-    agree(found, by_reverse_mode(model, parameters, batch, directions), 2e-5)
+    derivatives = AnalyticJVP(model, parameters, CAUSAL_LM, batch).jvp(directions)
+    agree(derivatives, by_reverse_mode(model, parameters, batch, directions), 2e-5)
 
 
-def test_queries_do_not_see_each_other_nor_their_padding() -> None:
+def test_batched_queries_and_padding_do_not_interact() -> None:
     model, rows = adapted(gpt2()), token_rows()
-    parameters = Parameters.of(model)
+    parameters = TrackedParameters.of(model)
     directions = random_directions(parameters, dtype=torch.float64)
-    raise_on_all_ranks = AnalyticJVP(model, parameters, CAUSAL_LM, padded(rows, CONTEXT)).along(directions)
+    batched = AnalyticJVP(model, parameters, CAUSAL_LM, padded(rows, CONTEXT)).jvp(directions)
     for index, row in enumerate(rows):
-        alone = AnalyticJVP(model, parameters, CAUSAL_LM, padded([row])).along(directions)
-        agree(raise_on_all_ranks[index, : alone.shape[1]], alone[0], 1e-10)
-        assert bool((raise_on_all_ranks[index, alone.shape[1] :] == 0).all())
+        alone = AnalyticJVP(model, parameters, CAUSAL_LM, padded([row])).jvp(directions)
+        agree(batched[index, : alone.shape[1]], alone[0], 1e-10)
+        assert bool((batched[index, alone.shape[1] :] == 0).all())
 
 
-def test_a_merged_and_a_switched_off_adapter_move_nothing_twice() -> None:
+def test_merged_adapter_counts_once() -> None:
     model = adapted(llama())
     model.merge_adapter()
-    parameters = Parameters.of(model, r"down_proj\.weight$")
-    batch, directions = (
-        padded(token_rows()),
-        random_directions(Parameters.of(model, r"down_proj\.weight$"), dtype=torch.float64),
-    )
-    found = AnalyticJVP(model, parameters, CAUSAL_LM, batch).along(directions)
-    agree(found, by_reverse_mode(model, parameters, batch, directions), 2e-5)
+    parameters = TrackedParameters.of(model, r"down_proj\.weight$")
+    batch, directions = padded(token_rows()), random_directions(parameters, dtype=torch.float64)
+    derivatives = AnalyticJVP(model, parameters, CAUSAL_LM, batch).jvp(directions)
+    agree(derivatives, by_reverse_mode(model, parameters, batch, directions), 2e-5)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3"])
 def test_half_precision_rounds_products_only(name: str) -> None:
     model = adapted(KINDS[name](torch.float32))
-    parameters, batch = Parameters.of(model), padded(token_rows())
+    parameters, batch = TrackedParameters.of(model), padded(token_rows())
     directions = random_directions(parameters)
-    full = AnalyticJVP(model, parameters, CAUSAL_LM, batch).along(directions)
-    half = AnalyticJVP(model, parameters, CAUSAL_LM, batch, torch.bfloat16).along(directions)
+    full = AnalyticJVP(model, parameters, CAUSAL_LM, batch).jvp(directions)
+    half = AnalyticJVP(model, parameters, CAUSAL_LM, batch, torch.bfloat16).jvp(directions)
     assert half.dtype == torch.float32
-    off = float((half - full).norm() / full.norm())
-    assert 1e-5 < off < 1e-2
+    assert 1e-5 < float((half - full).norm() / full.norm()) < 1e-2
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_models_in_half_precision_are_read_as_well_as_by_torch(name: str) -> None:
+def test_bfloat16_models_are_as_accurate_as_by_torch_func(name: str) -> None:
     model = adapted(KINDS[name](torch.bfloat16))
-    parameters, batch = Parameters.of(model), padded(token_rows())
+    parameters, batch = TrackedParameters.of(model), padded(token_rows())
     directions = random_directions(parameters)
-    found = AnalyticJVP(model, parameters, CAUSAL_LM, batch).along(directions)
-    torchs = jvp.read(model, parameters, CAUSAL_LM, batch, directions)
+    derivatives = AnalyticJVP(model, parameters, CAUSAL_LM, batch).jvp(directions)
+    by_torch = TorchFuncJVP(model, parameters, CAUSAL_LM, batch).jvp(directions)
     exact = by_reverse_mode(model, parameters, batch, directions).detach()
-    off, others = (float((way.double() - exact).norm() / exact.norm()) for way in (found, torchs))
-    assert off < max(1.2 * others, 1e-2)
+    error, torch_error = (float((d.double() - exact).norm() / exact.norm()) for d in (derivatives, by_torch))
+    assert error < max(1.2 * torch_error, 1e-2)
 
 
-def test_under_autocast_products_are_rounded_as_the_models_are() -> None:
+def test_autocast_rounds_products_as_the_models_own() -> None:
     model = adapted(llama(torch.float32))
-    parameters, batch = Parameters.of(model), padded(token_rows())
+    parameters, batch = TrackedParameters.of(model), padded(token_rows())
     directions = random_directions(parameters)
-    exact = AnalyticJVP(model, parameters, CAUSAL_LM, batch).along(directions)
+    exact = AnalyticJVP(model, parameters, CAUSAL_LM, batch).jvp(directions)
     with torch.autocast("cpu", torch.bfloat16):
-        found = AnalyticJVP(model, parameters, CAUSAL_LM, batch).along(directions)
-    assert 1e-4 < float((found - exact).norm() / exact.norm()) < 3e-2
+        derivatives = AnalyticJVP(model, parameters, CAUSAL_LM, batch).jvp(directions)
+    assert 1e-4 < float((derivatives - exact).norm() / exact.norm()) < 3e-2
 
 
 def granite() -> nn.Module:
-    """A Llama that scales what it adds to the residual stream."""
+    """Llama with scaled additions to the residual stream."""
     torch.manual_seed(0)
     return finished(GraniteForCausalLM(GraniteConfig(**(SIZES | {"residual_multiplier": 0.5}))), torch.float64)
 
 
-def sine(model: PreTrainedModel) -> PreTrainedModel:
-    """Its MLPs open with something else than their activation."""
+def sine_mlp(model: PreTrainedModel) -> PreTrainedModel:
+    """Give the MLPs another activation than their own."""
     for layer in model.model.layers:
         layer.mlp.forward = lambda x, mlp=layer.mlp: mlp.down_proj(mlp.gate_proj(x).sin() * mlp.up_proj(x))
     return model
 
 
-def louder(model: PreTrainedModel) -> PreTrainedModel:
-    """Something happens between the second layer and the norm."""
+def changed_before_norm(model: PreTrainedModel) -> PreTrainedModel:
+    """Change the hidden state between the second layer and the norm."""
     model.model.norm.register_forward_pre_hook(lambda _, inputs: (2.0 * inputs[0] + 1.0,))
     return model
 
 
-def flipped(model: PreTrainedModel) -> PreTrainedModel:
-    """Something happens between the layers."""
+def changed_between_layers(model: PreTrainedModel) -> PreTrainedModel:
+    """Change the hidden state between the layers."""
     model.model.layers[1].register_forward_pre_hook(lambda _, inputs: (-inputs[0], *inputs[1:]))
     return model
 
@@ -227,84 +223,84 @@ def flipped(model: PreTrainedModel) -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("make", "spec", "why"),
     [
-        (lambda: adapted(granite()), "lora_B", "adds up its blocks"),
-        (lambda: adapted(sine(llama())), "lora_B", r"mlp computes something else"),
-        (lambda: adapted(louder(llama())), "lora_B", "something else than a norm"),
-        (lambda: adapted(flipped(llama())), "lora_B", "does not begin where"),
+        (lambda: adapted(granite()), "lora_B", "does not add its blocks"),
+        (lambda: adapted(sine_mlp(llama())), "lora_B", r"mlp does not compute"),
+        (lambda: adapted(changed_before_norm(llama())), "lora_B", "not exactly one norm"),
+        (lambda: adapted(changed_between_layers(llama())), "lora_B", "is not the output of"),
         (lambda: adapted(llama(), use_dora=True), "lora_B", "not a plain LoRA layer"),
-        (lambda: llama(), r"norm\.weight", "not of a Linear layer"),
-        (lambda: llama(), r"lm_head\.weight", "no kind that is written out"),
-        (lambda: gpt2(), "trainable", "no kind that is written out"),
+        (lambda: llama(), r"norm\.weight", "not a weight of a Linear layer"),
+        (lambda: llama(), r"lm_head\.weight", "has no analytic layers"),
+        (lambda: gpt2(), "trainable", "has no analytic layers"),
     ],
-    ids=["granite", "sine", "louder", "flipped", "DoRA", "norms", "head", "everything"],
+    ids=["granite", "sine MLP", "changed before norm", "changed between layers", "DoRA", "norms", "head", "all"],
 )  # fmt: skip
-def test_what_is_not_written_out_is_refused_and_left_to_torch(
-    make: Callable[[], nn.Module], spec: str, why: str
-) -> None:
+def test_unknown_architecture_falls_back_to_torch_func(make: Callable[[], nn.Module], spec: str, why: str) -> None:
     model = make()
-    parameters, batch = Parameters.of(model, spec), padded(token_rows())
+    parameters, batch = TrackedParameters.of(model, spec), padded(token_rows())
     directions = random_directions(parameters, dtype=torch.float64)
     with pytest.raises(UnsupportedError, match=why):
         AnalyticJVP(model, parameters, CAUSAL_LM, batch)
-    found = Backend(model, parameters).opened(batch)(directions)
-    assert torch.equal(found, jvp.read(model, parameters, CAUSAL_LM, batch, directions))
+    derivatives = Backend(model, parameters).prepare(batch).jvp(directions)
+    assert torch.equal(derivatives, TorchFuncJVP(model, parameters, CAUSAL_LM, batch).jvp(directions))
 
 
-def test_dropout_is_refused_as_ever() -> None:
+def test_training_mode_is_refused() -> None:
     model = adapted(llama()).train()
-    parameters = Parameters.of(model)
+    parameters = TrackedParameters.of(model)
     with pytest.raises(UnsupportedError, match="training mode"):
-        Backend(model, parameters).opened(padded(token_rows()))(random_directions(parameters, dtype=torch.float64))
+        Backend(model, parameters).prepare(padded(token_rows())).jvp(
+            random_directions(parameters, dtype=torch.float64)
+        )
 
 
-def test_what_would_not_fit_is_left_to_torch_this_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_large_batch_falls_back_to_torch_func_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(llama())
-    parameters, batch = Parameters.of(model), padded(token_rows())
+    parameters, batch = TrackedParameters.of(model), padded(token_rows())
     directions = random_directions(parameters, dtype=torch.float64)
-    engine = Backend(model, parameters)
-    written = engine.opened(batch)(directions)
-    monkeypatch.setattr(reading, "_CPU_KEPT", 1000)
-    with pytest.raises(TooLarge, match="keeping a pass over"):
+    backend = Backend(model, parameters)
+    analytic = backend.prepare(batch).jvp(directions)
+    monkeypatch.setattr(hf_fwdattr.jvp.analytic, "_CPU_RECORDED", 1000)
+    with pytest.raises(TooLarge, match="recording a pass over"):
         AnalyticJVP(model, parameters, CAUSAL_LM, batch)
-    torchs = engine.opened(batch)(directions)
-    assert torch.equal(torchs, jvp.read(model, parameters, CAUSAL_LM, batch, directions))
+    by_torch = backend.prepare(batch).jvp(directions)
+    assert torch.equal(by_torch, TorchFuncJVP(model, parameters, CAUSAL_LM, batch).jvp(directions))
     monkeypatch.undo()
-    assert torch.equal(engine.opened(batch)(directions), written)
+    assert torch.equal(backend.prepare(batch).jvp(directions), analytic)
 
 
-def test_ways_and_precisions_are_the_engines_to_choose() -> None:
+def test_backend_obeys_readout_and_precision() -> None:
     model = adapted(llama(torch.float32))
-    parameters, batch = Parameters.of(model), padded(token_rows())
+    parameters, batch = TrackedParameters.of(model), padded(token_rows())
     directions = random_directions(parameters)
-    tangents = AnalyticJVP(model, parameters, CAUSAL_LM, batch).along(directions)
-    half = AnalyticJVP(model, parameters, CAUSAL_LM, batch, torch.bfloat16).along(directions)
-    torchs = jvp.read(model, parameters, CAUSAL_LM, batch, directions)
-    for settings, staged, expected in (
-        ({}, False, tangents), ({}, True, tangents), ({"precision": "half"}, False, half),
-        ({"precision": "full"}, True, tangents), ({"way": "jvp"}, True, torchs),
+    analytic = AnalyticJVP(model, parameters, CAUSAL_LM, batch).jvp(directions)
+    half = AnalyticJVP(model, parameters, CAUSAL_LM, batch, torch.bfloat16).jvp(directions)
+    by_torch = TorchFuncJVP(model, parameters, CAUSAL_LM, batch).jvp(directions)
+    for settings, two_stage, expected in (
+        ({}, False, analytic), ({}, True, analytic), ({"precision": "half"}, False, half),
+        ({"precision": "full"}, True, analytic), ({"readout": "jvp"}, True, by_torch),
     ):  # fmt: skip
-        assert torch.equal(Backend(model, parameters, **settings).opened(batch, staged)(directions), expected)
+        assert torch.equal(Backend(model, parameters, **settings).prepare(batch, two_stage).jvp(directions), expected)
     with pytest.raises(ValueError, match="precision='double': one of auto, full, half"):
         Backend(model, parameters, precision="double")
 
 
-def test_a_large_model_is_read_in_half_precision_where_that_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_model_uses_half_precision_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(llama(torch.float32))
-    parameters, batch = Parameters.of(model), padded(token_rows())
+    parameters, batch = TrackedParameters.of(model), padded(token_rows())
     directions = random_directions(parameters)
     monkeypatch.setattr("hf_fwdattr.jvp.backend._SMALL", 10)
-    full = AnalyticJVP(model, parameters, CAUSAL_LM, batch).along(directions)
-    for quick in (True, False):
-        monkeypatch.setattr("hf_fwdattr.jvp.backend._multiplies_bfloat16", lambda _, quick=quick: quick)
-        assert torch.equal(Backend(model, parameters).opened(batch, True)(directions), full) is not quick
-        assert torch.equal(Backend(model, parameters).opened(batch, False)(directions), full)
-        assert torch.equal(Backend(model, parameters, precision="full").opened(batch, True)(directions), full)
+    full = AnalyticJVP(model, parameters, CAUSAL_LM, batch).jvp(directions)
+    for fast in (True, False):
+        monkeypatch.setattr("hf_fwdattr.jvp.backend._has_fast_bfloat16", lambda _, fast=fast: fast)
+        assert torch.equal(Backend(model, parameters).prepare(batch, True).jvp(directions), full) is not fast
+        assert torch.equal(Backend(model, parameters).prepare(batch, False).jvp(directions), full)
+        assert torch.equal(Backend(model, parameters, precision="full").prepare(batch, True).jvp(directions), full)
 
 
-def test_what_is_not_finite_is_refused() -> None:
+def test_derivatives_that_are_not_finite_are_refused() -> None:
     model = adapted(gpt2())
-    parameters, batch = Parameters.of(model), padded(token_rows())
+    parameters, batch = TrackedParameters.of(model), padded(token_rows())
     directions = random_directions(parameters, dtype=torch.float64)
     directions[2, 5] = torch.nan
     with pytest.raises(NumericalError, match="not finite"):
-        Backend(model, parameters).opened(batch)(directions)
+        Backend(model, parameters).prepare(batch).jvp(directions)

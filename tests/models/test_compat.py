@@ -1,4 +1,4 @@
-"""Fused activations are the same functions."""
+"""Fused activations."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.helpers.reference import agree
 
 
 @pytest.mark.parametrize("name", ["gelu_new", "gelu_fast", "gelu_accurate"])
-def test_a_fused_activation_is_the_same_function(name: str) -> None:
+def test_fused_activation_is_the_same_function(name: str) -> None:
     model = nn.Sequential(ACT2FN[name], ACT2FN["silu"])
     x = torch.linspace(-8, 8, 1001, dtype=torch.float64)
     plain = model(x)
@@ -22,7 +22,7 @@ def test_a_fused_activation_is_the_same_function(name: str) -> None:
     assert torch.equal(model(x), plain)
 
 
-def test_restored_after_an_error() -> None:
+def test_activations_are_restored_after_an_error() -> None:
     model = nn.Sequential(ACT2FN["gelu_new"])
     with pytest.raises(RuntimeError, match="stop"), fused_activations(model):
         raise RuntimeError("stop")

@@ -1,3 +1,5 @@
+"""Objectives, log-likelihoods and labels sampled from the model."""
+
 import pytest
 import torch
 from scipy.stats import chisquare
@@ -22,20 +24,20 @@ from tests.helpers.reference import agree
 SIZES = GPT2Config(vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=12, n_layer=1, n_head=2, pad_token_id=0)
 
 
-def test_auto_knows_language_models_and_classifiers_from_their_class() -> None:
+def test_auto_objective_follows_the_model_class() -> None:
     assert resolve_objective(gpt2()) is CAUSAL_LM
     assert resolve_objective(adapted(llama())) is CAUSAL_LM
     assert resolve_objective(GPT2ForSequenceClassification(SIZES)) is SEQUENCE_CLASSIFICATION
 
 
-def test_a_name_a_function_and_an_objective_are_taken_as_they_are() -> None:
-    def own(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+def test_explicit_objectives_are_used_as_they_are() -> None:
+    def objective(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         return model(batch["x"]), batch["labels"]
 
     assert resolve_objective(nn.Linear(1, 2), "causal-lm") is CAUSAL_LM
-    assert resolve_objective(nn.Linear(1, 2), own).forward is own
-    mine = Objective("custom", own)
-    assert resolve_objective(nn.Linear(1, 2), mine) is mine
+    assert resolve_objective(nn.Linear(1, 2), objective).forward is objective
+    custom = Objective("custom", objective)
+    assert resolve_objective(nn.Linear(1, 2), custom) is custom
 
 
 REGRESSION = GPT2Config(**(SIZES.to_dict() | {"num_labels": 1}))
@@ -52,12 +54,12 @@ MANY_LABELS = GPT2Config(**(SIZES.to_dict() | {"problem_type": "multi_label_clas
     ],
     ids=["no head", "labels per token", "regression", "several labels"],
 )
-def test_auto_refuses_what_is_no_softmax_likelihood_that_it_knows(model: nn.Module) -> None:
+def test_auto_objective_refuses_other_likelihoods(model: nn.Module) -> None:
     with pytest.raises(UnsupportedError, match="pass objective="):
         resolve_objective(model)
 
 
-def test_row_losses_add_up_to_the_models_own_loss() -> None:
+def test_row_losses_sum_to_the_models_loss() -> None:
     model, batch = gpt2(), padded(token_rows())
     logits, labels = CAUSAL_LM.forward(model, batch)
     tokens = (labels != IGNORED).sum()
@@ -68,7 +70,7 @@ def test_row_losses_add_up_to_the_models_own_loss() -> None:
     agree(row_losses(logits, labels).mean(), classifier(**batch).loss, 1e-6)
 
 
-def test_log_probabilities_are_zero_where_nothing_is_supervised() -> None:
+def test_log_probabilities_are_zero_at_unsupervised_positions() -> None:
     logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([[1, IGNORED, 4], [IGNORED, 0, 2]])
     values = log_probabilities(logits, labels)
@@ -95,11 +97,11 @@ def test_sampled_labels_follow_the_models_distribution() -> None:
         assert result.pvalue > 0.01
 
 
-def test_sampled_labels_depend_on_the_row_alone() -> None:
+def test_sampled_labels_depend_on_their_row_alone() -> None:
     model, rows = llama(), token_rows()
     uniforms = torch.rand(5, CONTEXT, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
-    def drawn(order: list[int], length: int) -> dict[int, list[int]]:
+    def sampled(order: list[int], length: int) -> dict[int, list[int]]:
         logits, labels = CAUSAL_LM.forward(model, padded([rows[i] for i in order], length))
         chosen = sample_labels(logits, labels, uniforms[order, : labels.shape[1]])
         assert torch.equal(chosen == IGNORED, labels == IGNORED)
@@ -107,23 +109,23 @@ def test_sampled_labels_depend_on_the_row_alone() -> None:
             i: [label for label in line if label != IGNORED] for i, line in zip(order, chosen.tolist(), strict=True)
         }
 
-    assert drawn([0, 1, 2, 3, 4], 11) == drawn([3, 4, 0, 2, 1], 15)
-    assert drawn([2], 5)[2] == drawn([2, 0], 13)[2]
+    assert sampled([0, 1, 2, 3, 4], 11) == sampled([3, 4, 0, 2, 1], 15)
+    assert sampled([2], 5)[2] == sampled([2, 0], 13)[2]
 
 
-@pytest.mark.parametrize("held", [1, VOCABULARY * 3, 10**9])
-def test_labels_drawn_a_few_positions_at_a_time_are_the_same(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chunk", [1, VOCABULARY * 3, 10**9])
+def test_sampled_labels_do_not_depend_on_the_chunk(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     logits, labels = CAUSAL_LM.forward(gpt2(), padded(token_rows()))
     uniforms = torch.rand(labels.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     cumulative = logits.softmax(-1).cumsum(-1)
     expected = (
         (cumulative < uniforms.unsqueeze(-1) * cumulative[..., -1:]).sum(-1).masked_fill(labels == IGNORED, IGNORED)
     )
-    monkeypatch.setattr("hf_fwdattr.models.likelihood._DRAWN", held)
+    monkeypatch.setattr("hf_fwdattr.models.likelihood._SAMPLING_CHUNK", chunk)
     assert torch.equal(sample_labels(logits, labels, uniforms), expected)
 
 
-def test_a_class_without_probability_is_never_drawn() -> None:
+def test_class_without_probability_is_never_sampled() -> None:
     logits = torch.tensor([[[-5000.0, 0.0, -5000.0, 1.0, -5000.0]]]).expand(3, -1, -1)
     uniforms = torch.tensor([[0.0], [0.2], [1 - 1e-16]], dtype=torch.float64)
     assert sample_labels(logits, torch.zeros(3, 1).long(), uniforms).flatten().tolist() == [1, 1, 3]

@@ -1,3 +1,5 @@
+"""Tracked parameters: selection, canonical names, the flat vector and its fingerprint."""
+
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +11,12 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from hf_fwdattr.errors import UnsupportedError
 from hf_fwdattr.models.names import canonical_name
-from hf_fwdattr.models.parameters import Parameters
+from hf_fwdattr.models.parameters import TrackedParameters
 from tests.helpers.cases import ARCHITECTURES, adapted, gpt2, llama, projections, qwen2
 
 
 class Wrapper(nn.Module):
-    """As DistributedDataParallel wraps: the model under `module`."""
+    """A wrapper like DistributedDataParallel, with the model under `module`."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -22,7 +24,7 @@ class Wrapper(nn.Module):
 
 
 def injected(rank: int = 2) -> nn.Module:
-    """Llama with LoRA put into the model itself, without a PeftModel around it."""
+    """Llama with LoRA injected into the model, without a PeftModel around it."""
     model = llama()
     return inject_adapter_in_model(LoraConfig(r=rank, target_modules=projections(model)), model)
 
@@ -43,86 +45,86 @@ WRAPPED: dict[str, Callable[[nn.Module], nn.Module]] = {
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
 )  # torch 2.13's compiler
 @pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
-def test_a_wrapper_is_no_part_of_a_name_nor_of_the_fingerprint(wrap: Callable[[nn.Module], nn.Module]) -> None:
+def test_wrappers_change_neither_names_nor_fingerprint(wrap: Callable[[nn.Module], nn.Module]) -> None:
     model = adapted(llama())
-    plain, wrapped = Parameters.of(model, "lora"), Parameters.of(wrap(model), "lora")
+    plain, wrapped = TrackedParameters.of(model, "lora"), TrackedParameters.of(wrap(model), "lora")
     assert wrapped.names == plain.names
     assert wrapped.live != plain.live
     assert wrapped.fingerprint(wrap(model)) == plain.fingerprint(model)
 
 
-def test_peft_and_injected_models_agree() -> None:
+def test_peft_and_injected_models_have_the_same_names() -> None:
     model, other = adapted(llama()), injected()
-    ours, theirs = Parameters.of(model, "lora"), Parameters.of(other, "lora")
-    assert ours.names == theirs.names
-    assert ours.shapes == theirs.shapes
-    theirs.write(other, ours.read(model))
-    assert ours.fingerprint(model) == theirs.fingerprint(other)
+    peft, plain = TrackedParameters.of(model, "lora"), TrackedParameters.of(other, "lora")
+    assert peft.names == plain.names
+    assert peft.shapes == plain.shapes
+    plain.write(other, peft.read(model))
+    assert peft.fingerprint(model) == plain.fingerprint(other)
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_dora": True}, {"target_modules": ["q_proj", "embed_tokens"]}])
-def test_names_of_adapter_weights_are_those_of_adapter_files(changes: dict[str, Any]) -> None:
+def test_adapter_weights_are_named_as_in_adapter_files(changes: dict[str, Any]) -> None:
     model = adapted(llama(), **changes)
     file = get_peft_model_state_dict(model, save_embedding_layers=False)
-    assert set(Parameters.of(model, "trainable").names) == set(file)
+    assert set(TrackedParameters.of(model, "trainable").names) == set(file)
 
 
 @pytest.mark.parametrize("make", ARCHITECTURES.values(), ids=ARCHITECTURES)
-def test_names_of_other_weights_are_those_of_the_model_file(make: Callable[[], nn.Module]) -> None:
+def test_base_weights_are_named_as_in_model_files(make: Callable[[], nn.Module]) -> None:
     plain = {name for name, _ in make().named_parameters()}
     model = adapted(make())
     assert {canonical_name(name) for name, _ in model.named_parameters() if "lora_" not in name} == plain
-    assert set(Parameters.of(make(), "trainable").names) == plain
+    assert set(TrackedParameters.of(make(), "trainable").names) == plain
 
 
-def test_a_part_called_module_keeps_its_name() -> None:
+def test_inner_module_prefix_is_kept() -> None:
     assert canonical_name("encoder.module.weight") == "encoder.module.weight"
     assert canonical_name("module.encoder.weight") == "encoder.weight"
 
 
-def test_a_replaced_head_responds_under_the_name_of_the_original() -> None:
+def test_replaced_head_has_the_name_of_the_original() -> None:
     config = LlamaConfig(
         vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
     )
     model = adapted(LlamaForSequenceClassification(config), modules_to_save=["score"])
-    parameters = Parameters.of(model, r"^score\.")
+    parameters = TrackedParameters.of(model, r"^score\.")
     assert parameters.names == ("score.weight",)
     assert parameters.tensors(model)[0].requires_grad
 
 
-def test_auto_is_lora_b_where_there_is_lora_and_linear_weights_elsewhere() -> None:
+def test_auto_selects_lora_b_or_linear_weights() -> None:
     model = adapted(gpt2())
-    assert Parameters.of(model) == Parameters.of(model, "lora_B")
-    plain = Parameters.of(qwen2())
-    assert plain == Parameters.of(qwen2(), "linear")
+    assert TrackedParameters.of(model) == TrackedParameters.of(model, "lora_B")
+    plain = TrackedParameters.of(qwen2())
+    assert plain == TrackedParameters.of(qwen2(), "linear")
     assert all(name.endswith("_proj.weight") for name in plain.names)
 
 
-def test_each_selection_selects_what_it_says() -> None:
+def test_named_selections_select_their_weights() -> None:
     model = adapted(llama())
     sites = 2 * len(projections(llama()))
-    b, both = Parameters.of(model, "lora_B"), Parameters.of(model, "lora")
+    b, both = TrackedParameters.of(model, "lora_B"), TrackedParameters.of(model, "lora")
     assert len(b.names) == sites
     assert len(both.names) == 2 * sites
     assert all(name.endswith(".lora_B.weight") for name in b.names)
-    assert Parameters.of(model, "trainable") == both
-    expression = Parameters.of(model, [r"layers\.1\..*\.v_proj\.lora_", r"^model\.norm"])
+    assert TrackedParameters.of(model, "trainable") == both
+    expression = TrackedParameters.of(model, [r"layers\.1\..*\.v_proj\.lora_", r"^model\.norm"])
     assert [name.rpartition("v_proj.")[2] for name in expression.names] == [
         "lora_A.weight", "lora_B.weight", "model.norm.weight"
     ]  # fmt: skip
     assert expression.size == sum(p.numel() for p in expression.tensors(model))
 
 
-def test_only_what_trains_is_auto() -> None:
+def test_auto_selects_trainable_weights_only() -> None:
     model = gpt2()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("h.1" in name)
-    assert all("h.1" in name for name in Parameters.of(model).names)
+    assert all("h.1" in name for name in TrackedParameters.of(model).names)
 
 
-def test_read_write_and_split_are_one_vector() -> None:
+def test_read_write_split_and_join_are_inverses() -> None:
     model = adapted(gpt2())
-    parameters = Parameters.of(model, "lora")
+    parameters = TrackedParameters.of(model, "lora")
     theta = parameters.read(model)
     assert theta.shape == (parameters.size,)
     assert theta.dtype == torch.float64
@@ -136,29 +138,29 @@ def test_read_write_and_split_are_one_vector() -> None:
     assert torch.equal(joined, stacked)
 
 
-def test_a_weight_without_dimensions_is_a_weight() -> None:
+def test_scalar_weights_are_split_and_joined() -> None:
     model = nn.Module()
     model.scale, model.weight = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.ones(3))
-    parameters = Parameters.of(model, "trainable")
+    parameters = TrackedParameters.of(model, "trainable")
     stacked = torch.arange(8.0).reshape(2, 4)
     blocks = parameters.split(stacked)
     assert [tuple(block.shape) for block in blocks] == [(2,), (2, 3)]
     assert torch.equal(parameters.join(dict(zip(parameters.live, blocks, strict=True))), stacked)
 
 
-def test_half_precision_comes_back_bit_by_bit() -> None:
+def test_half_precision_is_read_and_written_exactly() -> None:
     model = gpt2(torch.bfloat16)
-    parameters = Parameters.of(model, "linear")
+    parameters = TrackedParameters.of(model, "linear")
     theta = parameters.read(model)
     assert theta.dtype == torch.float32
     parameters.write(model, theta)
     assert torch.equal(parameters.read(model), theta)
-    assert parameters.fingerprint(model) == Parameters.of(model.float(), "linear").fingerprint(model.float())
+    assert parameters.fingerprint(model) == TrackedParameters.of(model.float(), "linear").fingerprint(model.float())
 
 
-def test_the_fingerprint_sees_every_bit_that_responds_and_nothing_else() -> None:
+def test_fingerprint_depends_on_every_tracked_bit_and_nothing_else() -> None:
     model = adapted(gpt2(torch.float32))
-    parameters = Parameters.of(model, "lora_B")
+    parameters = TrackedParameters.of(model, "lora_B")
     before = parameters.fingerprint(model)
     for tensor in parameters.tensors(model)[::3]:
         bits = tensor.data.view(torch.int32).view(-1)
@@ -171,9 +173,9 @@ def test_the_fingerprint_sees_every_bit_that_responds_and_nothing_else() -> None
     assert parameters.fingerprint(model) == before
 
 
-def test_the_fingerprint_says_which_weight_holds_which_value() -> None:
+def test_fingerprint_changes_when_weights_are_swapped() -> None:
     model = adapted(llama())
-    parameters = Parameters.of(model, "lora_B")
+    parameters = TrackedParameters.of(model, "lora_B")
     twins = [i for i, name in enumerate(parameters.names) if "up_proj" in name]
     before = parameters.fingerprint(model)
     first, second = (parameters.tensors(model)[i].data for i in twins)
@@ -184,38 +186,38 @@ def test_the_fingerprint_says_which_weight_holds_which_value() -> None:
 
 
 @pytest.mark.xfail(reason="values are read as float32, so that float64 and half precision copies of a model agree")
-def test_the_fingerprint_sees_bits_that_only_float64_has() -> None:
+def test_fingerprint_depends_on_float64_bits() -> None:
     model = gpt2(torch.float64)
-    parameters = Parameters.of(model, "linear")
+    parameters = TrackedParameters.of(model, "linear")
     before = parameters.fingerprint(model)
     parameters.tensors(model)[0].data.view(torch.int64).view(-1)[0] ^= 1
     assert parameters.fingerprint(model) != before
 
 
-def test_the_same_values_under_another_name_or_shape_are_other_weights() -> None:
+def test_fingerprint_depends_on_names_and_shapes() -> None:
     def fingerprint(**weights: torch.Tensor) -> str:
         model = nn.ParameterDict(weights)
-        return Parameters.of(model, "trainable").fingerprint(model)
+        return TrackedParameters.of(model, "trainable").fingerprint(model)
 
     values = torch.arange(6.0)
     assert fingerprint(a=values) == fingerprint(a=values.clone())
     assert len({fingerprint(a=values), fingerprint(b=values), fingerprint(a=values.view(2, 3))}) == 3
 
 
-def test_nothing_selected_is_an_error_with_examples() -> None:
+def test_empty_selection_is_refused_with_examples() -> None:
     with pytest.raises(UnsupportedError, match=r"selects no weight of LlamaForCausalLM.*model\.embed_tokens\.weight"):
-        Parameters.of(llama(), "lora_B")
+        TrackedParameters.of(llama(), "lora_B")
 
 
 def test_two_adapters_are_refused() -> None:
     model = adapted(llama())
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(UnsupportedError, match="several adapters"):
-        Parameters.of(model, "lora")
+        TrackedParameters.of(model, "lora")
 
 
 def test_quantised_weights_are_refused() -> None:
     model = nn.Linear(2, 2)
     model.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(UnsupportedError, match=r"torch.uint8"):
-        Parameters.of(model, "weight")
+        TrackedParameters.of(model, "weight")

@@ -20,7 +20,7 @@ from tests.helpers.runs import arguments, ask, config, fine_tune, queries, saved
 
 
 def images(rows: int, seed: int = 0) -> Dataset:
-    """Noise whose mean depends on its class."""
+    """Return noise images whose mean depends on their class."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(rows) % CLASSES
     pixels = torch.randn(rows, 1, 8, 8, generator=generator) + labels[:, None, None, None]
@@ -28,7 +28,7 @@ def images(rows: int, seed: int = 0) -> Dataset:
 
 
 def trained(folder: Path, model: nn.Module, dataset: Dataset, **changes: Any) -> ResponseCallback:
-    """The real Trainer on images, with the callback; every weight responds."""
+    """Train on images with the callback, with every weight tracked."""
     settings = {"parameters": "trainable", "source_column": None} | changes
     callback = ResponseCallback(config(**settings))
     torch.manual_seed(0)
@@ -39,8 +39,8 @@ def trained(folder: Path, model: nn.Module, dataset: Dataset, **changes: Any) ->
     return callback
 
 
-def test_an_image_classifier_from_fine_tune_to_scores(tmp_path: Path) -> None:
-    """Scores of a batch are minus the query's gradient, by reverse mode, times the responses in the bank."""
+def test_image_classifier_scores_equal_reverse_mode(tmp_path: Path) -> None:
+    """Scores of a batch are minus the loss gradients of its queries times the responses in the bank."""
     torch.manual_seed(0)
     model, dataset = vit(), images(9)
     bank = trained(tmp_path, model, dataset).bank
@@ -48,14 +48,14 @@ def test_an_image_classifier_from_fine_tune_to_scores(tmp_path: Path) -> None:
     assert bank.manifest.objective == "sequence-classification"
     model.eval()
     batch = default_data_collator([images(4, seed=5)[i] for i in range(4)])
-    found = batch_scores(model, bank, batch)
+    result = batch_scores(model, bank, batch)
     parameters = bank.check_model(model)
     responses = torch.cat([block for _, _, block in bank.coordinates()]) @ bank.directions()
     singles = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(4)]
-    own = torch.stack([row_gradient(model, parameters, SEQUENCE_CLASSIFICATION, single) for single in singles])
-    agree(found, -own @ responses.T, 1e-4)
-    agree(batch_scores(model, bank, batch, readout="difference"), found, 1e-2)
-    # The rows are known by their pixels and labels.
+    gradients = torch.stack([row_gradient(model, parameters, SEQUENCE_CLASSIFICATION, single) for single in singles])
+    agree(result, -gradients @ responses.T, 1e-4)
+    agree(batch_scores(model, bank, batch, readout="difference"), result, 1e-2)
+    # Rows are identified by their pixels and labels.
     hashes = [content_hash(default_data_collator([dataset[i]]), bank.salt) for i in range(9)]
     bank.check_rows(hashes)
     other = dataset.with_format(None).to_dict()
@@ -65,7 +65,7 @@ def test_an_image_classifier_from_fine_tune_to_scores(tmp_path: Path) -> None:
         bank.check_rows([content_hash(default_data_collator([changed[i]]), bank.salt) for i in range(9)])
 
 
-def test_a_language_model_asked_by_batches_answers_as_the_pipeline(tmp_path: Path) -> None:
+def test_batch_scores_of_a_language_model_equal_the_pipelines(tmp_path: Path) -> None:
     model = saved_adapter(tmp_path / "adapter").eval()
     bank = ResponseBank.from_pretrained(tmp_path / "adapter")
     for query in queries(3):
@@ -73,7 +73,7 @@ def test_a_language_model_asked_by_batches_answers_as_the_pipeline(tmp_path: Pat
         agree(batch_scores(model, bank, batch), ask(model, bank).scores([query]), 1e-5)
 
 
-def test_batches_that_ask_nothing_or_the_impossible_are_refused(tmp_path: Path) -> None:
+def test_batches_that_cannot_be_scored_are_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = vit()
     bank = trained(tmp_path, model, images(6), directions=2).bank
@@ -92,7 +92,7 @@ def test_batches_that_ask_nothing_or_the_impossible_are_refused(tmp_path: Path) 
         batch_scores(model, bank, {"pixel_values": pixels, "labels": torch.tensor([0, 1])})
 
 
-def test_a_bank_of_sources_has_no_rows_to_score(tmp_path: Path) -> None:
+def test_bank_of_sources_only_has_no_rows_to_score(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, dataset = vit(), images(6).with_format(None).add_column("source", list("ababab")).with_format("torch")
     bank = trained(tmp_path, model, dataset, source_column="source", private_rows=True).bank
@@ -101,7 +101,7 @@ def test_a_bank_of_sources_has_no_rows_to_score(tmp_path: Path) -> None:
         batch_scores(model.eval(), bank, default_data_collator([images(1)[0]]))
 
 
-def test_training_with_batch_statistics_is_refused_before_the_first_step(tmp_path: Path) -> None:
+def test_batch_norm_in_training_is_refused_before_the_first_step(tmp_path: Path) -> None:
     model = resnet()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(UnsupportedError, match=r"BatchNorm2d that normalises with the statistics of its batch"):
@@ -109,7 +109,7 @@ def test_training_with_batch_statistics_is_refused_before_the_first_step(tmp_pat
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_images_of_one_class_are_told_apart(tmp_path: Path) -> None:
+def test_images_of_one_class_have_different_hashes(tmp_path: Path) -> None:
     settings = config(source_column=None, parameters="trainable", directions=1)
     bank = fine_tune(tmp_path, vit(), settings, images(6), collate=default_data_collator).bank
     assert bank is not None

@@ -1,4 +1,4 @@
-"""Kriging against the textbook's conditional distribution, and its laws."""
+"""Gaussian process against the textbook's conditional distribution, and its laws."""
 
 import pytest
 import torch
@@ -18,94 +18,94 @@ def errors() -> Tensor:
     return shared @ shared.T + 0.3 * torch.randn(ROWS, ROWS, generator=generator, dtype=torch.float64)
 
 
-def conditional(kernel: Tensor, prior: Tensor, weights: Tensor, readouts: Tensor) -> Tensor:
-    """Mean of a Gaussian N(prior, kernel) given `weights.T @ scores`: by its joint precision."""
-    noise = 1e-3 * (weights.T @ kernel @ weights).diagonal().mean()
-    precision = torch.linalg.inv(kernel) + weights @ weights.T / noise
-    return torch.linalg.solve(precision, torch.linalg.solve(kernel, prior) + weights @ readouts / noise)
+def conditional(covariance: Tensor, prior: Tensor, weights: Tensor, values: Tensor) -> Tensor:
+    """Mean of a Gaussian N(prior, covariance) given `weights.T @ scores`, by its joint precision."""
+    noise = 1e-3 * (weights.T @ covariance @ weights).diagonal().mean()
+    precision = torch.linalg.inv(covariance) + weights @ weights.T / noise
+    return torch.linalg.solve(precision, torch.linalg.solve(covariance, prior) + weights @ values / noise)
 
 
-def test_the_kernel_is_the_covariance_without_what_rows_say_of_themselves(errors: Tensor) -> None:
+def test_error_covariance_leaves_out_the_diagonal(errors: Tensor) -> None:
     expected = torch.zeros(ROWS, ROWS, dtype=torch.float64)
     for query in range(ROWS):
-        seen = [0.0 if row == query else float(errors[query, row]) for row in range(ROWS)]
-        expected += torch.outer(torch.tensor(seen).double(), torch.tensor(seen).double())
+        errors_of_query = [0.0 if row == query else float(errors[query, row]) for row in range(ROWS)]
+        expected += torch.outer(torch.tensor(errors_of_query).double(), torch.tensor(errors_of_query).double())
     expected /= expected.trace() / ROWS
     agree(error_covariance(errors), expected, 1e-3)
     assert error_covariance(errors).dtype == torch.float16
     assert not torch.equal(error_covariance(errors), error_covariance(errors.T))
 
 
-@pytest.mark.parametrize("kind", ["rows", "mixtures", "both"])
-def test_what_is_expected_is_the_conditional_mean(errors: Tensor, kind: str) -> None:
-    kernel = error_covariance(errors).double() + 0.1 * torch.eye(ROWS, dtype=torch.float64)
+@pytest.mark.parametrize("kind", ["rows", "combinations", "both"])
+def test_mean_is_the_conditional_mean(errors: Tensor, kind: str) -> None:
+    covariance = error_covariance(errors).double() + 0.1 * torch.eye(ROWS, dtype=torch.float64)
     generator = torch.Generator().manual_seed(3)
     prior, scores = torch.randn(2, ROWS, generator=generator, dtype=torch.float64)
-    places = torch.tensor([6, 1, 3])
-    mixed = torch.randn(ROWS, 2, generator=generator, dtype=torch.float64)
-    unit = torch.eye(ROWS, dtype=torch.float64)[:, places]
-    learned, weights = GaussianProcess(prior, kernel), []
-    if kind != "mixtures":
-        learned.rows(places, scores[places])
+    row_indices = torch.tensor([6, 1, 3])
+    combined = torch.randn(ROWS, 2, generator=generator, dtype=torch.float64)
+    unit = torch.eye(ROWS, dtype=torch.float64)[:, row_indices]
+    process, weights = GaussianProcess(prior, covariance), []
+    if kind != "combinations":
+        process.observe_rows(row_indices, scores[row_indices])
         weights.append(unit)
     if kind != "rows":
-        learned.mixtures(mixed, mixed.T @ (scores - prior))
-        weights.append(mixed)
+        process.observe_combinations(combined, combined.T @ scores)
+        weights.append(combined)
     joined = torch.cat(weights, 1)
-    agree(learned.expected(), conditional(kernel, prior, joined, joined.T @ scores), 1e-5)
+    agree(process.mean(), conditional(covariance, prior, joined, joined.T @ scores), 1e-5)
 
 
-def test_one_after_the_other_is_all_at_once(errors: Tensor) -> None:
-    kernel, prior, scores = error_covariance(errors), torch.zeros(ROWS), torch.arange(ROWS, dtype=torch.float64)
-    once, turns = GaussianProcess(prior, kernel), GaussianProcess(prior, kernel)
-    once.rows(torch.tensor([5, 0, 2]), scores[[5, 0, 2]])
-    for place in (2, 5, 0):
-        turns.rows(torch.tensor([place]), scores[[place]])
-    agree(turns.expected(), once.expected(), 1e-9)
+def test_observations_in_turns_equal_observations_at_once(errors: Tensor) -> None:
+    covariance, prior, scores = error_covariance(errors), torch.zeros(ROWS), torch.arange(ROWS, dtype=torch.float64)
+    at_once, in_turns = GaussianProcess(prior, covariance), GaussianProcess(prior, covariance)
+    at_once.observe_rows(torch.tensor([5, 0, 2]), scores[[5, 0, 2]])
+    for row in (2, 5, 0):
+        in_turns.observe_rows(torch.tensor([row]), scores[[row]])
+    agree(in_turns.mean(), at_once.mean(), 1e-9)
 
 
-def test_nothing_read_is_what_was_expected(errors: Tensor) -> None:
+def test_mean_without_observations_is_the_prior(errors: Tensor) -> None:
     prior = torch.randn(ROWS)
-    assert torch.equal(GaussianProcess(prior, error_covariance(errors)).expected(), prior.double())
+    assert torch.equal(GaussianProcess(prior, error_covariance(errors)).mean(), prior.double())
 
 
-def test_the_kernels_scale_does_not_matter(errors: Tensor) -> None:
-    kernel = error_covariance(errors).double()
+def test_scale_of_the_covariance_does_not_matter(errors: Tensor) -> None:
+    covariance = error_covariance(errors).double()
     found = []
     for scale in (1.0, 1e-3):
-        learned = GaussianProcess(torch.zeros(ROWS), scale * kernel)
-        learned.rows(torch.tensor([4, 7]), torch.tensor([1.0, -2.0]))
-        found.append(learned.expected())
+        process = GaussianProcess(torch.zeros(ROWS), scale * covariance)
+        process.observe_rows(torch.tensor([4, 7]), torch.tensor([1.0, -2.0]))
+        found.append(process.mean())
     agree(found[1], found[0], 1e-6)
 
 
-def test_rows_that_share_nothing_with_what_was_read_stay(errors: Tensor) -> None:
-    kernel = error_covariance(errors).double()
-    kernel[:3, 3:] = kernel[3:, :3] = 0.0
-    learned = GaussianProcess(torch.ones(ROWS), kernel)
-    learned.rows(torch.tensor([0, 2]), torch.tensor([5.0, -5.0]))
-    found = learned.expected()
+def test_uncorrelated_rows_keep_their_prior(errors: Tensor) -> None:
+    covariance = error_covariance(errors).double()
+    covariance[:3, 3:] = covariance[3:, :3] = 0.0
+    process = GaussianProcess(torch.ones(ROWS), covariance)
+    process.observe_rows(torch.tensor([0, 2]), torch.tensor([5.0, -5.0]))
+    found = process.mean()
     assert torch.equal(found[3:], torch.ones(ROWS, dtype=torch.float64)[3:])
     assert float((found[:3] - 1.0).abs().min()) > 0
 
 
-def test_a_kernel_of_zeros_changes_nothing() -> None:
-    learned = GaussianProcess(torch.ones(3), error_covariance(torch.zeros(3, 3)))
-    learned.rows(torch.tensor([1]), torch.tensor([7.0]))
-    assert torch.equal(learned.expected(), torch.ones(3, dtype=torch.float64))
+def test_zero_covariance_changes_nothing() -> None:
+    process = GaussianProcess(torch.ones(3), error_covariance(torch.zeros(3, 3)))
+    process.observe_rows(torch.tensor([1]), torch.tensor([7.0]))
+    assert torch.equal(process.mean(), torch.ones(3, dtype=torch.float64))
 
 
-def test_deviations_are_those_of_the_conditional_distribution(errors: Tensor) -> None:
-    kernel = error_covariance(errors).double() + 0.1 * torch.eye(ROWS, dtype=torch.float64)
-    places, scores = torch.tensor([6, 1, 3]), torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    learned = GaussianProcess(torch.zeros(ROWS), kernel)
-    assert bool(learned.deviations().isinf().all())
-    learned.rows(places, scores)
-    gram = kernel[places][:, places]
+def test_std_is_that_of_the_conditional_distribution(errors: Tensor) -> None:
+    covariance = error_covariance(errors).double() + 0.1 * torch.eye(ROWS, dtype=torch.float64)
+    row_indices, scores = torch.tensor([6, 1, 3]), torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    process = GaussianProcess(torch.zeros(ROWS), covariance)
+    assert bool(process.std().isinf().all())
+    process.observe_rows(row_indices, scores)
+    gram = covariance[row_indices][:, row_indices]
     gram = gram + 1e-3 * gram.diagonal().mean() * torch.eye(3, dtype=torch.float64)
-    left = kernel - kernel[:, places] @ torch.linalg.inv(gram) @ kernel[places]
+    left = covariance - covariance[:, row_indices] @ torch.linalg.inv(gram) @ covariance[row_indices]
     scale = scores @ torch.linalg.inv(gram) @ scores / 3
-    agree(learned.deviations(), (scale * left.diagonal()).sqrt(), 1e-9)
-    rescaled = GaussianProcess(torch.zeros(ROWS), 5 * kernel)
-    rescaled.rows(places, scores)
-    agree(rescaled.deviations(), learned.deviations(), 1e-9)
+    agree(process.std(), (scale * left.diagonal()).sqrt(), 1e-9)
+    rescaled = GaussianProcess(torch.zeros(ROWS), 5 * covariance)
+    rescaled.observe_rows(row_indices, scores)
+    agree(rescaled.std(), process.std(), 1e-9)

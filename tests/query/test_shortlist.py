@@ -1,121 +1,123 @@
-"""Rows found by reading few of them, in a world of random errors with the covariance that the kernel says."""
+"""Rows found by reading few of them, in a world of random errors with a known covariance."""
 
 import torch
 from torch import Tensor
 
 from hf_fwdattr.query.gaussian_process import GaussianProcess
-from hf_fwdattr.query.shortlist import MOST, TURNS, search
+from hf_fwdattr.query.shortlist import MOST, TURNS, refine
 
 
 ROWS = 300
 
 
 class World:
-    """Exact scores, what a first look says of them, and how often each row was read."""
+    """Exact scores, coarse scores, and the number of rows read in each turn."""
 
     def __init__(self, seed: int, spread: float = 1.0):
         generator = torch.Generator().manual_seed(seed)
         factor = torch.randn(ROWS, 12, generator=generator, dtype=torch.float64)
-        self.kernel = factor @ factor.T / 12 + 0.05 * torch.eye(ROWS, dtype=torch.float64)
-        root = torch.linalg.cholesky(self.kernel)
-        self.first = 2 * torch.randn(ROWS, generator=generator, dtype=torch.float64)
-        off = root @ torch.randn(ROWS, generator=generator, dtype=torch.float64)
-        self.exact = self.first + spread * off
+        self.covariance = factor @ factor.T / 12 + 0.05 * torch.eye(ROWS, dtype=torch.float64)
+        root = torch.linalg.cholesky(self.covariance)
+        self.coarse = 2 * torch.randn(ROWS, generator=generator, dtype=torch.float64)
+        errors = root @ torch.randn(ROWS, generator=generator, dtype=torch.float64)
+        self.exact = self.coarse + spread * errors
         self.turns: list[int] = []
 
-    def read(self, places: Tensor) -> Tensor:
-        assert bool((places.diff() > 0).all())
-        self.turns.append(len(places))
-        half = self.exact[places] / 2
+    def read(self, row_indices: Tensor) -> Tensor:
+        assert bool((row_indices.diff() > 0).all())
+        self.turns.append(len(row_indices))
+        half = self.exact[row_indices] / 2
         return torch.stack([half, half])  # two output tokens
 
 
-def found(world: World, kernel: Tensor | None, rows: int | None, count: int = 10) -> tuple[float, Tensor]:
-    """Share of the ten best that are among those read, and the estimate."""
-    learned = None if kernel is None else GaussianProcess(world.first, kernel)
-    result = search(world.first, learned, count, rows, world.read)
-    assert result.tokens.shape == (2, len(result.places))
-    assert bool((result.places.diff() > 0).all())
-    assert torch.equal(result.estimate[result.places], world.exact[result.places])
-    best = set(world.exact.topk(count).indices.tolist())
-    return len(best & set(result.places.tolist())) / count, result.estimate
+def refined(world: World, covariance: Tensor | None, budget: int | None, top_k: int = 10) -> tuple[float, Tensor]:
+    """Return the share of the best rows that are read, and the refined scores."""
+    process = None if covariance is None else GaussianProcess(world.coarse, covariance)
+    result = refine(world.coarse, process, top_k, budget, world.read)
+    assert result.token_scores.shape == (2, len(result.row_indices))
+    assert bool((result.row_indices.diff() > 0).all())
+    assert torch.equal(result.scores[result.row_indices], world.exact[result.row_indices])
+    best = set(world.exact.topk(top_k).indices.tolist())
+    return len(best & set(result.row_indices.tolist())) / top_k, result.scores
 
 
-def test_it_reads_what_it_was_allowed_in_turns() -> None:
+def test_budget_is_spent_in_turns() -> None:
     world = World(0)
-    found(world, world.kernel, 36)
+    refined(world, world.covariance, 36)
     assert world.turns == [9] * TURNS
     world = World(0)
-    found(world, None, 36)
+    refined(world, None, 36)
     assert world.turns == [36]
 
 
-def test_so_many_are_read_on_either_side_in_any_case() -> None:
+def test_top_k_rows_are_read_on_either_side_whatever_the_budget() -> None:
     world = World(0)
-    found(world, world.kernel, 3, count=10)
+    refined(world, world.covariance, 3, top_k=10)
     assert sum(world.turns) == 20
     world = World(0)
-    found(world, world.kernel, 5000, count=10)
+    refined(world, world.covariance, 5000, top_k=10)
     assert sum(world.turns) == ROWS
 
 
-def test_what_was_read_says_something_of_the_others() -> None:
-    learnt, blind = [], []
+def test_exact_scores_improve_the_others() -> None:
+    informed, blind = [], []
     for seed in range(8):
         world = World(seed)
-        learnt.append(found(world, world.kernel, 45))
-        blind.append(found(World(seed), None, 45))
-        assert float((learnt[-1][1] - world.exact).norm()) < 0.5 * float((blind[-1][1] - world.exact).norm())
-    assert sum(share for share, _ in learnt) > sum(share for share, _ in blind)
-    assert sum(share for share, _ in learnt) / 8 > 0.95
+        informed.append(refined(world, world.covariance, 45))
+        blind.append(refined(World(seed), None, 45))
+        assert float((informed[-1][1] - world.exact).norm()) < 0.5 * float((blind[-1][1] - world.exact).norm())
+    assert sum(share for share, _ in informed) > sum(share for share, _ in blind)
+    assert sum(share for share, _ in informed) / 8 > 0.95
 
 
-def test_certainty_is_kept_and_costs_what_it_must() -> None:
+def test_adaptive_budget_stops_when_the_best_rows_are_certain() -> None:
     shares, costs = [], []
     for seed in range(20):
         world = World(seed)
-        shares.append(found(world, world.kernel, None, count=5)[0])
+        shares.append(refined(world, world.covariance, None, top_k=5)[0])
         costs.append(sum(world.turns))
     assert sum(shares) / len(shares) >= 0.98
     assert sum(costs) / len(costs) < 120
-    sure = World(0, spread=0.0)  # a first look that is right is found out in one turn
-    found(sure, sure.kernel, None, count=5)
-    assert len(sure.turns) == 1
-    unsure = World(0)
-    found(unsure, torch.eye(ROWS, dtype=torch.float64), None, count=5)  # rows that say nothing of each other
-    assert sum(costs[:1]) < sum(unsure.turns) <= MOST
+    certain = World(0, spread=0.0)  # coarse scores without errors take one turn
+    refined(certain, certain.covariance, None, top_k=5)
+    assert len(certain.turns) == 1
+    uncertain = World(0)
+    refined(uncertain, torch.eye(ROWS, dtype=torch.float64), None, top_k=5)  # uncorrelated rows
+    assert sum(costs[:1]) < sum(uncertain.turns) <= MOST
 
 
-def test_no_row_is_read_twice_and_none_is_invented() -> None:
-    def read(places: Tensor) -> Tensor:
-        return torch.zeros(1, len(places), dtype=torch.float64)
+def test_no_row_is_read_twice() -> None:
+    def read(row_indices: Tensor) -> Tensor:
+        return torch.zeros(1, len(row_indices), dtype=torch.float64)
 
-    result = search(torch.zeros(7), GaussianProcess(torch.zeros(7), torch.eye(7)), 2, 40, read)
-    assert result.places.tolist() == list(range(7))
+    result = refine(torch.zeros(7), GaussianProcess(torch.zeros(7), torch.eye(7)), 2, 40, read)
+    assert result.row_indices.tolist() == list(range(7))
     for rows in (None, 40):
-        assert len(search(torch.zeros(0), None, 2, rows, read).places) == 0
+        assert len(refine(torch.zeros(0), None, 2, rows, read).row_indices) == 0
 
 
-def test_rows_of_which_little_is_known_are_read_before_those_that_are_surely_close() -> None:
+def test_uncertain_rows_are_read_first() -> None:
     world = World(0)
-    world.first = torch.cat([torch.full((100,), 0.5), torch.zeros(100), torch.full((100,), -0.5)]).double()
-    known, unknown = torch.full((100,), 1e-3), torch.full((100,), 4.0)
-    spread = torch.cat([known, unknown, known]).double()
-    world.exact = world.first + spread.sqrt() * torch.randn(300, generator=torch.Generator().manual_seed(1)).double()
-    asked: list[Tensor] = []
+    world.coarse = torch.cat([torch.full((100,), 0.5), torch.zeros(100), torch.full((100,), -0.5)]).double()
+    small, large = torch.full((100,), 1e-3), torch.full((100,), 4.0)
+    variance = torch.cat([small, large, small]).double()
+    world.exact = (
+        world.coarse + variance.sqrt() * torch.randn(300, generator=torch.Generator().manual_seed(1)).double()
+    )
+    turns: list[Tensor] = []
 
-    def read(places: Tensor) -> Tensor:
-        asked.append(places)
-        return world.read(places)
+    def read(row_indices: Tensor) -> Tensor:
+        turns.append(row_indices)
+        return world.read(row_indices)
 
-    search(world.first, GaussianProcess(world.first, spread.diag()), 4, 48, read)
-    assert bool(((asked[0] < 100) | (asked[0] >= 200)).all())  # nothing is known of anything yet
-    later = torch.cat(asked[1:])
+    refine(world.coarse, GaussianProcess(world.coarse, variance.diag()), 4, 48, read)
+    assert bool(((turns[0] < 100) | (turns[0] >= 200)).all())  # before any observation
+    later = torch.cat(turns[1:])
     assert bool(((later >= 100) & (later < 200)).all())
 
 
-def test_two_of_three_rows_that_are_read_are_proponents() -> None:
+def test_two_thirds_of_the_rows_read_are_proponents() -> None:
     world = World(0)
-    result = search(world.first, None, 5, 36, world.read)
-    expected = torch.cat([world.first.topk(24).indices, (-world.first).topk(12).indices])
-    assert torch.equal(result.places, expected.sort().values)
+    result = refine(world.coarse, None, 5, 36, world.read)
+    expected = torch.cat([world.coarse.topk(24).indices, (-world.coarse).topk(12).indices])
+    assert torch.equal(result.row_indices, expected.sort().values)

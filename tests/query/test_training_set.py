@@ -1,4 +1,4 @@
-"""What of the rows is in a bank, what can be checked with it, and what was left out on request."""
+"""Training sets checked and shown beside a bank, and what a bank leaves out on request."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def streamed(rows: list[dict[str, Any]]) -> IterableDataset:
     return IterableDataset.from_generator(lambda: iter(rows))
 
 
-def test_a_bank_of_sources_only_knows_no_row(made: tuple[Any, Path], tmp_path: Path) -> None:
+def test_bank_of_sources_only_names_no_row(made: tuple[Any, Path], tmp_path: Path) -> None:
     model, folder = made
     again = adapted(base())
     fine_tune(tmp_path, again, config(private_rows=True))
@@ -46,12 +46,12 @@ def test_a_bank_of_sources_only_knows_no_row(made: tuple[Any, Path], tmp_path: P
         attribute.scores(queries())
     with pytest.raises(MismatchError, match="keeps sources only, so no dataset can be checked"):
         attribute(QUERY, dataset=training_set())
-    with pytest.raises(ValueError, match="private_rows=True keeps sources only: name them with source_column"):
+    with pytest.raises(ValueError, match=r"private_rows=True keeps sources only\. Name them with source_column"):
         ResponseConfig(private_rows=True)
 
 
 @pytest.mark.parametrize("chosen", [True, "text"])
-def test_text_that_was_asked_for_is_shown_without_the_dataset(tmp_path: Path, chosen: bool | str) -> None:
+def test_stored_text_is_shown_without_the_dataset(tmp_path: Path, chosen: bool | str) -> None:
     model, data = adapted(base()), training_set()
     fine_tune(tmp_path, model, config(include_text=chosen))
     bank = ResponseBank.from_pretrained(tmp_path)
@@ -60,11 +60,11 @@ def test_text_that_was_asked_for_is_shown_without_the_dataset(tmp_path: Path, ch
     examples = ask(model, bank)(QUERY, top_k=3)["examples"]
     assert [example["example"] for example in examples] == [{"text": data["text"][e["row"]]} for e in examples]
     (best, _) = ask(model, bank)(QUERY, top_k=1, dataset=data)["examples"]
-    assert best["example"] == data[best["row"]]  # a dataset that is given is what is shown
+    assert best["example"] == data[best["row"]]  # a given dataset takes precedence
 
 
-def test_text_is_refused_where_there_is_none_to_keep(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="private_rows=True keeps no rows and include_text their text: choose one"):
+def test_include_text_is_refused_without_text(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"private_rows=True keeps no rows\. Choose one"):
         ResponseConfig(private_rows=True, source_column="source", include_text=True)
     with pytest.raises(ValueError, match="include_text=''"):
         ResponseConfig(include_text="")
@@ -75,7 +75,7 @@ def test_text_is_refused_where_there_is_none_to_keep(tmp_path: Path) -> None:
         build_bank(adapted(base()), training_set(), config(include_text=True, horizon=horizon), data_collator=padded)
 
 
-def test_nothing_of_the_rows_text_is_in_a_bank(made: tuple[Any, Path]) -> None:
+def test_bank_holds_no_text_by_default(made: tuple[Any, Path]) -> None:
     data = training_set()
     stored = b"".join(path.read_bytes() for path in made[1].iterdir())
     assert not [text for text in data["text"] if text.encode() in stored]
@@ -83,7 +83,7 @@ def test_nothing_of_the_rows_text_is_in_a_bank(made: tuple[Any, Path]) -> None:
     assert not [row for row in tokens if row in stored]
 
 
-def test_hashes_of_two_banks_have_nothing_in_common(made: tuple[Any, Path], tmp_path: Path) -> None:
+def test_row_hashes_differ_between_banks(made: tuple[Any, Path], tmp_path: Path) -> None:
     fine_tune(tmp_path, adapted(base()))
     one, other = ResponseBank(made[1]), ResponseBank.from_pretrained(tmp_path)
     assert one.salt != other.salt
@@ -92,7 +92,7 @@ def test_hashes_of_two_banks_have_nothing_in_common(made: tuple[Any, Path], tmp_
     assert not first & second
 
 
-def test_a_stream_is_checked_and_shown(made: tuple[Any, Path]) -> None:
+def test_stream_is_verified_and_shown(made: tuple[Any, Path]) -> None:
     model, folder = made
     attribute, data = ask(model, ResponseBank(folder)), training_set()
     rows = list(data)
@@ -108,7 +108,7 @@ def test_a_stream_is_checked_and_shown(made: tuple[Any, Path]) -> None:
         attribute(QUERY, dataset=streamed([{"text": "w1"}]))
 
 
-def test_some_rows_can_stand_for_all(made: tuple[Any, Path]) -> None:
+def test_a_sample_of_rows_can_be_verified(made: tuple[Any, Path]) -> None:
     model, folder = made
     attribute, data = ask(model, ResponseBank(folder)), training_set()
     rows = list(data)

@@ -1,4 +1,4 @@
-"""Banks of means over the run, against the responses after each segment and reverse mode at the mean weights."""
+"""Trajectory averaging, against the responses after each segment and reverse mode at the mean weights."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from hf_fwdattr import ResponseBank, ResponseCallback, build_bank
 from hf_fwdattr.errors import BankError
+from hf_fwdattr.gradients.predictor import GradientPredictor
 from hf_fwdattr.models.likelihood import CAUSAL_LM
-from hf_fwdattr.models.parameters import Parameters
+from hf_fwdattr.models.parameters import TrackedParameters
 from hf_fwdattr.query.batch import batch_scores
-from hf_fwdattr.response.averaging import shares
+from hf_fwdattr.response.averaging import segment_weights
 from hf_fwdattr.response.dataset import TrainingRows
+from hf_fwdattr.response.gradient_stream import GradientStream
 from hf_fwdattr.response.passes import Passes
 from hf_fwdattr.response.storage import Storage
 from hf_fwdattr.trainer.record import Record, Snapshot
@@ -28,7 +30,7 @@ Run = tuple[nn.Module, Path]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A fine-tuned model, and the record of three segments."""
+    """Return a fine-tuned model and the record of three segments."""
     folder = tmp_path_factory.mktemp("run")
     model, callback = adapted(base()), ResponseCallback(config(parameters="lora"))
     trainer_for(folder, model, training_set(), callback).train()
@@ -42,85 +44,85 @@ def built(run: Run, **changes: Any) -> ResponseBank:
 
 
 def responses(bank: ResponseBank) -> Tensor:
-    """(rows, P) in the bank."""
+    """Return the responses (rows, P) in the bank."""
     rows = torch.cat([block.double() for _, _, block in bank.coordinates()])
     return rows @ bank.directions(torch.float64)[: bank.manifest.directions]
 
 
 def slow(run: Run) -> tuple[Tensor, Tensor]:
-    """(rows, P) mean of what shorter runs end in, each with passes of its own; (P,) mean of the middles' weights."""
+    """Return the mean response (rows, P) of runs of one, two and three segments, and the mean weights (P,)."""
     model, record = run[0], Record.load(run[1])
-    parameters = Parameters.of(model, "lora")
+    parameters = TrackedParameters.of(model, "lora")
     theta = parameters.read(model)
     segments = record.build(ROWS, Snapshot(len(record.rates), theta, torch.ones_like(theta)))
     dataset = training_set().select_columns(["input_ids", "labels"])
-    found = []
+    by_end = []
     for count in (1, 2, 3):
         with Storage(1 << 30) as storage:
-            rows = TrainingRows(dataset, padded, 4, "cpu", None, None)
-            passes = Passes(model, parameters, CAUSAL_LM, rows, segments[:count], theta, storage, quiet=True)
+            stream = GradientStream(model, parameters, CAUSAL_LM, TrainingRows(dataset, padded, 4), quiet=True)
+            passes = Passes(stream, segments[:count], theta, storage)
             passes.measure_curvature(ROWS)
-            found.append(passes.respond(torch.arange(ROWS), torch.zeros(ROWS, parameters.size, dtype=theta.dtype)))
+            by_end.append(passes.respond(torch.arange(ROWS), torch.zeros(ROWS, parameters.size, dtype=theta.dtype)))
     parameters.write(model, theta)
-    return sum(found) / 3, torch.stack([segment.theta for segment in segments]).mean(0)  # type: ignore[return-value]
+    return sum(by_end) / 3, torch.stack([segment.theta for segment in segments]).mean(0)  # type: ignore[return-value]
 
 
 def at_mean_weights(run: Run, theta: Tensor) -> Tensor:
-    """(queries, P) gradients of the queries' losses there, by reverse mode."""
+    """Return the gradients (queries, P) of the queries' losses at these weights, by reverse mode."""
     model = run[0]
-    parameters = Parameters.of(model, "lora")
-    own = parameters.read(model)
+    parameters = TrackedParameters.of(model, "lora")
+    trained = parameters.read(model)
     parameters.write(model, theta)
-    found = [row_gradient(model, parameters, CAUSAL_LM, padded([query])) for query in queries()]
-    parameters.write(model, own)
-    return torch.stack(found).double()
+    gradients = [row_gradient(model, parameters, CAUSAL_LM, padded([query])) for query in queries()]
+    parameters.write(model, trained)
+    return torch.stack(gradients).double()
 
 
-def test_scores_are_the_mean_response_read_at_the_mean_weights(run: Run) -> None:
+def test_averaged_scores_are_mean_responses_read_at_the_mean_weights(run: Run) -> None:
     expected, theta = slow(run)
     bank, before = built(run), weights(run[0])
     agree(responses(bank), expected, 1e-5)
-    found = ask(run[0], bank).scores(queries())
-    agree(found, -at_mean_weights(run, theta) @ expected.double().T, 1e-5)
+    averaged = ask(run[0], bank).scores(queries())
+    agree(averaged, -at_mean_weights(run, theta) @ expected.double().T, 1e-5)
     last = ask(run[0], built(run, averaging="none")).scores(queries())
-    assert float((found - last).norm() / last.norm()) > 0.1
+    assert float((averaged - last).norm() / last.norm()) > 0.1
     assert torch.equal(weights(run[0]), before)
 
 
-def test_sources_add_up_and_differences_agree(run: Run) -> None:
+def test_averaged_source_scores_are_sums_of_rows_for_both_readouts(run: Run) -> None:
     bank = built(run)
-    owner = torch.cat([sources for _, sources, _ in bank.coordinates()]).long()
+    source_of_row = torch.cat([sources for _, sources, _ in bank.coordinates()]).long()
     scores = ask(run[0], bank).scores(queries()).double()
-    summed = torch.stack([scores[:, owner == source].sum(1) for source in range(3)], dim=1)
+    summed = torch.stack([scores[:, source_of_row == source].sum(1) for source in range(3)], dim=1)
     agree(ask(run[0], bank).source_scores(queries()), summed, 1e-4)
     agree(ask(run[0], bank, readout="difference").scores(queries()), scores.float(), 1e-3)
 
 
-def test_both_stages_are_read_there(run: Run) -> None:
+def test_both_stages_read_at_the_mean_weights(run: Run) -> None:
     bank = built(run, directions=4)
     assert bank.manifest.row_codes == ROWS
     whole, theta = slow(run)
     exact = -at_mean_weights(run, theta) @ whole.double().T
-    reader = ask(run[0], bank)._reader
+    scorer = ask(run[0], bank).scorer
     for query, expected in zip(queries(), exact, strict=True):
-        agree(reader.rank(query, ROWS, 100)[1], expected, 2e-2)  # all rows' own responses, in eight bits
-    one_pass = reader.scores(queries(), budget=1).double()
+        agree(scorer.rank(query, ROWS, 100).scores, expected, 2e-2)  # row codes have eight bits
+    one_pass = scorer.scores(queries(), budget=1).double()
     assert float((one_pass - exact).norm() / exact.norm()) < 0.8
-    parameters, live = bank.check_model(run[0]), weights(run[0])
+    parameters, before = bank.check_model(run[0]), weights(run[0])
     with bank.query_weights(run[0], parameters):
-        assert reader._first_look is not None
-        there = reader._first_look(padded(queries()))
+        predictor = GradientPredictor(run[0], parameters, CAUSAL_LM, bank.error_projections())
+        predicted = predictor(padded(queries()))
     rows = torch.cat([block.decode() for block in bank.row_codes()])
-    agree(one_pass, (there @ rows.T).double(), 1e-5)
-    assert torch.equal(weights(run[0]), live)
+    agree(one_pass, (predicted @ rows.T).double(), 1e-5)
+    assert torch.equal(weights(run[0]), before)
 
 
-def test_batches_are_read_there(run: Run) -> None:
+def test_batch_scores_read_at_the_mean_weights(run: Run) -> None:
     bank = built(run)
     agree(batch_scores(run[0], bank, padded(queries())), ask(run[0], bank).scores(queries()), 1e-5)
 
 
-def test_the_models_weights_come_back_from_a_read_that_fails(run: Run) -> None:
+def test_model_weights_are_restored_after_a_failed_read(run: Run) -> None:
     bank, before = built(run), weights(run[0])
 
     def interrupted() -> None:
@@ -133,13 +135,16 @@ def test_the_models_weights_come_back_from_a_read_that_fails(run: Run) -> None:
     assert torch.equal(weights(run[0]), before)
 
 
-def test_the_papers_form_has_one_end(run: Run) -> None:
-    """Its only segment is the end itself, so that the mean over ends changes nothing."""
-    assert shares("trajectory", 1) == shares("none", 1) == [1.0]
-    assert shares("none", 3) == [0.0, 0.0, 1.0]
-    assert sum(shares("trajectory", 7)) == pytest.approx(1.0)
+def test_segment_weights_sum_to_one() -> None:
+    assert segment_weights("trajectory", 1) == segment_weights("none", 1) == [1.0]
+    assert segment_weights("none", 3) == [0.0, 0.0, 1.0]
+    assert sum(segment_weights("trajectory", 7)) == pytest.approx(1.0)
     with pytest.raises(ValueError, match="'none' or 'trajectory'"):
-        shares("first", 3)
+        segment_weights("first", 3)
+
+
+def test_averaging_does_not_change_explicit_horizons(run: Run) -> None:
+    """An explicit horizon has one segment, at the end."""
     horizon = {"steps": 3, "step_size": 0.1}
     one, other = (
         ask(run[0], built(run, averaging=e, horizon=horizon)).scores(queries()) for e in ("none", "trajectory")
@@ -147,29 +152,29 @@ def test_the_papers_form_has_one_end(run: Run) -> None:
     agree(one, other, 1e-6)
 
 
-def test_a_bank_says_where_it_is_read(run: Run, tmp_path: Path) -> None:
+def test_banks_keep_their_averaged_weights(run: Run, tmp_path: Path) -> None:
     bank = built(run)
     bank.save_pretrained(tmp_path)
-    told = json.loads((tmp_path / "fwdattr" / "bank.json").read_text())
-    assert told["averaging"] == told["config"]["averaging"] == "trajectory"
+    manifest = json.loads((tmp_path / "fwdattr" / "bank.json").read_text())
+    assert manifest["averaging"] == manifest["config"]["averaging"] == "trajectory"
     agree(
         ask(run[0], ResponseBank.from_pretrained(tmp_path)).scores(queries()),
         ask(run[0], bank).scores(queries()),
         1e-9,
     )
-    (shard,) = (tmp_path / "fwdattr").glob("weights-*")
+    (shard,) = (tmp_path / "fwdattr").glob("averaged_weights-*")
     shard.unlink()
     with pytest.raises(BankError, match="is missing"):
         ResponseBank.from_pretrained(tmp_path)
 
 
-def test_the_self_check_reads_there_too(tmp_path: Path) -> None:
-    """Plain descent in small steps: source by source, the mean over the run ranks as the end does."""
+def test_self_check_reads_at_the_mean_weights(tmp_path: Path) -> None:
+    """In plain descent by small steps, averaged scores rank sources as those of the end do."""
     run = dict(optim="sgd", learning_rate=0.05, num_train_epochs=2, max_grad_norm=0.0)
     callback = fine_tune(
         tmp_path, adapted(base()), config(self_check=2, parameters="lora", averaging="trajectory"), **run
     )
     assert callback.bank is not None
-    found = json.loads((tmp_path / "fwdattr" / "bank.json").read_text())["quality"]["self_check"]
-    assert found["pearson"] > 0.85
-    assert found["slope"] > 1.0  # half-way through the run there is less to see
+    result = json.loads((tmp_path / "fwdattr" / "bank.json").read_text())["quality"]["self_check"]
+    assert result["pearson"] > 0.85
+    assert result["slope"] > 1.0  # half-way through the run there is less to see

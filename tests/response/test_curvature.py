@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from hf_fwdattr.errors import NumericalError
-from hf_fwdattr.response import curvature as room
+from hf_fwdattr.response import curvature as curvature_module
 from hf_fwdattr.response.curvature import Curvature, ledoit_wolf
 from hf_fwdattr.response.horizon import ExplicitHorizon, Horizon, NaturalHorizon
 from tests.helpers.reference import agree, function_of
@@ -38,7 +38,9 @@ HORIZONS = {
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 @pytest.mark.parametrize("horizon", HORIZONS.values(), ids=HORIZONS)
 @pytest.mark.parametrize("factor", factors().values(), ids=factors())
-def test_functions_act_as_those_of_the_dense_matrix(factor: Tensor, horizon: Horizon, weight_decay: float) -> None:
+def test_curvature_functions_equal_those_of_the_dense_matrix(
+    factor: Tensor, horizon: Horizon, weight_decay: float
+) -> None:
     dense = factor.T @ factor + weight_decay * torch.eye(SIZE, dtype=torch.float64)
     vectors = torch.randn(3, SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     curvature = Curvature(factor, weight_decay)
@@ -47,7 +49,7 @@ def test_functions_act_as_those_of_the_dense_matrix(factor: Tensor, horizon: Hor
         agree(curvature.apply(horizon.decay, vectors), vectors @ function_of(dense, horizon.decay), 1e-8)
 
 
-def test_float32_keeps_its_digits() -> None:
+def test_float32_curvature_keeps_its_digits() -> None:
     factor = factors()["repeated samples"]
     vectors = torch.randn(3, SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     exact = Curvature(factor, 0.1).apply(NaturalHorizon(5.0).push, vectors)
@@ -56,51 +58,51 @@ def test_float32_keeps_its_digits() -> None:
     agree(single, exact, 1e-5)
 
 
-def test_directions_that_no_sample_saw_stay_plain() -> None:
+def test_vectors_orthogonal_to_all_samples_stay_plain() -> None:
     factor = torch.zeros(2, SIZE, dtype=torch.float64)
     factor[:, :2] = torch.rand(2, 2).double() + 1
     unseen = torch.eye(SIZE, dtype=torch.float64)[5:]
     agree(Curvature(factor).apply(NaturalHorizon(0.7).push, unseen), 0.7 * unseen, 1e-12)
 
 
-def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_column_blocks_do_not_change_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
     factor = factors()["more samples than parameters"]
     vectors = torch.rand(2, SIZE).double()
     whole = Curvature(factor).apply(NaturalHorizon(1.0).push, vectors)
-    monkeypatch.setattr(room, "_WIDTH", 3)
+    monkeypatch.setattr(curvature_module, "_WIDTH", 3)
     agree(Curvature(factor).apply(NaturalHorizon(1.0).push, vectors), whole, 1e-12)
 
 
-def test_samples_that_are_not_finite_are_refused() -> None:
+def test_infinite_samples_are_refused() -> None:
     factor = factors()["one sample"]
     factor[0, 3] = math.nan
     with pytest.raises(NumericalError, match="not finite"):
         Curvature(factor)
 
 
-def test_shrinkage_is_that_of_ledoit_and_wolf_in_dense_matrices() -> None:
-    factor = factors()["wide"] if "wide" in factors() else next(iter(factors().values()))
+def test_shrinkage_equals_the_dense_ledoit_wolf_formula() -> None:
+    factor = factors()["fewer samples than parameters"]
     samples, dense = len(factor), factor.T @ factor
     spread = sum((samples * torch.outer(z, z) - dense).square().sum() for z in factor) / samples**2
     mean = dense.trace() / SIZE * torch.eye(SIZE, dtype=torch.float64)
-    wanted = float(spread / (dense - mean).square().sum())
-    agree(torch.tensor(ledoit_wolf(factor @ factor.T, SIZE)), torch.tensor(min(wanted, 1.0)), 1e-6)
+    expected = float(spread / (dense - mean).square().sum())
+    agree(torch.tensor(ledoit_wolf(factor @ factor.T, SIZE)), torch.tensor(min(expected, 1.0)), 1e-6)
 
 
-def test_shrunk_curvature_is_nearer_to_the_truth_than_the_samples() -> None:
+def test_shrinkage_brings_curvature_closer_to_the_truth() -> None:
     generator = torch.Generator().manual_seed(3)
     truth = torch.diag(torch.logspace(0, -3, 40, dtype=torch.float64))
-    ahead = 0
+    improved = 0
     for _ in range(20):
-        lines = torch.randn(12, 40, generator=generator, dtype=torch.float64) @ truth.sqrt() / 12**0.5
-        shrunk = Curvature(lines, sampled=True)
+        samples = torch.randn(12, 40, generator=generator, dtype=torch.float64) @ truth.sqrt() / 12**0.5
+        shrunk = Curvature(samples, sampled=True)
         assert 0.0 < shrunk.shrinkage < 1.0
         eye = torch.eye(40, dtype=torch.float64)
-        near = shrunk.apply(lambda sigma: sigma, eye)
-        ahead += bool((near - truth).norm() < (lines.T @ lines - truth).norm())
-    assert ahead >= 19
+        estimate = shrunk.apply(lambda sigma: sigma, eye)
+        improved += bool((estimate - truth).norm() < (samples.T @ samples - truth).norm())
+    assert improved >= 19
 
 
-def test_fewer_than_two_samples_are_not_shrunk() -> None:
+def test_shrinkage_needs_two_samples() -> None:
     assert ledoit_wolf(torch.ones(1, 1, dtype=torch.float64), SIZE) == 0.0
     assert ledoit_wolf(torch.zeros(0, 0, dtype=torch.float64), SIZE) == 0.0

@@ -15,7 +15,7 @@ from tests.helpers.cases import padded, token_rows
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 80), st.integers(1, 7))
-def test_every_row_comes_once_with_its_own_position(count: int, batch_size: int) -> None:
+def test_batches_cover_every_row_once_with_its_index(count: int, batch_size: int) -> None:
     data = token_rows(count)
     seen = []
     for indices, batch in TrainingRows(data, padded, batch_size).batches():
@@ -26,7 +26,7 @@ def test_every_row_comes_once_with_its_own_position(count: int, batch_size: int)
     assert sorted(seen) == list(range(count))
 
 
-def test_rows_of_a_length_share_a_batch() -> None:
+def test_batches_group_rows_of_similar_length() -> None:
     """Rows are sorted by length within a window, so most padding is never computed."""
     data = token_rows(64)
     tokens = sum(len(row["input_ids"]) for row in data)
@@ -35,12 +35,12 @@ def test_rows_of_a_length_share_a_batch() -> None:
     assert tokens <= sorted_size < tokens + 0.3 * (plain_size - tokens)
 
 
-def test_only_the_rows_asked_for_are_read() -> None:
+def test_batches_read_only_the_given_rows() -> None:
     rows = TrainingRows(token_rows(9), padded, 2)
     assert sorted(i for indices, _ in rows.batches([7, 3, 5]) for i in indices.tolist()) == [3, 5, 7]
 
 
-def test_features_are_not_changed_by_a_collator_that_takes_them_apart() -> None:
+def test_collators_cannot_change_the_dataset() -> None:
     def greedy(features: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = padded([dict(feature) for feature in features])
         for feature in features:
@@ -60,7 +60,7 @@ def test_packed_rows_are_refused() -> None:
         TrainingRows(token_rows(4), packed, 2)
 
 
-def test_the_hash_is_of_the_tokens_without_their_padding() -> None:
+def test_row_hashes_ignore_padding() -> None:
     data = token_rows(5)
     salt = b"0123456789abcdef"
     expected = [row_hash(row["input_ids"], salt) for row in data]
@@ -74,20 +74,20 @@ def test_the_hash_is_of_the_tokens_without_their_padding() -> None:
         (Dataset.from_list(data).with_format("torch"), expected),
         (Dataset.from_list(wide).with_format("numpy"), expected),
     ):  # fmt: skip
-        found = row_hashes(form, salt)
-        assert found is not None
-        assert list(found) == hashes
+        actual = row_hashes(form, salt)
+        assert actual is not None
+        assert list(actual) == hashes
     assert row_hash(data[0]["input_ids"], b"another salt") != expected[0]
     assert len({*expected, row_hash([*data[0]["input_ids"], 0], salt)}) == 6
 
 
-def test_rows_without_tokens_have_no_hash() -> None:
+def test_rows_without_tokens_have_no_row_hash() -> None:
     assert row_hashes([{"text": "a"}], b"") is None
     assert row_hashes(Dataset.from_list([{"text": "a"}]), b"") is None
     assert row_hashes([torch.zeros(3)], b"") is None
 
 
-def test_a_draw_depends_on_the_row_and_its_key_alone() -> None:
+def test_uniforms_depend_on_row_and_key_alone() -> None:
     whole = uniforms(torch.tensor([4, 7, 9]), 5, 0, 1)
     assert torch.equal(uniforms(torch.tensor([9, 4]), 3, 0, 1), whole[[2, 0], :3])
     assert not torch.equal(uniforms(torch.tensor([4]), 5, 0, 2), whole[:1])

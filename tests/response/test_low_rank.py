@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_fwdattr.errors import NumericalError
-from hf_fwdattr.response import low_rank as room
+from hf_fwdattr.response import low_rank
 from hf_fwdattr.response.low_rank import combine, explained_variance, factorize, inner_products
 from tests.helpers.reference import agree
 
@@ -27,8 +27,8 @@ def world(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("k", [1, 2, 7, 19, 20])
-def test_no_factorisation_of_rank_k_keeps_more_of_the_scores(k: int) -> None:
-    """Eckart and Young: the error is the singular values that were left out."""
+def test_basis_error_is_the_omitted_singular_values(k: int) -> None:
+    """No factorisation into k directions is better (Eckart and Young)."""
     gradients, responses, diagonal = world()
     basis = factorize(gradients, responses, diagonal, k)
     assert basis.directions.shape == basis.adjoint_basis.shape == (k, SIZE)
@@ -38,29 +38,29 @@ def test_no_factorisation_of_rank_k_keeps_more_of_the_scores(k: int) -> None:
     assert float(error.norm()) == pytest.approx(math.sqrt((values[k:] ** 2).sum()), rel=1e-8, abs=1e-10)
 
 
-def test_as_many_probes_as_rows_lose_nothing_and_more_change_nothing() -> None:
+def test_as_many_directions_as_rows_lose_nothing() -> None:
     gradients, responses, diagonal = world()
     for k in (ROWS, 500):
         basis = factorize(gradients, responses, diagonal, k)
         assert len(basis.directions) == ROWS
         agree(basis.coordinates @ basis.directions, responses, 1e-8)
-        assert basis.kept == pytest.approx(1.0)
+        assert basis.explained_variance == pytest.approx(1.0)
 
 
-def test_dual_probes_turn_responses_into_coordinates() -> None:
+def test_adjoint_basis_turns_responses_into_coordinates() -> None:
     gradients, responses, diagonal = world()
     basis = factorize(gradients, responses, diagonal, 6)
     agree(responses @ basis.adjoint_basis.T, basis.coordinates, 1e-9)
     agree(basis.directions @ basis.adjoint_basis.T, torch.eye(6, dtype=torch.float64), 1e-9)
 
 
-def test_probes_are_of_unit_norm_in_the_preconditioned_metric() -> None:
+def test_directions_have_unit_norm_in_the_preconditioned_metric() -> None:
     gradients, responses, diagonal = world()
     directions = factorize(gradients, responses, diagonal, 6).directions
     agree((directions.square() / diagonal).sum(1), torch.ones(6, dtype=torch.float64), 1e-9)
 
 
-def test_float32_keeps_its_digits() -> None:
+def test_float32_basis_keeps_its_digits() -> None:
     gradients, responses, diagonal = world(torch.float32)
     basis = factorize(gradients, responses, diagonal, 5)
     assert basis.directions.dtype == torch.float32
@@ -68,69 +68,69 @@ def test_float32_keeps_its_digits() -> None:
     agree(basis.coordinates @ basis.directions.double(), exact.coordinates @ exact.directions, 1e-3)
 
 
-def test_kept_variance_rises_from_nothing_to_everything() -> None:
+def test_explained_variance_rises_from_zero_to_one() -> None:
     gradients, responses, _ = world()
-    kept = explained_variance(gradients @ responses.T)
-    assert kept.shape == (ROWS + 1,)
-    assert kept[0] == 0.0
-    assert kept[-1].item() == pytest.approx(1.0)
-    assert bool((kept.diff() >= 0).all())
-    assert bool((kept <= 1).all())
+    explained = explained_variance(gradients @ responses.T)
+    assert explained.shape == (ROWS + 1,)
+    assert explained[0] == 0.0
+    assert explained[-1].item() == pytest.approx(1.0)
+    assert bool((explained.diff() >= 0).all())
+    assert bool((explained <= 1).all())
 
 
-def test_kept_variance_is_that_of_queries_the_basis_has_not_seen() -> None:
-    """Scores without structure: k of the 40 directions keep about k/40 of a new query, though all of the old ones."""
+def test_explained_variance_is_that_of_held_out_queries() -> None:
+    """Of scores without structure, k of 40 directions explain about k / 40 for a new query, but all for old ones."""
     scores = torch.randn(40, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    kept = explained_variance(scores)
-    agree(kept, torch.arange(41) / 40, 0.15)
+    explained = explained_variance(scores)
+    agree(explained, torch.arange(41) / 40, 0.15)
     shared = torch.rand(40, 1).double() @ torch.rand(1, 40).double()
     assert explained_variance(shared)[1].item() == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("wanted", [0.3, 0.8, 0.95, 0.999])
-def test_a_float_asks_for_the_least_k_that_keeps_it(wanted: float) -> None:
+@pytest.mark.parametrize("variance", [0.3, 0.8, 0.95, 0.999])
+def test_a_float_chooses_the_fewest_directions_that_explain_it(variance: float) -> None:
     gradients, responses, diagonal = world()
-    basis = factorize(gradients, responses, diagonal, wanted)
+    basis = factorize(gradients, responses, diagonal, variance)
     k = len(basis.directions)
-    assert basis.kept >= wanted
-    assert k == 1 or factorize(gradients, responses, diagonal, k - 1).kept < wanted
+    assert basis.explained_variance >= variance
+    assert k == 1 or factorize(gradients, responses, diagonal, k - 1).explained_variance < variance
 
 
-def test_the_split_is_the_seeds() -> None:
+def test_the_held_out_split_depends_on_the_seed() -> None:
     gradients, responses, diagonal = world()
-    kept = [factorize(gradients, responses, diagonal, 3, seed).kept for seed in (0, 0, 1)]
-    assert kept[0] == kept[1] != kept[2]
+    explained = [factorize(gradients, responses, diagonal, 3, seed).explained_variance for seed in (0, 0, 1)]
+    assert explained[0] == explained[1] != explained[2]
 
 
-def test_rows_that_repeat_cost_no_probe() -> None:
+def test_repeated_rows_need_no_more_directions() -> None:
     gradients, responses, diagonal = world()
     doubled = factorize(gradients.repeat(2, 1), responses.repeat(2, 1), diagonal, 500)
     assert len(doubled.directions) == ROWS
     agree(doubled.coordinates @ doubled.directions, responses.repeat(2, 1), 1e-7)
 
 
-def test_a_row_that_does_not_respond_has_no_coordinates() -> None:
+def test_rows_without_response_have_zero_coordinates() -> None:
     gradients, responses, diagonal = world()
     responses[4] = 0.0
     coordinates = factorize(gradients, responses, diagonal, 5).coordinates
     agree(1 + coordinates[4], torch.ones(5), 1e-12)
 
 
-def test_nothing_that_responds_is_refused() -> None:
+def test_responses_of_zero_are_refused() -> None:
     gradients, responses, diagonal = world()
     with pytest.raises(NumericalError, match="every response is zero"):
         factorize(gradients, 0 * responses, diagonal, 5)
 
 
-def test_scores_that_are_not_finite_are_refused() -> None:
+def test_infinite_scores_are_refused() -> None:
     gradients, responses, diagonal = world()
     responses[0, 0] = math.inf
     with pytest.raises(NumericalError, match="not finite"):
         factorize(gradients, responses, diagonal, 5)
 
 
-def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_column_blocks_do_not_change_products(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients, responses, _ = world()
-    monkeypatch.setattr(room, "_WIDTH", 7)
+    monkeypatch.setattr(low_rank, "_WIDTH", 7)
     agree(inner_products(gradients, responses), gradients @ responses.T, 1e-12)
     agree(combine(gradients[:, :ROWS], responses), gradients[:, :ROWS] @ responses, 1e-12)

@@ -1,4 +1,4 @@
-"""Responses against reality: train with one row's weight nudged up and down, really, and divide."""
+"""Responses against retraining: train with one row's weight nudged up and down, and divide."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_fwdattr.gradients.per_sample import PerSampleGradients
-from hf_fwdattr.models.parameters import Parameters
+from hf_fwdattr.models.parameters import TrackedParameters
 from hf_fwdattr.response.curvature import Curvature
 from hf_fwdattr.response.horizon import ExplicitHorizon, Horizon, NaturalHorizon
 from hf_fwdattr.response.segment import Segment
@@ -33,24 +33,24 @@ def descend(
 
 
 def trained(world: Quadratic, make: Callable[..., torch.optim.Optimizer], start: Tensor) -> Callable[[Tensor], Tensor]:
-    """Row weights -> final parameters, on all rows at every step."""
+    """Return a function from row weights to final parameters, on all rows at every step."""
     return lambda weights: descend(make, start, lambda theta, _: weights @ world.losses(theta) / world.rows)
 
 
-def settled(world: Quadratic, horizon: Horizon, diagonal: Tensor, weight_decay: float = 0.0) -> Segment:
-    """A run that starts at its minimum and hence stays there, so that row gradients are constant."""
-    share = torch.full((world.rows,), 1.0 / world.rows, dtype=torch.float64)
-    segment = Segment(world.minimum(weight_decay), diagonal, horizon, share, weight_decay)
+def at_minimum(world: Quadratic, horizon: Horizon, diagonal: Tensor, weight_decay: float = 0.0) -> Segment:
+    """Return a run that starts at its minimum and hence stays there, so that row gradients are constant."""
+    row_weights = torch.full((world.rows,), 1.0 / world.rows, dtype=torch.float64)
+    segment = Segment(world.minimum(weight_decay), diagonal, horizon, row_weights, weight_decay)
     segment.curvature = Curvature(world.factor * diagonal.sqrt(), weight_decay)
     return segment
 
 
 def response(world: Quadratic, segment: Segment) -> Tensor:
-    return segment.propagate(None, world.gradients(segment.theta) * segment.share[:, None])
+    return segment.propagate(None, world.gradients(segment.theta) * segment.row_weights[:, None])
 
 
 def frozen_adam(second_moment: Tensor, rate: float, weight_decay: float) -> Callable[..., torch.optim.Optimizer]:
-    """AdamW whose second moments no longer move and which has no momentum: D is constant."""
+    """Return an AdamW with constant second moments and without momentum, so that D is constant."""
 
     def make(parameters: list[Tensor]) -> torch.optim.Optimizer:
         optimizer = torch.optim.AdamW(
@@ -66,37 +66,37 @@ def frozen_adam(second_moment: Tensor, rate: float, weight_decay: float) -> Call
     return make
 
 
-def test_stochastic_gradient_descent() -> None:
+def test_sgd_response_equals_retraining() -> None:
     world = Quadratic()
     start, ones = world.minimum(), torch.ones(world.rows, dtype=torch.float64)
     measured = retrained(trained(world, lambda p: torch.optim.SGD(p, lr=RATE), start), ones, ROW, 1e-4)
     plain = torch.ones(world.size, dtype=torch.float64)
-    steps = settled(world, ExplicitHorizon(STEPS, RATE), plain)
+    steps = at_minimum(world, ExplicitHorizon(STEPS, RATE), plain)
     agree(response(world, steps)[ROW], measured, 1e-6)
-    agree(response(world, settled(world, NaturalHorizon(STEPS * RATE), plain))[ROW], measured, 1e-3)
+    agree(response(world, at_minimum(world, NaturalHorizon(STEPS * RATE), plain))[ROW], measured, 1e-3)
 
 
-def test_stochastic_gradient_descent_with_momentum_counts_every_rate_tenfold() -> None:
+def test_sgd_momentum_scales_the_horizon() -> None:
     world = Quadratic()
     start, ones = world.minimum(), torch.ones(world.rows, dtype=torch.float64)
     train = trained(world, lambda p: torch.optim.SGD(p, lr=RATE, momentum=0.9), start)
-    segment = settled(world, NaturalHorizon(STEPS * RATE / (1 - 0.9)), torch.ones(world.size, dtype=torch.float64))
+    segment = at_minimum(world, NaturalHorizon(STEPS * RATE / (1 - 0.9)), torch.ones(world.size, dtype=torch.float64))
     agree(response(world, segment)[ROW], retrained(train, ones, ROW, 1e-4), 1e-2)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, DECAY])
-def test_adam_with_decoupled_decay(weight_decay: float) -> None:
+def test_adamw_response_equals_retraining(weight_decay: float) -> None:
     world = Quadratic()
     start, ones = world.minimum(weight_decay), torch.ones(world.rows, dtype=torch.float64)
     train = trained(world, frozen_adam(world.diagonal**-2, RATE, weight_decay), start)
     agree(train(ones), start, 1e-6)  # the run does stay where it starts
     measured = retrained(train, ones, ROW, 1e-4)
     horizon = NaturalHorizon(STEPS * RATE)
-    agree(response(world, settled(world, horizon, world.diagonal, weight_decay))[ROW], measured, 2e-3)
+    agree(response(world, at_minimum(world, horizon, world.diagonal, weight_decay))[ROW], measured, 2e-3)
 
 
-def test_a_row_seen_only_in_the_second_half() -> None:
-    """Exposure e = 0 in the first segment; the row's own weight is nudged around zero, so that the run stays put."""
+def test_response_of_a_row_seen_late_equals_retraining() -> None:
+    """The row weighs nothing in the first segment; it is nudged around zero, so that the run stays at its minimum."""
     world = Quadratic()
     start, plain = world.minimum(), torch.ones(world.size, dtype=torch.float64)
     extra = torch.randn(world.size, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
@@ -108,7 +108,7 @@ def test_a_row_seen_only_in_the_second_half() -> None:
 
         return descend(lambda p: torch.optim.SGD(p, lr=RATE), start, loss)
 
-    first, second = (settled(world, NaturalHorizon(STEPS * RATE / 2), plain) for _ in range(2))
+    first, second = (at_minimum(world, NaturalHorizon(STEPS * RATE / 2), plain) for _ in range(2))
     gradient = (extra * (extra @ start - 1.0))[None]
     late = second.propagate(first.propagate(None, 0.0 * gradient), gradient / world.rows)
     early = second.propagate(first.propagate(None, gradient / world.rows), 0.0 * gradient)
@@ -117,8 +117,8 @@ def test_a_row_seen_only_in_the_second_half() -> None:
     assert (early[0] - measured).norm() > 0.1 * measured.norm()
 
 
-def test_more_segments_come_closer_when_the_run_is_far_from_its_minimum() -> None:
-    """Row gradients change on the way; each segment takes them from its middle."""
+def test_more_segments_come_closer_to_retraining() -> None:
+    """Far from the minimum, row gradients change on the way; each segment takes them from its middle."""
     world = Quadratic()
     start = world.minimum() + 1.0
     ones, plain = torch.ones(world.rows, dtype=torch.float64), torch.ones(world.size, dtype=torch.float64)
@@ -128,9 +128,9 @@ def test_more_segments_come_closer_when_the_run_is_far_from_its_minimum() -> Non
     for count in (1, 3, 9, 27):
         length, carried = STEPS * RATE / count, None
         for index in range(count):
-            segment = settled(world, NaturalHorizon(length), plain)
+            segment = at_minimum(world, NaturalHorizon(length), plain)
             away = torch.linalg.matrix_exp(-world.hessian * (index + 0.5) * length) @ (start - world.minimum())
-            pushes = world.gradients(world.minimum() + away) * segment.share[:, None]
+            pushes = world.gradients(world.minimum() + away) * segment.row_weights[:, None]
             carried = segment.propagate(carried, pushes)
         assert carried is not None
         errors.append(float((carried[ROW] - measured).norm() / measured.norm()))
@@ -138,10 +138,10 @@ def test_more_segments_come_closer_when_the_run_is_far_from_its_minimum() -> Non
     assert errors[-1] < 5e-3 < errors[0]
 
 
-def test_softmax_classifier_at_its_minimum() -> None:
+def test_softmax_response_at_the_minimum_equals_retraining() -> None:
     """Gauss-Newton is the Hessian of a linear softmax model, so the response is exact there too."""
     world = Classifier(rows=40)
-    parameters = Parameters.of(world.model, "trainable")
+    parameters = TrackedParameters.of(world.model, "trainable")
     x, labels = world.batch["x"][:, 0], world.batch["labels"][:, 0]
 
     def losses(theta: Tensor) -> Tensor:
@@ -179,4 +179,4 @@ def test_softmax_classifier_at_its_minimum() -> None:
         curvature=curvature,
     )
     measured = retrained(train, torch.ones(world.rows, dtype=torch.float64), ROW, 1e-4)
-    agree(segment.propagate(None, gradients * segment.share[:, None])[ROW], measured, 2e-3)
+    agree(segment.propagate(None, gradients * segment.row_weights[:, None])[ROW], measured, 2e-3)

@@ -17,21 +17,21 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 def segment(seed: int = 0, tau: float = 0.6, samples: int = 4, weight_decay: float = 0.1) -> Segment:
     diagonal = 0.2 + drawn(SIZE, seed=seed).square()
     factor = drawn(samples, SIZE, seed=seed + 100) * diagonal.sqrt()
-    share = torch.tensor([0.3, 0.0, 0.7, 0.1], dtype=torch.float64)
-    made = Segment(torch.zeros(SIZE, dtype=torch.float64), diagonal, NaturalHorizon(tau), share, weight_decay)
+    row_weights = torch.tensor([0.3, 0.0, 0.7, 0.1], dtype=torch.float64)
+    made = Segment(torch.zeros(SIZE, dtype=torch.float64), diagonal, NaturalHorizon(tau), row_weights, weight_decay)
     made.curvature = Curvature(factor, weight_decay)
     return made
 
 
 def matrix(made: Segment) -> Tensor:
-    """D (H + w D^-1): what multiplies the parameters' deviation in the optimizer's time, not symmetric."""
+    """Return D (H + w D^-1), which multiplies the parameters' deviation in optimizer time; not symmetric."""
     assert made.curvature is not None
     root = made.diagonal.sqrt()
     tilde = made.curvature.factor.T @ made.curvature.factor + made.weight_decay * torch.eye(SIZE, dtype=torch.float64)
     return root[:, None] * tilde / root
 
 
-def test_a_segment_is_the_solution_of_its_differential_equation() -> None:
+def test_propagate_solves_the_differential_equation() -> None:
     """dr/dt = -D (H + w/D) r - D g, the flow of a preconditioned optimizer with decoupled decay."""
     one = segment()
     earlier, pushes = drawn(ROWS, SIZE, seed=1), drawn(ROWS, SIZE, seed=2)
@@ -40,7 +40,7 @@ def test_a_segment_is_the_solution_of_its_differential_equation() -> None:
     agree(one.propagate(None, pushes), flow(matrix(one), one.diagonal * pushes, nothing, 0.6), 1e-9)
 
 
-def test_several_segments_are_the_flows_one_after_the_other() -> None:
+def test_segments_compose_like_flows() -> None:
     run = [segment(seed, tau) for seed, tau in ((0, 0.6), (1, 0.2), (2, 1.1))]
     pushes = [drawn(ROWS, SIZE, seed=seed) for seed in (3, 4, 5)]
     response, expected = None, torch.zeros(ROWS, SIZE, dtype=torch.float64)
@@ -51,28 +51,28 @@ def test_several_segments_are_the_flows_one_after_the_other() -> None:
     agree(response, expected, 1e-10)
 
 
-def test_one_segment_cut_in_two_is_the_same_run() -> None:
+def test_splitting_a_segment_does_not_change_responses() -> None:
     push = drawn(ROWS, SIZE, seed=1)
     whole = segment(tau=0.6).propagate(None, push)
     agree(segment(tau=0.4).propagate(segment(tau=0.2).propagate(None, push), push), whole, 1e-10)
 
 
-def test_retreat_is_the_adjoint_of_advance() -> None:
+def test_adjoint_is_the_adjoint_of_propagate() -> None:
     run = [segment(seed, tau) for seed, tau in ((0, 0.6), (1, 0.2), (2, 1.1))]
     pushes = [drawn(ROWS, SIZE, seed=seed) for seed in (3, 4, 5)]
-    hidden_state_gradients = drawn(3, SIZE, seed=6)
+    vectors = drawn(3, SIZE, seed=6)
     response = None
     for one, push in zip(run, pushes, strict=True):
         response = one.propagate(response, push)
     assert response is not None
-    seen, walking = torch.zeros(3, ROWS, dtype=torch.float64), hidden_state_gradients
+    products, adjoint = torch.zeros(3, ROWS, dtype=torch.float64), vectors
     for one, push in zip(reversed(run), reversed(pushes), strict=True):
-        pull, walking = one.adjoint(walking)
-        seen += pull @ push.T
-    agree(seen, hidden_state_gradients @ response.T, 1e-10)
+        on_pushes, adjoint = one.adjoint(adjoint)
+        products += on_pushes @ push.T
+    agree(products, vectors @ response.T, 1e-10)
 
 
-def test_responses_add_up_and_scale_with_the_push() -> None:
+def test_responses_are_linear_in_pushes() -> None:
     run = [segment(0), segment(1)]
 
     def response(pushes: Tensor) -> Tensor:
@@ -83,17 +83,17 @@ def test_responses_add_up_and_scale_with_the_push() -> None:
     agree(response(a.sum(0, keepdim=True)), response(a).sum(0, keepdim=True), 1e-12)
 
 
-def test_a_row_that_was_never_seen_responds_exactly_zero() -> None:
+def test_unseen_rows_have_exactly_zero_responses() -> None:
     run = [segment(0), segment(1)]
     response = None
     for one in run:
-        response = one.propagate(response, drawn(ROWS, SIZE) * one.share[:, None])
+        response = one.propagate(response, drawn(ROWS, SIZE) * one.row_weights[:, None])
     assert response is not None
     assert torch.equal(response[1], torch.zeros(SIZE, dtype=torch.float64))
     assert response[[0, 2, 3]].norm(dim=1).min() > 0
 
 
-def test_with_no_curvature_a_response_is_the_preconditioned_gradient() -> None:
+def test_response_without_curvature_is_the_preconditioned_gradient() -> None:
     one = segment(samples=0, weight_decay=0.0)
     push = drawn(ROWS, SIZE)
     agree(one.propagate(None, push), -0.6 * one.diagonal * push, 1e-12)

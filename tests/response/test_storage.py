@@ -11,7 +11,7 @@ from hf_fwdattr.response.storage import Storage, blocks
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_exceeds_the_budget_goes_to_disk_and_is_gone_afterwards(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_matrices_beyond_the_budget_go_to_disk_until_the_end(tmp_path: Path, dtype: torch.dtype) -> None:
     size = 10 * 30 * dtype.itemsize
     with Storage(size, tmp_path) as storage:
         held = storage.zeros(10, 30, dtype)
@@ -40,19 +40,19 @@ def test_memory_maps_are_removed_after_an_error(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_an_empty_matrix_needs_no_room(tmp_path: Path) -> None:
+def test_empty_matrices_need_no_memory(tmp_path: Path) -> None:
     with Storage(0, tmp_path) as storage:
         assert storage.zeros(0, 5).shape == (0, 5)
         assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_refused_before_the_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
     with Storage(0, tmp_path) as storage, pytest.raises(OSError, match="raise memory_budget"):
         storage.zeros(10, 30)
 
 
-def test_room_is_reserved_and_not_only_promised(tmp_path: Path) -> None:
+def test_disk_blocks_are_reserved(tmp_path: Path) -> None:
     """A sparse file on a disk that fills up later would end the process with SIGBUS."""
     with Storage(0, tmp_path) as storage:
         storage.zeros(1000, 1000)
@@ -60,7 +60,7 @@ def test_room_is_reserved_and_not_only_promised(tmp_path: Path) -> None:
         assert path.stat().st_blocks * 512 >= 4_000_000
 
 
-def test_a_disk_that_fills_up_meanwhile_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -69,7 +69,7 @@ def test_a_disk_that_fills_up_meanwhile_is_an_error(tmp_path: Path, monkeypatch:
         storage.zeros(10, 30)
 
 
-def test_blocks_cover_everything_once() -> None:
+def test_blocks_cover_a_range_once() -> None:
     for size in (0, 1, 6, 7, 8):
         covered = [index for part in blocks(size, 3) for index in range(size)[part]]
         assert covered == list(range(size))

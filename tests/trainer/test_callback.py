@@ -1,4 +1,4 @@
-"""The callback beside the real Trainer: it changes nothing, refuses early, and loses nothing when it fails late."""
+"""The callback in a real Trainer: it changes nothing, refuses early, and loses nothing when it fails late."""
 
 import json
 import logging
@@ -11,30 +11,33 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer
 
-import hf_fwdattr.bank.files
+import hf_fwdattr.bank.tensors
 from hf_fwdattr import ResponseBank, ResponseCallback, ResponseConfig, build_bank
 from hf_fwdattr.errors import BankError, MismatchError, NumericalError, QueryError, UnsupportedError
-from hf_fwdattr.trainer.callback import RECORD, _refuse
+from hf_fwdattr.trainer.callback import RECORD, refuse_trainer
 from tests.helpers.cases import adapted, gpt2, padded, token_rows
 from tests.helpers.reference import agree
 from tests.helpers.runs import ROWS, ask, base, config, fine_tune, queries, trainer_for, training_set, weights
+
+
+SHARDS = 5  # bank.json, directions of rows and of sources, coordinates, error projections
 
 
 def scores(model: nn.Module, bank: Any) -> Tensor:
     return ask(model, bank).scores(queries())
 
 
-def wasteful(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+def drawing(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     torch.rand(3)
     return padded(rows)
 
 
 @pytest.mark.parametrize(
     "how",
-    [{}, dict(optim="sgd", gradient_accumulation_steps=2), dict(dataloader_num_workers=1), dict(collate=wasteful)],
-    ids=["AdamW", "SGD, accumulated", "workers", "collator that draws for nothing"],
+    [{}, dict(optim="sgd", gradient_accumulation_steps=2), dict(dataloader_num_workers=1), dict(collate=drawing)],
+    ids=["AdamW", "SGD, accumulated", "workers", "collator that draws random numbers"],
 )
-def test_training_is_the_same_to_the_last_bit(tmp_path: Path, how: dict[str, Any]) -> None:
+def test_training_is_unchanged_to_the_last_bit(tmp_path: Path, how: dict[str, Any]) -> None:
     """With dropout on, so that one random number more or less would show."""
     ends, losses, states = [], [], []
     for callback in (None, ResponseCallback(config())):
@@ -49,14 +52,12 @@ def test_training_is_the_same_to_the_last_bit(tmp_path: Path, how: dict[str, Any
     assert torch.equal(states[0], states[1])
 
 
-def test_the_bank_lies_beside_the_model_and_nothing_else_is_left(tmp_path: Path) -> None:
+def test_bank_lies_beside_the_model_and_nothing_else_is_left(tmp_path: Path) -> None:
     model = adapted(base()).train()
     flags = [parameter.requires_grad for parameter in model.parameters()]
     callback = fine_tune(tmp_path, model)
     assert {path.name for path in tmp_path.iterdir()} == {"fwdattr"}
-    assert (
-        len(list((tmp_path / "fwdattr").iterdir())) == 5
-    )  # bank.json, directions of rows and of sources, coordinates, maps
+    assert len(list((tmp_path / "fwdattr").iterdir())) == SHARDS
     bank = ResponseBank.from_pretrained(tmp_path)
     assert bank.manifest == callback.bank.manifest  # type: ignore[union-attr]
     assert bank.manifest.weights == callback.recorder.parameters.fingerprint(model)
@@ -65,7 +66,7 @@ def test_the_bank_lies_beside_the_model_and_nothing_else_is_left(tmp_path: Path)
     assert not model._forward_pre_hooks
 
 
-def test_row_ids_and_sources_are_the_users_own(tmp_path: Path) -> None:
+def test_row_ids_and_sources_come_from_their_columns(tmp_path: Path) -> None:
     data = training_set()
     bank = fine_tune(tmp_path, adapted(base()), config(row_id_column="number")).bank
     assert bank is not None
@@ -74,7 +75,7 @@ def test_row_ids_and_sources_are_the_users_own(tmp_path: Path) -> None:
     assert [None if s < 0 else bank.manifest.sources[s] for s in sources.tolist()] == data["source"]
 
 
-def test_rows_of_plain_dictionaries_do_as_well(tmp_path: Path) -> None:
+def test_rows_may_be_plain_dictionaries(tmp_path: Path) -> None:
     data = training_set()
     model = adapted(base())
     one = scores(model, fine_tune(tmp_path / "a", model, dataset=data).bank)
@@ -84,7 +85,7 @@ def test_rows_of_plain_dictionaries_do_as_well(tmp_path: Path) -> None:
 
 
 class Stop(Exception):
-    """What a test raises inside training."""
+    """An exception that tests raise inside training."""
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ class Stop(Exception):
         (dict(objective="sequence"), {}, UnsupportedError, "fits no known likelihood"),
     ],
 )
-def test_what_cannot_be_done_is_refused_before_the_first_step(
+def test_unsupported_runs_are_refused_before_the_first_step(
     tmp_path: Path, settings: dict[str, Any], how: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     model = adapted(base())
@@ -116,7 +117,7 @@ def test_adam_with_coupled_decay_is_refused_before_the_first_step(tmp_path: Path
         fine_tune(tmp_path, model, optimizers=(optimizer, None))
 
 
-def test_a_collator_that_draws_is_refused(tmp_path: Path) -> None:
+def test_random_collator_is_refused(tmp_path: Path) -> None:
     def masked(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = padded(rows)
         return batch | {"input_ids": torch.where(torch.rand(batch["input_ids"].shape) < 0.3, 1, batch["input_ids"])}
@@ -125,7 +126,7 @@ def test_a_collator_that_draws_is_refused(tmp_path: Path) -> None:
         fine_tune(tmp_path, adapted(base()), collate=masked)
 
 
-def test_a_dataset_for_sources_must_have_the_rows_that_were_trained_on(tmp_path: Path) -> None:
+def test_dataset_for_sources_must_have_the_training_rows(tmp_path: Path) -> None:
     callback = ResponseCallback(config(), dataset=training_set(ROWS + 1))
     with pytest.raises(MismatchError, match=f"{ROWS + 1} rows and {ROWS} were trained on"):
         trainer_for(tmp_path, adapted(base()), training_set(), callback).train()
@@ -138,7 +139,7 @@ def test_a_dataset_for_sources_must_have_the_rows_that_were_trained_on(tmp_path:
         ("trainer", "is_deepspeed_enabled", True, "DeepSpeed keeps weights"),
     ],
 )
-def test_what_shares_the_model_in_another_way_is_refused(
+def test_data_parallel_and_deepspeed_are_refused(
     tmp_path: Path, where: str, name: str, value: Any, message: str
 ) -> None:
     trainer = trainer_for(tmp_path, adapted(base()), training_set(), None)
@@ -147,10 +148,10 @@ def test_what_shares_the_model_in_another_way_is_refused(
     else:
         setattr(trainer, name, value)
     with pytest.raises(UnsupportedError, match=message):
-        _refuse(trainer.args, trainer)
+        refuse_trainer(trainer.args, trainer, config())
 
 
-def test_a_diverged_run_keeps_its_result_and_its_record_and_makes_no_bank(
+def test_diverged_run_keeps_its_result_and_record_and_makes_no_bank(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = adapted(base(torch.float32))
@@ -160,21 +161,21 @@ def test_a_diverged_run_keeps_its_result_and_its_record_and_makes_no_bank(
     result = trainer_for(tmp_path, model, training_set(), callback, max_grad_norm=0).train()
     assert result.global_step == 12
     assert {path.name for path in tmp_path.iterdir()} == {f"_{RECORD}"}
-    with pytest.raises(NumericalError, match="was the loss NaN"):
+    with pytest.raises(NumericalError, match="Was the loss NaN"):
         callback.bank  # noqa: B018
     (message,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
-    assert "was the loss NaN" in message
+    assert "Was the loss NaN" in message
     assert f"record='{tmp_path}/_{RECORD}'" in message
-    with pytest.raises(NumericalError, match="was the loss NaN"):
+    with pytest.raises(NumericalError, match="Was the loss NaN"):
         build_bank(model, training_set(), config(), data_collator=padded, record=tmp_path / f"_{RECORD}")
 
 
-def test_a_full_disk_leaves_the_old_bank_and_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_the_old_bank_and_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = fine_tune(tmp_path, adapted(base())).bank
     assert old is not None
     model, callback = adapted(base()), ResponseCallback(config())
     trainer = trainer_for(tmp_path, model, training_set(), callback, learning_rate=2e-2)
-    real = hf_fwdattr.bank.files.save_file
+    real = hf_fwdattr.bank.tensors.save_file
 
     def full(tensors: dict[str, Tensor], path: str, **more: Any) -> None:
         if "coordinates" in tensors:
@@ -183,14 +184,12 @@ def test_a_full_disk_leaves_the_old_bank_and_the_record(tmp_path: Path, monkeypa
         real(tensors, path, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hf_fwdattr.bank.files, "save_file", full)
+        patch.setattr(hf_fwdattr.bank.tensors, "save_file", full)
         trainer.train()
     with pytest.raises(OSError, match="No space left"):
         callback.bank  # noqa: B018
     assert ResponseBank.from_pretrained(tmp_path).manifest == old.manifest
-    assert (
-        len(list((tmp_path / "fwdattr").iterdir())) == 5
-    )  # bank.json, directions of rows and of sources, coordinates, maps
+    assert len(list((tmp_path / "fwdattr").iterdir())) == SHARDS
     finished = build_bank(
         model, training_set(), config(), data_collator=padded, record=tmp_path / f"_{RECORD}", folder=tmp_path / "b"
     )
@@ -200,7 +199,7 @@ def test_a_full_disk_leaves_the_old_bank_and_the_record(tmp_path: Path, monkeypa
     assert finished.manifest.optimizer == "adamw"
 
 
-class Interrupting:
+class InterruptingCollator:
     """A collator that presses Ctrl-C after some batches."""
 
     def __init__(self) -> None:
@@ -214,20 +213,20 @@ class Interrupting:
 
 
 @pytest.mark.parametrize("batches", [1, 4, 15])
-def test_a_bank_interrupted_in_its_passes_can_be_finished(tmp_path: Path, batches: int) -> None:
-    collate, settings = Interrupting(), config(segments=2, directions=8)
+def test_bank_interrupted_in_its_passes_can_be_completed(tmp_path: Path, batches: int) -> None:
+    collate, settings = InterruptingCollator(), config(segments=2, directions=8)
     model = adapted(base()).train()
     trainer = trainer_for(tmp_path, model, training_set(), None, collate)
 
-    class Press(ResponseCallback):
-        """Counts only batches of the passes."""
+    class InterruptedCallback(ResponseCallback):
+        """A callback that is interrupted in its passes."""
 
         def on_train_end(self, *args: Any, **kwargs: Any) -> None:
             self.before = weights(model), torch.get_rng_state()
             collate.left = batches
             super().on_train_end(*args, **kwargs)
 
-    callback = Press(settings)
+    callback = InterruptedCallback(settings)
     trainer.add_callback(callback)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
@@ -242,8 +241,8 @@ def test_a_bank_interrupted_in_its_passes_can_be_finished(tmp_path: Path, batche
     assert torch.equal(scores(model, bank), scores(again, undisturbed))
 
 
-def test_a_run_interrupted_while_training_can_start_again(tmp_path: Path) -> None:
-    collate = Interrupting()
+def test_run_interrupted_while_training_can_start_again(tmp_path: Path) -> None:
+    collate = InterruptingCollator()
     callback, model = ResponseCallback(config()), adapted(base())
     trainer = trainer_for(tmp_path, model, training_set(), callback, collate)
     collate.left = 8
@@ -255,9 +254,9 @@ def test_a_run_interrupted_while_training_can_start_again(tmp_path: Path) -> Non
     assert torch.equal(scores(fresh, callback.bank), scores(again, fine_tune(tmp_path / "b", again).bank))
 
 
-@pytest.mark.parametrize("moved", [False, True])
-def test_a_resumed_run_ends_with_the_same_bank(tmp_path: Path, moved: bool) -> None:
-    """Stopped at step 5 of 12, in the middle of a segment, and resumed by another process's objects."""
+@pytest.mark.parametrize(("moved", "added"), [(False, False), (True, False), (True, True)])
+def test_resumed_run_gives_the_same_bank(tmp_path: Path, moved: bool, added: bool) -> None:
+    """Stopped at step 5 of 12, in the middle of a segment, and resumed by the objects of another process."""
     whole = adapted(base())
     expected = scores(whole, fine_tune(tmp_path / "whole", whole).bank)
     how: dict[str, Any] = dict(save_strategy="steps", save_steps=5)
@@ -275,13 +274,15 @@ def test_a_resumed_run_ends_with_the_same_bank(tmp_path: Path, moved: bool) -> N
     if moved:
         checkpoint = checkpoint.rename(tmp_path / "elsewhere")
     model, callback = adapted(base()), ResponseCallback(config())
-    trainer = trainer_for(folder, model, training_set(), callback, **how)
+    trainer = trainer_for(folder, model, training_set(), None if added else callback, **how)
+    if added:
+        callback.add_to(trainer)
     trainer.train(resume_from_checkpoint=str(checkpoint) if moved else True)
     assert torch.equal(weights(model), weights(whole))
     assert torch.equal(scores(model, callback.bank), expected)
 
 
-def test_after_a_checkpoint_without_a_record_the_bank_is_of_the_rest_and_says_so(
+def test_run_resumed_without_a_record_gives_the_bank_of_the_rest(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Rows count for what they did from step 5 on: as in a record of those steps alone."""
@@ -305,7 +306,7 @@ def test_after_a_checkpoint_without_a_record_the_bank_is_of_the_rest_and_says_so
     assert torch.equal(scores(again, later.bank), expected)
 
 
-def test_another_plan_or_another_number_of_rows_is_not_resumed(tmp_path: Path) -> None:
+def test_other_plan_or_number_of_rows_is_not_resumed(tmp_path: Path) -> None:
     how: dict[str, Any] = dict(save_strategy="steps", save_steps=5)
     trainer_for(tmp_path, adapted(base()), training_set(), ResponseCallback(config()), **how).train()
     path = str(tmp_path / "checkpoint-5")
@@ -317,7 +318,7 @@ def test_another_plan_or_another_number_of_rows_is_not_resumed(tmp_path: Path) -
         trainer.train(resume_from_checkpoint=path)
 
 
-def test_a_checkpoints_record_makes_the_checkpoints_bank(tmp_path: Path) -> None:
+def test_record_of_a_checkpoint_gives_the_bank_of_the_checkpoint(tmp_path: Path) -> None:
     """The record in a checkpoint is whole: it gives the bank of a run that ended there by itself."""
     constant: dict[str, Any] = dict(lr_scheduler_type="constant")
     settings = config(segments=1)
@@ -338,7 +339,7 @@ def test_a_checkpoints_record_makes_the_checkpoints_bank(tmp_path: Path) -> None
     assert len(bank) == ROWS
 
 
-def test_the_best_models_bank_is_of_the_steps_up_to_it(tmp_path: Path) -> None:
+def test_bank_of_the_best_model_has_the_steps_up_to_it(tmp_path: Path) -> None:
     """The evaluation loss is made to rise after the first epoch, so the model of step 4 is loaded back."""
 
     class Rising(Trainer):
@@ -366,7 +367,7 @@ def test_the_best_models_bank_is_of_the_steps_up_to_it(tmp_path: Path) -> None:
     agree(scores(model, bank), scores(short, end.bank), 1e-6)
 
 
-def test_build_bank_makes_a_bank_of_a_finished_model(tmp_path: Path) -> None:
+def test_build_bank_makes_a_bank_without_a_record(tmp_path: Path) -> None:
     """All rows count alike, columns that the model does not take are left out, and the folder goes with the bank."""
     model = adapted(base())
     settings = config(horizon={"steps": 100, "step_size": 0.05}, row_id_column="number")
@@ -397,7 +398,7 @@ def test_build_bank_takes_rows_of_one_length_without_a_collator() -> None:
         ([*token_rows(2), {"input_ids": [1, 2, 3], "labels": [1, -7, 3]}], {}, QueryError, "row 2 has the label -7"),
         ([*token_rows(2), {"input_ids": [1, 2, 3], "labels": [1, 23, 3]}], {}, QueryError, "row 2 has the label 23"),
         (iter(token_rows(2)), {}, UnsupportedError, "has no length or no random access"),
-        (token_rows(3), dict(horizon=None), UnsupportedError, "neither was given"),
+        (token_rows(3), dict(horizon=None), UnsupportedError, "neither a record nor a horizon was given"),
     ],
     ids=["empty", "too long", "negative label", "label beyond", "stream", "no horizon"],
 )
@@ -410,9 +411,9 @@ def test_bad_rows_are_named(data: Any, settings: dict[str, Any], error: type[Exc
     assert torch.equal(weights(model), before)
 
 
-def test_a_record_of_other_rows_or_other_weights_is_refused(tmp_path: Path) -> None:
+def test_record_of_other_rows_or_weights_is_refused(tmp_path: Path) -> None:
     model, callback = adapted(base()), ResponseCallback(config())
-    trainer = trainer_for(tmp_path, model, training_set(), callback, Interrupting())
+    trainer = trainer_for(tmp_path, model, training_set(), callback, InterruptingCollator())
     trainer.train()
     record = tmp_path / "kept"
     callback.recorder.record.save(record)
@@ -420,17 +421,54 @@ def test_a_record_of_other_rows_or_other_weights_is_refused(tmp_path: Path) -> N
         build_bank(model, training_set(11), config(), data_collator=padded, record=record)
     with pytest.raises(MismatchError, match="other weights"):
         build_bank(adapted(base()), training_set(), config(), data_collator=padded, record=record)
-    with pytest.raises(MismatchError, match="other responding parameters"):
+    with pytest.raises(MismatchError, match="tracks other parameters"):
         build_bank(model, training_set(), config(parameters="lora"), data_collator=padded, record=record)
     with pytest.raises(BankError, match="no record of a run in"):
         build_bank(model, training_set(), config(), data_collator=padded, record=tmp_path / "nowhere")
     settings = json.loads((record / "record.json").read_text())
     (record / "record.json").write_text(json.dumps(settings | {"taken": 3}))
-    with pytest.raises(BankError, match="cut off while it was written"):
+    with pytest.raises(BankError, match="incomplete"):
         build_bank(model, training_set(), config(), data_collator=padded, record=record)
 
 
-def test_a_callback_may_be_used_twice(tmp_path: Path) -> None:
+def test_add_to_gives_the_bank_of_callbacks_without_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = adapted(base()), adapted(base())
+    expected = fine_tune(tmp_path / "a", one).bank
+    trainer, callback = trainer_for(tmp_path / "b", other, training_set(), None), ResponseCallback(config())
+    assert callback.add_to(trainer) is callback.add_to(trainer) is callback
+    assert trainer.callback_handler.callbacks.count(callback) == 1
+    monkeypatch.setattr(hf_fwdattr.trainer.callback, "find_train_call", lambda: pytest.fail("searched"))
+    trainer.train()
+    assert torch.equal(scores(other, callback.bank), scores(one, expected))
+
+
+@pytest.mark.parametrize(
+    ("settings", "how", "message"),
+    [
+        ({}, dict(compute_loss_func=lambda *_, **__: 0), "compute_loss_func"),
+        (dict(parameters="nothing_like_it"), {}, "nothing_like_it"),
+    ],
+)
+def test_add_to_refuses_before_training(
+    tmp_path: Path, settings: dict[str, Any], how: dict[str, Any], message: str
+) -> None:
+    trainer = trainer_for(tmp_path, adapted(base()), training_set(), None, **how)
+    callback = ResponseCallback(config(**settings))
+    with pytest.raises(UnsupportedError, match=message):
+        callback.add_to(trainer)
+    assert callback not in trainer.callback_handler.callbacks
+
+
+def test_log_says_where_the_bank_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "hf_fwdattr"):
+        bank = fine_tune(tmp_path, adapted(base())).bank
+    assert bank is not None
+    (message,) = [message for message in caplog.messages if message.startswith("response bank: ")]
+    assert f"{bank.folder} ({bank.manifest.bytes / 1e6:.1f} MB, {ROWS} rows)" in message
+    assert f"pipeline('training-data-attribution', model='{tmp_path}')" in message
+
+
+def test_callback_may_be_used_twice(tmp_path: Path) -> None:
     callback = ResponseCallback(config())
     trainer_for(tmp_path / "a", adapted(base()), training_set(), callback).train()
     second = adapted(base())
@@ -440,5 +478,5 @@ def test_a_callback_may_be_used_twice(tmp_path: Path) -> None:
     assert callback.bank.folder == tmp_path / "b" / "fwdattr"
 
 
-def test_before_training_there_is_no_bank() -> None:
+def test_there_is_no_bank_before_training() -> None:
     assert ResponseCallback(ResponseConfig()).bank is None

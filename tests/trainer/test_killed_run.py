@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_kill_leaves_the_old_bank_the_new_one_or_none(tmp_path: Path) -> None:
+def test_kill_leaves_the_old_bank_the_new_one_or_none(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
@@ -20,15 +20,15 @@ def test_a_kill_leaves_the_old_bank_the_new_one_or_none(tmp_path: Path) -> None:
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     report = json.loads(out.read_text())
-    found = [tuple(line) for line in report["passes"]["found"]]
-    assert {state for _, state in found} <= {"old", "new", "none"}
-    assert Counter(how for how, _ in found)["killed"] >= 50
-    assert {state for how, state in found if how == "killed"} >= {"old", "none"}
+    states = [tuple(line) for line in report["passes"]["states"]]
+    assert {state for _, state in states} <= {"old", "new", "none"}
+    assert Counter(how for how, _ in states)["killed"] >= 50
+    assert {state for how, state in states if how == "killed"} >= {"old", "none"}
     assert report["passes"]["last"][1] == "none"
     assert report["passes"]["last"][0] < 0
     assert report["passes"]["same"]
     assert report["passes"]["stray"] == 0
-    saved = [tuple(line) for line in report["saves"]["found"]]
+    saved = [tuple(line) for line in report["saves"]["states"]]
     assert {state for _, state in saved} == {"ok"}
     assert Counter(how for how, _ in saved)["killed"] >= 10
     assert report["saves"]["stray"] == 0

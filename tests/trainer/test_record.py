@@ -5,13 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_fwdattr.bank.files import read_tensors
+from hf_fwdattr.bank.tensors import read_tensors
 from hf_fwdattr.errors import BankError, UnsupportedError
 from hf_fwdattr.trainer.record import Record, Snapshot
 
 
 def recorded(steps: int = 6, segments: int = 2, **changes: float) -> Record:
-    """Step t has rate (t + 1) / 10 and sees rows t and t + 1, each with weight 1 / 4."""
+    """Return a record whose step t has rate (t + 1) / 10 and sees rows t and t + 1, each with weight 1 / 4."""
     record = Record(steps, segments, total=steps + 1, **changes)  # type: ignore[arg-type]
     for step in range(steps):
         record.add((step + 1) / 10, torch.tensor([step, step + 1]), torch.full((2,), 0.25, dtype=torch.float64))
@@ -25,7 +25,7 @@ def end(step: int) -> Snapshot:
 
 
 @given(st.integers(1, 200), st.integers(1, 12))
-def test_segments_cover_a_run_once_and_each_has_one_snapshot(steps: int, segments: int) -> None:
+def test_segments_cover_a_run_once_with_one_snapshot_each(steps: int, segments: int) -> None:
     record = Record(steps, segments)
     bounds = record.bounds()
     assert [step for start, stop in bounds for step in range(start, stop)] == list(range(steps))
@@ -34,23 +34,23 @@ def test_segments_cover_a_run_once_and_each_has_one_snapshot(steps: int, segment
     assert [sum(start < step <= stop for step in due) for start, stop in bounds] == [1] * len(bounds)
 
 
-def test_a_segment_has_its_own_rates_rows_and_snapshot() -> None:
+def test_segments_have_their_own_rates_rows_and_snapshot() -> None:
     first, second = recorded().build(7, end(6))
     assert first.horizon.length == pytest.approx(0.1 + 0.2 + 0.3)
     assert second.horizon.length == pytest.approx(0.4 + 0.5 + 0.6)
-    exposure = torch.tensor([0.1, 0.3, 0.5, 0.3, 0, 0, 0], dtype=torch.float64) / 4
-    torch.testing.assert_close(first.share, exposure / 0.6)
+    sums = torch.tensor([0.1, 0.3, 0.5, 0.3, 0, 0, 0], dtype=torch.float64) / 4
+    torch.testing.assert_close(first.row_weights, sums / 0.6)
     assert (float(first.theta[0]), float(second.theta[0])) == (1.0, 4.0)
-    assert bool((first.share[4:] == 0).all())
+    assert bool((first.row_weights[4:] == 0).all())
 
 
-def test_momentum_lengthens_every_push() -> None:
+def test_momentum_scales_segment_lengths() -> None:
     plain, heavy = recorded().build(7, end(6)), recorded(momentum=0.75).build(7, end(6))
     assert [s.horizon.length for s in heavy] == pytest.approx([4 * s.horizon.length for s in plain])
-    assert all(torch.equal(a.share, b.share) for a, b in zip(plain, heavy, strict=True))
+    assert all(torch.equal(a.row_weights, b.row_weights) for a, b in zip(plain, heavy, strict=True))
 
 
-def test_a_run_that_ended_early_ends_there() -> None:
+def test_segments_end_where_the_run_ended() -> None:
     """Stopped after step 4 of 6 (a best model, or early stopping): the second segment is one step long."""
     first, second = recorded().build(7, end(4))
     assert first.horizon.length == pytest.approx(0.6)
@@ -63,27 +63,27 @@ def test_a_run_that_ended_early_ends_there() -> None:
     assert float(lone.diagonal[0]) == 2.0
 
 
-def test_a_repeated_row_counts_as_often_as_it_was_seen() -> None:
+def test_row_weights_count_repeated_rows() -> None:
     record = Record(1, 1)
     record.add(0.5, torch.tensor([2, 2, 0]), torch.full((3,), 0.1, dtype=torch.float64))
     (segment,) = record.build(3, end(1))
-    assert segment.share.tolist() == pytest.approx([0.1, 0.0, 0.2])
+    assert segment.row_weights.tolist() == pytest.approx([0.1, 0.0, 0.2])
 
 
-def test_a_clipped_step_is_a_step_of_a_smaller_rate_that_decays_as_much() -> None:
+def test_clipping_scales_the_rate_but_not_the_decay() -> None:
     plain, clipped = Record(2, 1, weight_decay=0.3), Record(2, 1, weight_decay=0.3)
     for step in range(2):
         rows, weights = torch.tensor([step]), torch.ones(1, dtype=torch.float64)
         plain.add((0.5, 0.1)[step], rows, weights)
         clipped.add(0.5, rows, weights, (1.0, 0.2)[step])
     (one,), (other,) = plain.build(2, end(2)), clipped.build(2, end(2))
-    torch.testing.assert_close(one.share, other.share)
+    torch.testing.assert_close(one.row_weights, other.row_weights)
     assert one.horizon == other.horizon
     assert one.weight_decay * 0.6 == pytest.approx(0.3 * 0.6)
     assert other.weight_decay * 0.6 == pytest.approx(0.3 * 1.0)
 
 
-def test_a_record_that_begins_late_covers_the_rest() -> None:
+def test_late_records_cover_the_remaining_steps() -> None:
     record = Record(10, 2, total=10, first=4)
     assert record.bounds() == [(4, 7), (7, 10)]
     for step in range(4, 10):
@@ -92,10 +92,10 @@ def test_a_record_that_begins_late_covers_the_rest() -> None:
             record.snapshots.append(Snapshot(record.taken, torch.zeros(3), torch.ones(3)))
     assert [snapshot.step for snapshot in record.snapshots] == [5, 8]
     segments = record.build(10, end(10))
-    assert [segment.share.nonzero().flatten().tolist() for segment in segments] == [[4, 5, 6], [7, 8, 9]]
+    assert [segment.row_weights.nonzero().flatten().tolist() for segment in segments] == [[4, 5, 6], [7, 8, 9]]
 
 
-def test_a_record_takes_four_bytes_for_a_row_and_visit(tmp_path: Path) -> None:
+def test_saved_records_take_four_bytes_per_visit(tmp_path: Path) -> None:
     record = Record(100, 1, total=10**6)
     for _ in range(100):
         record.add(0.1, torch.randint(10**6, (1000,)), torch.full((1000,), 1 / 7, dtype=torch.float64))
@@ -103,7 +103,7 @@ def test_a_record_takes_four_bytes_for_a_row_and_visit(tmp_path: Path) -> None:
     assert (tmp_path / "record.safetensors").stat().st_size < 4 * 100 * 1000 + 32 * 100 + 1000
 
 
-def test_steps_without_a_rate_are_no_run() -> None:
+def test_records_without_a_learning_rate_are_refused() -> None:
     record = Record(2, 1)
     for _ in range(2):
         record.add(0.0, torch.tensor([0]), torch.ones(1, dtype=torch.float64))
@@ -111,15 +111,15 @@ def test_steps_without_a_rate_are_no_run() -> None:
         record.build(1, end(2))
 
 
-def test_the_papers_horizon_takes_the_mean_weight_of_every_step() -> None:
+def test_explicit_horizon_averages_row_weights_over_steps() -> None:
     (segment,) = recorded().build(7, end(6), {"steps": 5, "step_size": 0.1})
     assert segment.horizon.length == 0.5
-    assert segment.share.tolist() == pytest.approx([0.25 / 6] + [0.5 / 6] * 5 + [0.25 / 6])
+    assert segment.row_weights.tolist() == pytest.approx([0.25 / 6] + [0.5 / 6] * 5 + [0.25 / 6])
     assert float(segment.theta[0]) == 99.0
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_a_record_survives_the_disk(tmp_path: Path, ended: bool) -> None:
+def test_records_survive_saving(tmp_path: Path, ended: bool) -> None:
     record = recorded(momentum=0.9, weight_decay=0.1)
     record.optimizer = "sgd"
     record.end = end(6) if ended else None
@@ -133,12 +133,12 @@ def test_a_record_survives_the_disk(tmp_path: Path, ended: bool) -> None:
     assert (again.end is not None) == ended
     built, rebuilt = record.build(7, end(6)), again.build(7, again.end or end(6))
     for one, other in zip(built, rebuilt, strict=True):
-        assert torch.equal(one.share, other.share)
+        assert torch.equal(one.row_weights, other.row_weights)
         assert torch.equal(one.theta, other.theta)
     assert len(read_tensors(tmp_path / "deep" / "record" / "record.safetensors")) == 6 + 2 * (3 if ended else 2)
 
 
-def test_an_empty_record_survives_too(tmp_path: Path) -> None:
+def test_empty_records_survive_saving_and_damage_is_refused(tmp_path: Path) -> None:
     Record(5, 2).save(tmp_path)
     assert Record.load(tmp_path) == Record(5, 2)
     (tmp_path / "record.safetensors").write_bytes(b"12345678")

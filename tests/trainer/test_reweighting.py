@@ -1,4 +1,4 @@
-"""Weights on rows of a real Trainer, against its own loss and against leaving rows out of the definition."""
+"""Row weights in a real Trainer, against its own loss and against gradients of the definition."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from transformers import Trainer
 from hf_fwdattr.errors import UnsupportedError
 from hf_fwdattr.evaluation.retrain import retrain
 from hf_fwdattr.models.likelihood import CAUSAL_LM, row_losses
-from hf_fwdattr.models.parameters import Parameters
+from hf_fwdattr.models.parameters import TrackedParameters
 from hf_fwdattr.trainer.reweighting import RetrainFunction, apply_row_weights, query_losses
 from tests.helpers.cases import adapted, padded
 from tests.helpers.reference import agree
@@ -19,7 +19,7 @@ from tests.helpers.runs import ROWS, base, queries, trainer_for, training_set, w
 
 
 def bare(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """The collator of tests, given whatever columns."""
+    """The collator of the tests, for rows with more columns."""
     return padded([{key: row[key] for key in ("input_ids", "labels")} for row in rows])
 
 
@@ -36,12 +36,12 @@ def ends(folder: Path, given: Tensor | None, **changes: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2}, {"remove_unused_columns": False}])
-def test_weights_of_one_change_nothing(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_unit_row_weights_change_nothing(tmp_path: Path, changes: dict[str, Any]) -> None:
     changes = changes | {"collate": bare}
     agree(ends(tmp_path, torch.ones(ROWS), **changes), ends(tmp_path, None, **changes), 1e-6)  # theirs is float32
 
 
-def test_a_weight_multiplies_its_rows_loss_alone(tmp_path: Path) -> None:
+def test_row_weight_multiplies_the_loss_of_its_row_alone(tmp_path: Path) -> None:
     """One step of SGD on all rows: the weights move by the weighted sum of row gradients over all tokens."""
     given = torch.linspace(0, 2, ROWS, dtype=torch.float64)
     settings: dict[str, Any] = dict(
@@ -55,34 +55,34 @@ def test_a_weight_multiplies_its_rows_loss_alone(tmp_path: Path) -> None:
     batch = bare(list(training_set()))
     divisor = (batch["labels"] != -100).sum()  # the Trainer counts first tokens too where peft wraps the model
     loss = (row_losses(*CAUSAL_LM.forward(model, batch)) * given).sum() / divisor
-    live = Parameters.of(model, "trainable").tensors(model)
+    live = TrackedParameters.of(model, "trainable").tensors(model)
     step = torch.cat([g.flatten() for g in torch.autograd.grad(loss, live)])
     agree(moved, before - 0.1 * step, 1e-9)
 
 
-def test_other_numbers_of_rows_and_other_losses_are_refused(tmp_path: Path) -> None:
+def test_row_weights_for_other_rows_or_other_losses_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="5 weights for 12 rows"):
         apply_row_weights(make(tmp_path), torch.ones(5))
     with pytest.raises(UnsupportedError, match="compute_loss_func"):
         apply_row_weights(make(tmp_path, compute_loss_func=lambda *_, **__: None), torch.ones(ROWS))
 
 
-def test_losses_of_queries(tmp_path: Path) -> None:
+def test_query_losses_match_the_objective(tmp_path: Path) -> None:
     model = adapted(base()).train()
-    asked = queries(3)
-    expected = [row_losses(*CAUSAL_LM.forward(model.eval(), padded([q])))[0].item() for q in asked]
-    agree(query_losses(model.train(), asked), torch.tensor(expected, dtype=torch.float64), 1e-9)
+    some = queries(3)
+    expected = [row_losses(*CAUSAL_LM.forward(model.eval(), padded([q])))[0].item() for q in some]
+    agree(query_losses(model.train(), some), torch.tensor(expected, dtype=torch.float64), 1e-9)
     assert model.training
 
 
-def test_a_factory_retrains_on_subsets_and_with_weights(tmp_path: Path) -> None:
+def test_retrain_function_takes_subsets_and_weights(tmp_path: Path) -> None:
     train = RetrainFunction(lambda seed: make(tmp_path / "runs", seed=seed), queries(3))
     half = torch.arange(ROWS) % 2 == 0
-    found = retrain(train, half[None], [3, 4], tmp_path / "kept", quiet=True, name="t")
-    assert found.shape == (2, 1, 3)
-    assert not torch.equal(found[0], found[1])
+    losses = retrain(train, half[None], [3, 4], tmp_path / "kept", quiet=True, name="t")
+    assert losses.shape == (2, 1, 3)
+    assert not torch.equal(losses[0], losses[1])
     trainer = trainer_for(tmp_path, adapted(base()), training_set().select(range(0, ROWS, 2)), None)
     trainer.train()
-    agree(found[0, 0], query_losses(trainer.model, queries(3)), 1e-6)
+    agree(losses[0, 0], query_losses(trainer.model, queries(3)), 1e-6)
     whole = train(torch.ones(ROWS), 3)
     assert not torch.equal(whole, train(torch.ones(ROWS).index_fill(0, torch.tensor([2]), 0.0), 3))

@@ -7,13 +7,15 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hf_fwdattr.bank.identity import dataset_identity, model_identity, tokenizer_hash
 from hf_fwdattr.errors import UnsupportedError
-from hf_fwdattr.trainer.row_weights import KEY, BatchRecorder, Indexed, Step, loader_of
+from hf_fwdattr.trainer.patching import Patches
+from hf_fwdattr.trainer.row_weights import BatchRecorder, IndexedDataset, OptimizerStep, base_loader
+from hf_fwdattr.trainer.streams import ROW_KEY
 from tests.helpers.cases import adapted, gpt2, padded, token_rows
 from tests.helpers.runs import tokenizer, training_set
 
 
-class Seeing(nn.Module):
-    """A model that remembers what it was called with, and returns a loss."""
+class CallRecorder(nn.Module):
+    """A model that keeps the arguments of its calls, and returns a loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,23 +27,26 @@ class Seeing(nn.Module):
         return {"loss": 2.0 * self.weight} if "labels" in given else {}
 
 
-def attached(shifted: bool = True) -> tuple[Seeing, DataLoader, BatchRecorder]:
-    model = Seeing().train()
+def attached(shifted: bool = True) -> tuple[CallRecorder, DataLoader, BatchRecorder, Patches]:
+    model = CallRecorder().train()
     loader: DataLoader = DataLoader(token_rows(10), batch_size=4, collate_fn=padded)  # type: ignore[arg-type]
-    return model, loader, BatchRecorder(model, loader, shifted)
+    patches = Patches()
+    return model, loader, BatchRecorder(model, loader, patches, shifted), patches
 
 
-def finalize(exposure: BatchRecorder, ranks: int = 1, rule: float | None = None, **more: Any) -> tuple[list, list]:
-    _, rows, weights, _ = Step(0.1, exposure.take(), **more).finalize(ranks, rule)
+def finalize(
+    recorder: BatchRecorder, processes: int = 1, loss_gradient: float | None = None, **more: Any
+) -> tuple[list, list]:
+    _, rows, weights, _ = OptimizerStep(0.1, recorder.take(), **more).finalize(processes, loss_gradient)
     return rows.tolist(), weights.tolist()
 
 
-def test_rows_are_known_and_the_model_does_not_see_them() -> None:
-    model, loader, exposure = attached()
+def test_row_indices_are_recorded_and_hidden_from_the_model() -> None:
+    model, loader, recorder, _ = attached()
     rows, weights = [], []
     for batch in loader:
         model(**batch, num_items_in_batch=torch.tensor(8))["loss"].backward()
-        step = finalize(exposure)
+        step = finalize(recorder)
         rows.append(step[0])
         weights.append(step[1])
     assert rows == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
@@ -52,9 +57,9 @@ def test_rows_are_known_and_the_model_does_not_see_them() -> None:
 
 
 @pytest.mark.parametrize("shifted", [True, False])
-def test_without_a_count_the_loss_is_a_mean_and_the_loop_says_what_it_made_of_it(shifted: bool) -> None:
+def test_mean_losses_are_weighted_by_their_gradient(shifted: bool) -> None:
     """Two micro-batches of one step: each is divided by its own labels, and by whatever the loop divides them by."""
-    model, loader, exposure = attached(shifted)
+    model, loader, recorder, _ = attached(shifted)
     batches = iter(loader)
     expected = []
     for share in (0.5, 0.25):
@@ -62,76 +67,76 @@ def test_without_a_count_the_loss_is_a_mean_and_the_loop_says_what_it_made_of_it
         (model(**batch)["loss"] * share * 1024.0).backward()
         labels = batch["labels"][:, 1:] if shifted else batch["labels"]
         expected += [share / 3 / int((labels != -100).sum())] * 4
-    rows, weights = finalize(exposure, ranks=3, unscale=1024.0)
+    rows, weights = finalize(recorder, processes=3, loss_scale=1024.0)
     assert rows == list(range(8))
     assert weights == pytest.approx(expected)
-    assert finalize(exposure)[0] == []
+    assert finalize(recorder)[0] == []
 
 
-def test_a_loss_that_is_not_the_models_is_refused() -> None:
-    model, loader, exposure = attached()
+def test_loss_other_than_the_models_is_refused() -> None:
+    model, loader, recorder, _ = attached()
     batch = next(iter(loader))
     (model(**batch)["loss"].detach() * model.weight).backward()
     with pytest.raises(UnsupportedError, match="does not use the loss that the model returns"):
-        finalize(exposure)
+        finalize(recorder)
     del batch["labels"]
     model(**batch)
     with pytest.raises(UnsupportedError, match="does not use the loss that the model returns"):
-        finalize(exposure, rule=1.0)
+        finalize(recorder, loss_gradient=1.0)
 
 
-def test_a_rule_stands_in_for_a_loss_that_is_made_of_the_logits() -> None:
-    model, loader, exposure = attached()
+def test_given_loss_gradient_stands_in_for_a_loss_computed_from_logits() -> None:
+    model, loader, recorder, _ = attached()
     batch = next(iter(loader))
     del batch["labels"]
     model(**batch, num_items_in_batch=7)
-    assert finalize(exposure, ranks=2, rule=2.0)[1] == [pytest.approx(1 / 7)] * 4
+    assert finalize(recorder, processes=2, loss_gradient=2.0)[1] == [pytest.approx(1 / 7)] * 4
 
 
-def test_evaluation_in_between_is_not_training() -> None:
-    model, loader, exposure = attached()
+def test_evaluation_is_not_recorded() -> None:
+    model, loader, recorder, _ = attached()
     model.eval()
     batch = next(iter(loader))
-    batch[KEY] = torch.arange(4)
+    batch[ROW_KEY] = torch.arange(4)
     model(**batch)
     model(input_ids=torch.zeros(1, 2))
-    assert finalize(exposure)[0] == []
-    assert KEY not in model.calls[0]
+    assert finalize(recorder)[0] == []
+    assert ROW_KEY not in model.calls[0]
 
 
-def test_afterwards_everything_is_as_before() -> None:
-    model, loader, exposure = attached()
-    exposure.detach()
+def test_undo_restores_model_and_loader() -> None:
+    model, loader, _, patches = attached()
+    patches.undo()
     dataset: Any = loader.dataset
     assert dataset == token_rows(10)
     assert loader.collate_fn is padded
     assert not model._forward_pre_hooks
     assert not model._forward_hooks
-    assert KEY not in next(iter(loader))
+    assert ROW_KEY not in next(iter(loader))
 
 
-def test_a_marked_dataset_is_the_dataset() -> None:
+def test_indexed_dataset_is_the_dataset_with_an_index() -> None:
     plain = training_set()
-    marked = Indexed(plain)
-    assert len(marked) == len(plain)
-    assert marked.column_names == plain.column_names
-    assert marked[3] == plain[3] | {KEY: 3}
-    assert marked.__getitems__([5, 2]) == [marked[5], marked[2]]
-    assert Indexed(token_rows(4)).__getitems__([3])[0][KEY] == 3
+    indexed = IndexedDataset(plain)
+    assert len(indexed) == len(plain)
+    assert indexed.column_names == plain.column_names
+    assert indexed[3] == plain[3] | {ROW_KEY: 3}
+    assert indexed.__getitems__([5, 2]) == [indexed[5], indexed[2]]
+    assert IndexedDataset(token_rows(4)).__getitems__([3])[0][ROW_KEY] == 3
     with pytest.raises(UnsupportedError, match="row 1 of the dataset is a list"):
-        Indexed([[1], [2]])[1]
+        IndexedDataset([[1], [2]])[1]
 
 
-def test_a_stream_has_no_rows() -> None:
+def test_stream_without_row_ids_is_refused() -> None:
     class Stream(IterableDataset):
         def __iter__(self) -> Any:
             return iter(token_rows(2))
 
     with pytest.raises(UnsupportedError, match="is a stream"):
-        loader_of(DataLoader(Stream()))
+        base_loader(DataLoader(Stream()))
 
 
-def test_what_things_are_called() -> None:
+def test_identities_of_model_tokenizer_and_dataset() -> None:
     model = gpt2()
     model.config._name_or_path, model.config._commit_hash = "me/base", "abc"
     assert model_identity(model) == model_identity(adapted(model)) == ("me/base", "abc")

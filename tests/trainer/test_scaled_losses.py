@@ -1,4 +1,4 @@
-"""Clipping and label smoothing are part of what a row's loss weighed."""
+"""Clipping and label smoothing are part of the weight of a row's loss."""
 
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,16 @@ from hf_fwdattr.errors import UnsupportedError
 from hf_fwdattr.gradients.per_sample import PerSampleGradients
 from hf_fwdattr.models.likelihood import CAUSAL_LM, row_losses
 from hf_fwdattr.models.modes import frozen
-from hf_fwdattr.models.parameters import Parameters
-from hf_fwdattr.trainer.clipping import Clipping
-from hf_fwdattr.trainer.row_weights import MicroBatch, Step
+from hf_fwdattr.models.parameters import TrackedParameters
+from hf_fwdattr.trainer.clipping import ClippingRecorder
+from hf_fwdattr.trainer.patching import Patches
+from hf_fwdattr.trainer.row_weights import MicroBatch, OptimizerStep
 from tests.helpers.cases import adapted, padded, token_rows
 from tests.helpers.reference import agree
 from tests.helpers.runs import ask, base, config, fine_tune, queries, trainer_for, training_set, weights
 
 
-def test_a_clipped_descent_is_one_of_smaller_rates(tmp_path: Path) -> None:
+def test_clipped_step_counts_as_a_step_of_smaller_rate(tmp_path: Path) -> None:
     """SGD with clipping, and SGD whose schedule takes the same steps: one training, one bank."""
     model = adapted(base())
     clipped = fine_tune(tmp_path / "a", model, optim="sgd", learning_rate=0.1, max_grad_norm=0.2,
@@ -40,37 +41,38 @@ def test_a_clipped_descent_is_one_of_smaller_rates(tmp_path: Path) -> None:
     agree(ask(other, callback.bank).scores(queries()), ask(model, clipped.bank).scores(queries()), 1e-5)
 
 
-def test_clipping_is_seen_where_accelerate_does_it() -> None:
+def test_clipping_factor_is_read_where_accelerate_clips() -> None:
     class Accelerator:
         def clip_grad_norm_(self, parameters: Any, max_norm: float) -> torch.Tensor:
             return nn.utils.clip_grad_norm_(parameters, max_norm)
 
         def clip_grad_value_(self, parameters: Any, value: float) -> None: ...
 
-    def pulled() -> list[nn.Parameter]:
+    def with_gradients() -> list[nn.Parameter]:
         for parameter in mine:
             parameter.grad = torch.full((2,), 2.0)
         return mine
 
     mine, others = [nn.Parameter(torch.ones(2)) for _ in range(2)], [nn.Parameter(torch.ones(2))]
     accelerator = Accelerator()
-    clipping = Clipping(accelerator, mine)
+    patches = Patches()
+    clipping = ClippingRecorder(accelerator, mine, patches)
     assert clipping.take() == 1.0
-    assert accelerator.clip_grad_norm_(pulled(), 1.0) == pytest.approx(4.0)
+    assert accelerator.clip_grad_norm_(with_gradients(), 1.0) == pytest.approx(4.0)
     accelerator.clip_grad_norm_(mine, 0.5)
     assert float(clipping.take()) == pytest.approx(1 / 8, rel=1e-4)
-    accelerator.clip_grad_norm_(pulled() + others, 100.0)
+    accelerator.clip_grad_norm_(with_gradients() + others, 100.0)
     accelerator.clip_grad_norm_(iter(others), 0.1)
     assert float(clipping.take()) == 1.0
     with pytest.raises(UnsupportedError, match="clipped apart"):
         accelerator.clip_grad_norm_(mine[:1], 1.0)
     with pytest.raises(UnsupportedError, match="clip_grad_value_"):
         accelerator.clip_grad_value_(mine, 1.0)
-    clipping.detach()
+    patches.undo()
     assert not vars(accelerator)
 
 
-def test_smoothed_losses_are_the_trainers() -> None:
+def test_smoothed_row_losses_match_label_smoother() -> None:
     model, batch = base(), padded(token_rows(5))
     with torch.no_grad():
         logits, labels = CAUSAL_LM.forward(model, batch)
@@ -81,9 +83,9 @@ def test_smoothed_losses_are_the_trainers() -> None:
 
 
 @pytest.mark.parametrize("spec", ["lora_B", "trainable"])
-def test_gradients_of_smoothed_losses_are_those_of_autograd(spec: str) -> None:
+def test_smoothed_per_sample_gradients_match_autograd(spec: str) -> None:
     model, batch = adapted(base()), padded(token_rows(4))
-    parameters = Parameters.of(model, spec)
+    parameters = TrackedParameters.of(model, spec)
     live = parameters.tensors(model)
     logits, labels = CAUSAL_LM.forward(model, batch)
     plain = torch.autograd.grad(row_losses(logits, labels, 0.2).sum(), live)
@@ -92,8 +94,7 @@ def test_gradients_of_smoothed_losses_are_those_of_autograd(spec: str) -> None:
     agree(gradients.sum(0), torch.cat([g.reshape(-1) for g in plain]), 1e-5)
 
 
-def test_label_smoothing_is_part_of_the_push_and_said_in_the_bank(tmp_path: Path) -> None:
-    """The same training recorded without it gives another bank."""
+def test_label_smoothing_is_in_record_and_bank(tmp_path: Path) -> None:
     model = adapted(base())
     callback = fine_tune(tmp_path, model, label_smoothing_factor=0.4)
     assert callback.bank is not None
@@ -101,17 +102,17 @@ def test_label_smoothing_is_part_of_the_push_and_said_in_the_bank(tmp_path: Path
     assert callback.recorder.record.smoothing == 0.4
 
 
-def test_smoothing_where_the_count_is_unknown_is_refused() -> None:
+def test_losses_of_unknown_or_unequal_weight_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="is not told num_items_in_batch"):
-        Step(0.1, [MicroBatch(torch.arange(2))]).finalize(1, 1.0)
+        OptimizerStep(0.1, [MicroBatch(torch.arange(2))]).finalize(1, 1.0)
     micro = MicroBatch(torch.arange(2))
-    micro.apply_row_weights(torch.tensor([[-0.5, -0.25]]))
+    micro.record_token_gradients(torch.tensor([[-0.5, -0.25]]))
     with pytest.raises(UnsupportedError, match="weighs some tokens more"):
-        Step(0.1, [micro]).finalize(1, None)
+        OptimizerStep(0.1, [micro]).finalize(1, None)
 
 
-def test_quantised_layers_on_a_cpu_are_refused_before_the_first_step(tmp_path: Path) -> None:
-    """Seen with bitsandbytes 0.50: its CPU kernels gave gradients, forward and backward, that were all zero."""
+def test_bitsandbytes_layers_on_a_cpu_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    """The CPU kernels of bitsandbytes 0.50 gave gradients, forward and backward, that were all zero."""
     model = adapted(base())
     kind = type("Linear4bit", (nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
     model.add_module("q_proj", kind(2, 2))

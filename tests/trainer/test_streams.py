@@ -1,4 +1,4 @@
-"""Training sets without random access."""
+"""Training sets without random access: rows are known by their ids."""
 
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from torch.utils.data import IterableDataset as TorchStream
 
 from hf_fwdattr import ResponseCallback
 from hf_fwdattr.errors import MismatchError, UnsupportedError
-from hf_fwdattr.trainer.row_weights import KEY, loader_of
-from hf_fwdattr.trainer.streams import KeptRows, MarkedStream, first_rows
+from hf_fwdattr.trainer.row_weights import base_loader
+from hf_fwdattr.trainer.streams import ROW_KEY, IndexedStream, StreamRows, first_rows
 from tests.helpers.cases import adapted
 from tests.helpers.runs import ask, base, config, fine_tune, queries, trainer_for, training_set
 
@@ -27,7 +27,7 @@ class Stream(TorchStream):
         return iter(self.rows)
 
 
-def test_a_stream_with_row_ids_makes_the_bank_of_its_rows(tmp_path: Path) -> None:
+def test_stream_with_row_ids_gives_the_bank_of_its_rows(tmp_path: Path) -> None:
     """The same batches from a map-style dataset that is read in order; ids go down where positions go up.
 
     Without curvature, as what is drawn for a row depends on its position.
@@ -44,41 +44,40 @@ def test_a_stream_with_row_ids_makes_the_bank_of_its_rows(tmp_path: Path) -> Non
     ids, sources, _ = next(bank.coordinates())
     assert ids.tolist() == sorted(training_set()["number"])
     assert [bank.manifest.sources[s] if s >= 0 else None for s in sources.tolist()] == training_set()["source"][::-1]
-    there = ask(whole, expected).scores(queries()).flip(1)
-    assert torch.allclose(ask(model, bank).scores(queries()), there, rtol=1e-6, atol=1e-9)
+    expected_scores = ask(whole, expected).scores(queries()).flip(1)
+    assert torch.allclose(ask(model, bank).scores(queries()), expected_scores, rtol=1e-6, atol=1e-9)
     assert not list(tmp_path.rglob("*.arrow"))
 
 
-def test_a_resumed_stream_ends_with_the_same_bank(tmp_path: Path) -> None:
+def test_resumed_stream_gives_the_same_bank(tmp_path: Path) -> None:
     settings, how = config(row_id_column="number"), dict(max_steps=6, save_strategy="steps", save_steps=3)
-    found = []
+    scores = []
     for resume in (None, str(tmp_path / "checkpoint-3")):
         model, callback = adapted(base()), ResponseCallback(settings)
         trainer_for(tmp_path, model, Stream(training_set().to_list()), callback, **how).train(resume)
-        found.append(ask(model, callback.bank).scores(queries()))
-    assert torch.equal(*found)
+        scores.append(ask(model, callback.bank).scores(queries()))
+    assert torch.equal(*scores)
 
 
-def test_a_stream_without_row_ids_is_refused(tmp_path: Path) -> None:
+def test_stream_without_row_ids_is_refused(tmp_path: Path) -> None:
     stream = Stream(training_set().to_list())
     with pytest.raises(UnsupportedError, match="the training set is a stream"):
         fine_tune(tmp_path, adapted(base()), config(), stream, max_steps=3)
     with pytest.raises(UnsupportedError, match="must be whole numbers"):
         fine_tune(tmp_path, adapted(base()), config(row_id_column="text"), stream, max_steps=3)
-    with pytest.raises(UnsupportedError, match="name one of them"):
+    with pytest.raises(UnsupportedError, match="Name one of them"):
         fine_tune(tmp_path, adapted(base()), config(row_id_column="nowhere"), stream, max_steps=3)
     with pytest.raises(UnsupportedError, match="must have a whole number"):
-        list(MarkedStream(stream, "text"))
+        list(IndexedStream(stream, "text"))
     with pytest.raises(UnsupportedError, match="has no length"):
-        loader_of(DataLoader(iter([1])))  # type: ignore[arg-type]
+        base_loader(DataLoader(iter([1])))  # type: ignore[arg-type]
 
 
-def test_rows_of_a_stream_are_kept_in_the_order_of_their_ids() -> None:
+def test_stream_rows_are_kept_in_the_order_of_their_ids() -> None:
     rows = [{"n": n, "input_ids": [n] * 3} for n in (7, 3, 9, 3, 5)]
     assert first_rows(Stream(rows), 2) == rows[:2]
-    assert [row[KEY] for row in MarkedStream(Stream(rows), "n")] == [7, 3, 9, 3, 5]
-    kept = KeptRows(Stream(rows), "n", [9, 3])
-    assert kept.ids == [3, 9]
+    assert [row[ROW_KEY] for row in IndexedStream(Stream(rows), "n")] == [7, 3, 9, 3, 5]
+    kept = StreamRows(Stream(rows), "n", [9, 3])
     assert kept.dataset["input_ids"] == [[3] * 3, [9] * 3]
     with pytest.raises(MismatchError, match="row 4 was trained on"):
-        KeptRows(Stream(rows), "n", [4])
+        StreamRows(Stream(rows), "n", [4])

@@ -28,10 +28,10 @@ def conversations(kind: str, count: int = 12) -> Dataset:
     rows: list[dict[str, Any]] = []
     for index in range(count):
         prompt, completion = words(2 + index % 3), words(2 + index % 4)
-        said = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
         pair = {"prompt": prompt, "completion": f" {completion}"}
         rows.append(
-            (pair if kind == "pairs" else {"messages": said}) | {"number": 50 - index, "source": "ab"[index % 2]}
+            (pair if kind == "pairs" else {"messages": messages}) | {"number": 50 - index, "source": "ab"[index % 2]}
         )
     return Dataset.from_list(rows)
 
@@ -45,17 +45,17 @@ def tuned(folder: Path, kind: str, settings: Any = None, **changes: Any) -> Any:
         bf16=False, report_to=[], save_strategy="no", max_length=16, logging_strategy="no", disable_tqdm=True,
         gradient_checkpointing=False, seed=3,
     )  # fmt: skip
-    callback = ResponseCallback(settings or config(row_id_column="number"))
     trainer = SFTTrainer(
         model=adapted(base()), args=SFTConfig(**(how | changes)), train_dataset=conversations(kind),
-        processing_class=tokenizer(), callbacks=[callback],
+        processing_class=tokenizer(),
     )  # fmt: skip
+    callback = ResponseCallback(settings or config(row_id_column="number")).add_to(trainer)
     trainer.train()
     return trainer, callback
 
 
 @pytest.mark.parametrize("kind", ["pairs", "chats"])
-def test_a_supervised_fine_tune_makes_the_bank_that_the_plain_trainer_makes(tmp_path: Path, kind: str) -> None:
+def test_sft_trainer_gives_the_bank_of_the_plain_trainer(tmp_path: Path, kind: str) -> None:
     """The trainer's own tokenized rows, and its own collator, in transformers' Trainer: the same training and bank."""
     trainer, callback = tuned(tmp_path / "sft", kind)
     assert callback.bank is not None
@@ -70,12 +70,12 @@ def test_a_supervised_fine_tune_makes_the_bank_that_the_plain_trainer_makes(tmp_
     model, plain = adapted(base()), ResponseCallback(config(row_id_column="number"))
     masked = data.map(lambda row: {"labels": [-100, *row["labels"][1:]]})
     trainer_for(tmp_path / "plain", model, masked, plain, trainer.data_collator).train()
-    found, expected = ask(trainer.model, callback.bank).scores(queries()), ask(model, plain.bank).scores(queries())
+    scores, expected = ask(trainer.model, callback.bank).scores(queries()), ask(model, plain.bank).scores(queries())
     if kind == "pairs":
-        agree(found, expected, 1e-3)
+        agree(scores, expected, 1e-3)
 
 
-def test_rows_without_padding_are_known(tmp_path: Path) -> None:
+def test_padding_free_rows_are_recorded(tmp_path: Path) -> None:
     """padding_free lays a batch's rows behind each other; the passes then take one row at a time."""
     _, whole = tuned(tmp_path / "padded", "pairs")
     _, flat = tuned(
@@ -93,12 +93,12 @@ def test_rows_without_padding_are_known(tmp_path: Path) -> None:
         (dict(loss_type="dft"), "weighs some tokens more than others"),
     ],
 )
-def test_what_cannot_be_told_apart_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_packing_and_weighted_tokens_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
         tuned(tmp_path, "pairs", **changes)
 
 
-def test_preferences_are_refused_with_the_reason(tmp_path: Path) -> None:
+def test_preference_training_is_refused_with_the_reason(tmp_path: Path) -> None:
     """A DPO row is a pair of outputs and its loss no likelihood of either."""
     from trl import DPOConfig, DPOTrainer
 

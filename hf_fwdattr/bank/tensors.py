@@ -1,0 +1,52 @@
+"""Tensors of a bank's shards: written atomically, read in slices, refused where they are not finite."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import BankError
+from .files import read_header, write_atomically
+
+
+__all__ = ["finite", "read_tensors", "slices", "write_tensors"]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file atomically."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda scratch: save_file(contiguous, scratch, metadata={"format": "pt"}))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file.
+
+    Raises:
+        BankError: it is not a sound safetensors file.
+    """
+    read_header(path)
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+
+
+def slices(path: Path, name: str, width: int) -> Iterator[Tensor]:
+    """Yield a tensor's lines, `width` at a time, without reading the whole of it."""
+    with safe_open(path, framework="pt") as file:
+        part = file.get_slice(name)
+        total = part.get_shape()[0]
+        for start in range(0, total, width):
+            yield part[start : min(start + width, total)]
+
+
+def finite(tensor: Tensor, what: str) -> Tensor:
+    """Return the tensor itself, if every value is finite.
+
+    Raises:
+        BankError: NaN or infinity, with `what` named.
+    """
+    if not bool(torch.isfinite(tensor).all()):
+        raise BankError(f"{what} holds NaN or infinity. No score would be right. Build the bank again")
+    return tensor
