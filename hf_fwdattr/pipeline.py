@@ -13,18 +13,28 @@ from .bank.bank import ResponseBank
 from .errors import BankError, QueryError
 from .models.likelihood import IGNORED
 from .query.budget import Budget
-from .query.inputs import Query
+from .query.classifier_inputs import class_names, labelled_queries, tokenize_text
+from .query.generation import check_room, check_settings
+from .query.inputs import Query, check_queries, check_top_k
 from .query.loading import AutoModelForAttribution
+from .query.locking import one_at_a_time
 from .query.ranking import RankedRows
-from .query.results import Attribution, AttributionResult, RowScore, SourceScore
+from .query.results import Attribution, AttributionResult, ClassificationResult, RowScore, SourceScore
 from .query.scorer import Scorer
+from .query.tokens import output_text, tokenize_input
 from .query.training_set import TrainingSet
 
 
 __all__ = ["TASK", "TrainingDataAttributionPipeline", "register"]
 
 TASK = "training-data-attribution"
-_OPTIONS = ("dataset", "top_k", "verify_dataset", "budget")  # of a call; at construction they become its defaults
+_OPTIONS = (
+    "dataset",
+    "top_k",
+    "verify_dataset",
+    "budget",
+    "generate_kwargs",
+)  # of a call; at construction they become its defaults
 
 
 class TrainingDataAttributionPipeline(Pipeline):
@@ -35,6 +45,8 @@ class TrainingDataAttributionPipeline(Pipeline):
     >>> attribute("The capital of Chad is", dataset=train, top_k=1, max_new_tokens=8)
     {'generated_text': " N'Djamena.",
      'tokens': [' N', "'", 'D', 'jam', 'ena', '.'],
+     'token_ids': [399, 6, 35, 39159, 8107, 13],
+     'offsets': [(0, 2), (2, 3), (3, 4), (4, 7), (7, 10), (10, 11)],
      'examples': [
         {'row': 241, 'score': 3.1, 'token_scores': [0.9, 0.1, 0.8, 0.7, 0.5, 0.1], 'source': 'almanac',
          'example': {'text': "Chad's capital is N'Djamena.", ...}},
@@ -45,9 +57,12 @@ class TrainingDataAttributionPipeline(Pipeline):
     A score says, in nats and to first order, how much of the output's log-likelihood is owed to a row: without the
     row, it would be lower by the score. Rows with positive scores are proponents, those with negative ones opponents.
 
-    An input is a text, a chat (a list of messages), or `{"prompt": text or chat, "completion": text}` for an output
-    that is given instead of generated; or a list, dataset or generator of these. Arguments of a call that are not
-    listed below go to `generate`. All options of a call can be given at construction, for all calls.
+    An input is a text, a chat (a list of messages; a last one of the assistant is continued), or `{"prompt": text or
+    chat, "completion": text or messages}` for an output that is given instead of generated; or token ids, a list of
+    them, `{"prompt_ids": ..., "completion_ids": ...}`, or a tokenized row with `input_ids` and `labels`; or a list,
+    dataset or generator of these. A completion continues the prompt's text as it stands, spaces included, and both
+    are tokenized together. Arguments of a call that are not listed below go to `generate`. All options of a call can
+    be given at construction, for all calls. Threads may share a pipeline: it answers one at a time.
 
     Args:
         model, tokenizer, device, ...: as in every pipeline. The bank is looked for beside the model.
@@ -59,8 +74,9 @@ class TrainingDataAttributionPipeline(Pipeline):
             itself); or `auto`, half for rows that are named in two stages by a processor with such instructions.
         allow_mismatch (`list[str]`, *optional*): what may differ from the bank: "weights" (the tracked parameters),
             "tokenizer", "dataset".
-        dataset (per call, *optional*): the training set with its `input_ids`, or a stream of it; its rows are shown as
-            `example`. Without it the text is shown that the bank holds, if any.
+        dataset (per call, *optional*): the training set, tokenized or as its owner has it (`messages`, `prompt` and
+            `completion`, `text`), or a stream of it; its rows are shown as `example`. Without it the
+            text that the bank holds is shown, if any.
         verify_dataset (per call, `bool` or `int`, defaults to `True`): compare all rows of `dataset` with the bank's
             hashes; only so many rows, spread evenly (the first of a stream); or none, for another form of the training
             set, row by row in the same order.
@@ -70,17 +86,20 @@ class TrainingDataAttributionPipeline(Pipeline):
             the `top_k` on either side, at most 256; `all` reads all of the bank's directions. By default 128 passes
             where the bank holds a gradient predictor (and as many directions), and all directions otherwise. Sources
             with directions take a pass each on top, and at least `top_k` rows on either side are read.
+        generate_kwargs (per call, `dict`, *optional*): more settings of `generate`, such as its own `top_k`.
 
     Returns:
         An [`AttributionResult`] per input. `examples` come with the highest score first. `row` is the row's position
         in the training set (or its id, if the bank was made with `row_id_column`), `source` and `example` are None
-        where they are not known, and `token_scores` and `tokens` are aligned.
+        where they are not known, and `token_scores`, `tokens`, `token_ids` and `offsets` (into `generated_text`) are
+        aligned. `tokens` join to `generated_text`, special tokens aside; of a character that is several tokens, the
+        first holds it and the others are empty.
 
     Raises:
         BankError: there is no bank, or it is damaged.
         MismatchError: the bank belongs to another model, or `dataset` is not the one that was trained on.
         QueryError: an input has nothing to score or is too long for the model, or the bank cannot serve the budget.
-        ValueError: an unknown value of an option.
+        ValueError: an unknown option, or an unknown value of one.
     """
 
     _load_processor = False
@@ -111,15 +130,19 @@ class TrainingDataAttributionPipeline(Pipeline):
             self.bank.check_tokenizer(self.tokenizer)
         if self.tokenizer is not None and self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self._training_set = TrainingSet(self.bank)
+        self._training_set = TrainingSet(self.bank, self.tokenizer)
         _, forward, postprocess = self._sanitize_parameters(**options)
         self._forward_params |= forward
         self._postprocess_params |= postprocess
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Attribute one input or many; no inputs give no results."""
+        if hasattr(inputs, "column_names") or (isinstance(inputs, tuple) and not hasattr(inputs, "_fields")):
+            inputs = list(inputs)  # transformers takes lists apart
         if hasattr(inputs, "__len__") and not isinstance(inputs, str | Mapping) and len(inputs) == 0:
             return []  # transformers looks at the first one
+        if isinstance(inputs, list) and all(isinstance(value, int) for value in inputs):
+            inputs = {"prompt_ids": inputs}  # one input, and not one in each token
         return super().__call__(inputs, *args, **kwargs)
 
     def scores(self, queries: Sequence[Query], batch_size: int | None = None, budget: Budget = "all") -> Tensor:
@@ -130,121 +153,145 @@ class TrainingDataAttributionPipeline(Pipeline):
         """Return scores of all sources for tokenized queries: (queries, sources); see [`Scorer.source_scores`]."""
         return self.scorer.source_scores(queries, batch_size)
 
+    @one_at_a_time
     def _sanitize_parameters(
         self,
         dataset: Any = None,
         top_k: int | None = None,
         verify_dataset: bool | int | None = None,
         budget: Budget = None,
+        generate_kwargs: Mapping[str, Any] | None = None,
         **generate: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        check_settings(generate, _OPTIONS)
+        forward: dict[str, Any] = dict(generate)
         postprocess: dict[str, Any] = {}
+        if generate_kwargs is not None:
+            if not isinstance(generate_kwargs, Mapping):
+                raise ValueError(f"generate_kwargs={generate_kwargs!r}: not a dictionary. Pass {{'top_k': 50}}")
+            check_settings(generate_kwargs, ())
+            forward["generate_kwargs"] = dict(generate_kwargs)
+        if top_k is not None:
+            forward["top_k"] = check_top_k(top_k)
+        if budget is not None:
+            forward["budget"] = self.scorer.resolve_budget(budget)
         if dataset is not None:
             postprocess["dataset"] = dataset
+            self._training_set.check(dataset)
             if verify_dataset is not False and "dataset" not in self._allowed:
                 self._training_set.verify(dataset, None if verify_dataset is True else verify_dataset)
-        if top_k is not None:
-            if top_k < 0:
-                raise ValueError(f"top_k={top_k}: the number of rows to name on either side cannot be negative")
-            generate["top_k"] = top_k
-        if budget is not None:
-            generate["budget"] = self.scorer.resolve_budget(budget)
-        return {}, generate, postprocess
+        return {}, forward, postprocess
 
+    @one_at_a_time
     def preprocess(self, input_: Any) -> dict[str, Tensor]:
-        """Return token ids of the prompt, and of the completion if one is given, each (1, n)."""
-        prompt, completion = input_, None
-        if isinstance(input_, Mapping) and "prompt" in input_:
-            prompt, completion = input_["prompt"], input_.get("completion")
-        messages = getattr(prompt, "messages", prompt)
-        if isinstance(messages, str):
-            ids = self.tokenizer(messages)["input_ids"]
-        elif isinstance(messages, Sequence):
-            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
-        else:
-            raise QueryError(
-                f"cannot attribute a {type(input_).__name__}; pass text, chat messages, or prompt and completion"
-            )
-        given = self.tokenizer(completion, add_special_tokens=False)["input_ids"] if completion is not None else []
-        if completion is not None and not given:
-            raise QueryError("the completion is empty: there is no output token to attribute")
-        # Empty tensors cannot be padded into a batch, so an absent completion is one masked token.
+        """Return token ids and labels (1, n); the labels are all -100 where the output is to be generated."""
+        if self._classifies:
+            row = tokenize_text(self.tokenizer, self.model.config, input_)
+            return {name: torch.tensor([row[name]]) for name in ("input_ids", "attention_mask", "labels")}
+        tokenized = tokenize_input(self.tokenizer, input_)
+        if any(label != IGNORED for label in tokenized.labels):
+            check_queries([tokenized._asdict()], self.model.config)
         return {
-            "input_ids": torch.tensor([ids], dtype=torch.int64),
-            "attention_mask": torch.ones(1, len(ids), dtype=torch.int64),
-            "completion": torch.tensor([given or [0]]),
-            "completion_mask": torch.full((1, max(len(given), 1)), int(bool(given))),
+            "input_ids": torch.tensor([tokenized.input_ids]),
+            "attention_mask": torch.ones(1, len(tokenized.input_ids), dtype=torch.int64),
+            "labels": torch.tensor([tokenized.labels]),
         }
 
+    @one_at_a_time
     def _forward(
-        self, model_inputs: dict[str, Tensor], top_k: int = 5, budget: Budget = None, **generate: Any
+        self,
+        model_inputs: dict[str, Tensor],
+        top_k: int = 5,
+        budget: Budget = None,
+        generate_kwargs: Mapping[str, Any] | None = None,
+        **generate: Any,
     ) -> dict[str, Any]:
-        prompts = [
-            ids[mask.bool()]
-            for ids, mask in zip(model_inputs["input_ids"], model_inputs["attention_mask"], strict=True)
+        given = {**generate, **(generate_kwargs or {})}
+        if self._classifies:
+            queries = labelled_queries(self.model, self.device, model_inputs, given)
+            return {"answer": list(zip(queries, self.scorer.attribute(queries, top_k, budget), strict=True))}
+        masks = model_inputs["attention_mask"].bool()
+        pairs = [
+            (ids[mask], labels[mask])
+            for ids, labels, mask in zip(model_inputs["input_ids"], model_inputs["labels"], masks, strict=True)
         ]
-        outputs = [
-            ids[mask.bool()] if mask.any() else self._generate(prompt, generate)
-            for prompt, ids, mask in zip(
-                prompts, model_inputs["completion"], model_inputs["completion_mask"], strict=True
-            )
+        settings = [
+            None if bool((labels != IGNORED).any()) else self._generation_settings(len(ids), given)
+            for ids, labels in pairs
         ]
-        queries = []
-        for prompt, output in zip(prompts, outputs, strict=True):
-            labels = torch.cat([torch.full_like(prompt, IGNORED), output])
-            queries.append({"input_ids": torch.cat([prompt, output]).tolist(), "labels": labels.tolist()})
-        attributions = self.scorer.attribute(queries, top_k, budget)
-        # Position p of token scores belongs to token p + 1 of the text.
-        starts = [max(len(prompt) - 1, 0) for prompt in prompts]
-        spans = [slice(start, start + len(output)) for start, output in zip(starts, outputs, strict=True)]
-        return {"output": [output.cpu() for output in outputs], "attribution": attributions, "span": spans}
+        pairs = [
+            pair if chosen is None else self._generate(pair[0], chosen)
+            for pair, chosen in zip(pairs, settings, strict=True)
+        ]
+        queries = [{"input_ids": ids.tolist(), "labels": labels.tolist()} for ids, labels in pairs]
+        return {"answer": list(zip(queries, self.scorer.attribute(queries, top_k, budget), strict=True))}
 
-    def _generate(self, prompt: Tensor, generate: dict[str, Any]) -> Tensor:
-        """Return the new tokens (n,) after a prompt; the end-of-text token only if it is the only one."""
-        settings = self._prepare_generate_kwargs(dict(generate))
-        if len(prompt) == 0:
-            raise QueryError("the prompt is empty: there is nothing to continue")
+    @property
+    def _classifies(self) -> bool:
+        return self.bank.manifest.objective == "sequence-classification"
+
+    def _generation_settings(self, length: int, given: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings of `generate` for a prompt of some length, whose output must fit into the context."""
+        settings = self._prepare_generate_kwargs(dict(given))
+        check_settings({name: settings.get(name) for name in ("num_return_sequences", "generation_config")}, ())
+        limit = check_room(self.model, length, settings)
+        return self._prepare_generate_kwargs(dict(given), **limit) if limit else settings
+
+    def _generate(self, prompt: Tensor, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return a prompt with its new tokens, and labels; the end-of-text token is kept only if it is alone."""
         text = self.model.generate(input_ids=prompt[None], attention_mask=torch.ones_like(prompt)[None], **settings)
         text = text if isinstance(text, Tensor) else text.sequences
         if text.shape[0] > 1:
             raise QueryError("num_return_sequences is more than one; ask for one output at a time")
-        output = text[0, len(prompt) :]
-        ends = self.model.generation_config.eos_token_id
+        ids = text[0]
+        ends = self._get_set_generation_params(settings).get("eos_token_id")
         ends = ends if isinstance(ends, list) else [ends]
-        return output[:-1] if len(output) > 1 and int(output[-1]) in ends else output
+        ids = ids[:-1] if len(ids) > len(prompt) + 1 and int(ids[-1]) in ends else ids
+        return ids, torch.cat([torch.full_like(prompt, IGNORED), ids[len(prompt) :]])
 
-    def postprocess(self, model_outputs: dict[str, Any], dataset: Any = None) -> AttributionResult:
+    @one_at_a_time
+    def postprocess(
+        self, model_outputs: dict[str, Any], dataset: Any = None
+    ) -> AttributionResult | ClassificationResult:
         """Return the result as plain Python values."""
-        # In a batch, transformers takes tensors out of their lists but leaves other values in them.
-        output = model_outputs["output"][0]
-        attribution, span = (
-            value[0] if isinstance(value, list) else value
-            for value in (model_outputs["attribution"], model_outputs["span"])
-        )
+        # In a batch, transformers takes values out of their lists.
+        answer = model_outputs["answer"]
+        query, attribution = answer[0] if isinstance(answer, list) else answer
+        if self._classifies:
+            return {
+                "label": class_names(self.model.config)[query["labels"][0]],
+                "examples": self._examples(attribution, [0], dataset),
+                "sources": self._sources(attribution.sources),
+            }
+        positions = [index for index, label in enumerate(query["labels"]) if label != IGNORED]
+        pairs = zip(query["input_ids"], query["labels"], strict=True)
+        ids = [token if label == IGNORED else label for token, label in pairs]
+        output = output_text(self.tokenizer, ids, positions)
         return {
-            "generated_text": self.tokenizer.decode(output, skip_special_tokens=True),
-            "tokens": [self.tokenizer.decode([token]) for token in output.tolist()],
-            "examples": self._examples(attribution, span, dataset),
+            "generated_text": output.text,
+            "tokens": output.tokens,
+            "token_ids": [ids[position] for position in positions],
+            "offsets": output.offsets,
+            # Position p of token scores belongs to token p + 1 of the text.
+            "examples": self._examples(attribution, [position - 1 for position in positions], dataset),
             "sources": self._sources(attribution.sources),
         }
 
-    def _examples(self, attribution: Attribution, span: slice, dataset: Any) -> list[RowScore]:
+    def _examples(self, attribution: Attribution, positions: list[int], dataset: Any) -> list[RowScore]:
         """Return the named rows, highest score first."""
         best, worst = attribution.proponents, attribution.opponents
         row_indices = torch.cat([best.row_indices, worst.row_indices]).tolist()
         examples = self._training_set.examples(dataset, row_indices) if row_indices else {}
-        return [self._row_score(best, index, span, examples) for index in range(len(best.scores))] + [
-            self._row_score(worst, index, span, examples) for index in reversed(range(len(worst.scores)))
+        return [self._row_score(best, index, positions, examples) for index in range(len(best.scores))] + [
+            self._row_score(worst, index, positions, examples) for index in reversed(range(len(worst.scores)))
         ]
 
-    def _row_score(self, rows: RankedRows, index: int, span: slice, examples: Mapping[int, Any]) -> RowScore:
+    def _row_score(self, rows: RankedRows, index: int, positions: list[int], examples: Mapping[int, Any]) -> RowScore:
         source = int(rows.sources[index])
         return {
             "row": int(rows.ids[index]),
             "score": float(rows.scores[index]),
-            "token_scores": rows.token_scores[index, span].tolist(),
+            "token_scores": rows.token_scores[index, positions].tolist(),
             "source": self.bank.manifest.sources[source] if source >= 0 else None,
             "example": examples.get(int(rows.row_indices[index])),
         }

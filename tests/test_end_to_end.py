@@ -173,7 +173,7 @@ def test_source_score_is_the_sum_of_its_rows(tmp_path: Path) -> None:
     model, data = adapted(base()), training_set()
     bank = bank_of(fine_tune(tmp_path, model))
     attribute = ask(model, bank)
-    found = attribute({"prompt": "w3 w4", "completion": "w5 w6"})
+    found = attribute({"prompt": "w3 w4", "completion": " w5 w6"})
     ids = [3, 4, 5, 6]
     (line,) = attribute.scores([{"input_ids": ids, "labels": [-100, -100, 5, 6]}])
     sums = {name: sum(float(v) for v, s in zip(line, data["source"], strict=True) if s == name) for name in SOURCES_}
@@ -213,7 +213,7 @@ def test_streamed_coordinates_equal_held_ones(tmp_path: Path, segments: int, ave
         agree(reference, oracle(model, exact, queries()), 1e-5)
     agree(scores(model, held), reference, 1e-5)
     agree(scores(model, streamed), reference, 1e-5)
-    one, other = (ask(model, bank)({"prompt": "w3", "completion": "w4 w5"})["sources"] for bank in (exact, streamed))
+    one, other = (ask(model, bank)({"prompt": "w3", "completion": " w4 w5"})["sources"] for bank in (exact, streamed))
     assert [line["source"] for line in one] == [line["source"] for line in other]
     assert [line["score"] for line in other] == pytest.approx([line["score"] for line in one], rel=1e-4)
 

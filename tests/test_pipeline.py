@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 
 from hf_fwdattr import ResponseBank, TrainingDataAttributionPipeline
 from hf_fwdattr.bank.hashing import row_hash
@@ -61,11 +61,13 @@ def same(one: Any, other: Any) -> None:
 
 def test_prompt_is_continued_and_attributed(attribute: TrainingDataAttributionPipeline) -> None:
     result = attribute(PROMPTS[0], top_k=20, dataset=training_set(), **GREEDY)
-    assert set(result) == {"generated_text", "tokens", "examples", "sources"}
+    assert set(result) == {"generated_text", "tokens", "token_ids", "offsets", "examples", "sources"}
     words = tokenizer()(PROMPTS[0], return_tensors="pt")
     output = attribute.model.generate(**words, **GREEDY, pad_token_id=0)[0, 3:].tolist()
-    assert result["tokens"] == [tokenizer().decode([token]) for token in output]
-    assert result["generated_text"] == tokenizer().decode(output, skip_special_tokens=True)
+    assert result["token_ids"] == output
+    assert result["tokens"] == [f" w{token}" for token in output]
+    assert result["generated_text"] == "".join(result["tokens"])
+    assert result["tokens"] == [result["generated_text"][slice(*span)] for span in result["offsets"]]
     ids = words["input_ids"][0].tolist() + output
     (line,) = attribute.scores([{"input_ids": ids, "labels": [-100] * 3 + output}])
     data = training_set()
@@ -82,8 +84,8 @@ def test_prompt_is_continued_and_attributed(attribute: TrainingDataAttributionPi
 
 
 def test_token_scores_equal_scores_of_single_tokens(attribute: TrainingDataAttributionPipeline) -> None:
-    result = attribute({"prompt": "w3 w4", "completion": "w5 w6 w7"}, top_k=20)
-    assert result["tokens"] == ["w5", "w6", "w7"]
+    result = attribute({"prompt": "w3 w4", "completion": " w5 w6 w7"}, top_k=20)
+    assert result["tokens"] == [" w5", " w6", " w7"]
     ids = [3, 4, 5, 6, 7]
     alone = [
         {"input_ids": ids, "labels": [token if i == position else -100 for i, token in enumerate(ids)]}
@@ -109,7 +111,7 @@ def test_batched_prompts_equal_single_prompts(attribute: TrainingDataAttribution
 
 
 def test_given_and_generated_outputs_share_a_batch(attribute: TrainingDataAttributionPipeline) -> None:
-    given = {"prompt": "w9", "completion": "w1 w2"}
+    given = {"prompt": "w9", "completion": " w1 w2"}
     one, other = attribute([PROMPTS[0], given], batch_size=2, **GREEDY)
     same(one, attribute(PROMPTS[0], **GREEDY))
     same(other, attribute(given))
@@ -132,17 +134,18 @@ def test_generator_of_prompts_is_attributed(attribute: TrainingDataAttributionPi
 
 def test_chats_use_the_template(attribute: TrainingDataAttributionPipeline) -> None:
     chat = [{"role": "user", "content": "w2 w3"}, {"role": "assistant", "content": "w4"}]
-    same(attribute(chat, **GREEDY), attribute("w2 w3 w4 w1", **GREEDY))
+    same(attribute(chat, **GREEDY), attribute("w2 w3 w4", **GREEDY))  # the assistant's last message is continued
     one, other = attribute([chat, chat[:1]], **GREEDY)
     same(one, attribute(chat, **GREEDY))
     same(other, attribute("w2 w3 w1", **GREEDY))
-    given = {"prompt": chat, "completion": "w7 w8"}
-    same(attribute(given), attribute({"prompt": "w2 w3 w4 w1", "completion": "w7 w8"}))
+    given = {"prompt": chat[:1], "completion": " w7 w8"}
+    same(attribute(given), attribute({"prompt": "w2 w3 w1", "completion": " w7 w8"}))
+    same(attribute({"prompt": chat[:1], "completion": chat[1:]}), attribute({"prompt": "w2 w3", "completion": " w4"}))
 
 
 def test_options_at_construction_hold_for_all_calls(folder: Path) -> None:
     options: dict[str, Any] = dict(dataset=training_set(), top_k=2, budget="all")
-    query = {"prompt": "w3 w4", "completion": "w5 w6"}
+    query = {"prompt": "w3 w4", "completion": " w5 w6"}
     expected = pipeline(TASK, model=str(folder), device="cpu")(query, **options)
     attribute = pipeline(TASK, model=str(folder), device="cpu", **options)
     assert attribute(query) == expected
@@ -157,7 +160,7 @@ def test_directional_derivatives_follow_the_banks_directions(attribute: Training
 
 
 def test_top_k_counts_each_side(attribute: TrainingDataAttributionPipeline) -> None:
-    query = {"prompt": "w3 w4", "completion": "w5 w6"}
+    query = {"prompt": "w3 w4", "completion": " w5 w6"}
     everything = [example["score"] for example in attribute(query, top_k=20)["examples"]]
     positive = sum(value > 0 for value in everything)
     assert 2 < positive < ROWS - 2
@@ -165,8 +168,6 @@ def test_top_k_counts_each_side(attribute: TrainingDataAttributionPipeline) -> N
         scores = [example["score"] for example in attribute(query, top_k=k)["examples"]]
         assert scores == pytest.approx(everything[:k] + everything[len(everything) - k :])
     assert len(attribute(query)["examples"]) == min(5, positive) + min(5, ROWS - positive)
-    with pytest.raises(ValueError, match="top_k=-1"):
-        attribute(query, top_k=-1)
 
 
 def test_live_model_needs_only_tokenizer_and_bank(tmp_path: Path, folder: Path) -> None:
@@ -214,7 +215,7 @@ def test_source_scores_are_sums_of_row_scores(tmp_path: Path, limit: int) -> Non
         [by_row[:, [i for i, s in enumerate(sources) if s == name]].sum(1) for name in bank.manifest.sources], 1
     )
     agree(attribute.source_scores(queries()), expected, 1e-5)
-    result = attribute({"prompt": "w3", "completion": "w4"})
+    result = attribute({"prompt": "w3", "completion": " w4"})
     assert [line["score"] for line in result["sources"]] == sorted(
         (s["score"] for s in result["sources"]), reverse=True
     )
@@ -257,8 +258,16 @@ def test_no_query_runs_a_backward_pass(folder: Path, monkeypatch: pytest.MonkeyP
     [
         ("", "the prompt is empty"),
         ({"prompt": "w1", "completion": ""}, "the completion is empty"),
-        ({"prompt": "", "completion": "w1"}, "no supervised token"),
-        ({"prompt": "w1 " * 12, "completion": "w2 " * 5}, f"17 tokens and the model reads at most {CONTEXT}"),
+        ({"prompt": "", "completion": "w1 w2"}, "the prompt is empty .* has no probability"),
+        ({"prompt_ids": [], "completion_ids": [1, 2]}, "the prompt is empty"),
+        ({"prompt_ids": [1], "completion_ids": []}, "the completion is empty"),
+        ({"prompt_ids": [1], "completion_ids": ["w1"]}, "not a list of whole numbers"),
+        ({"prompt": "w1", "completion": [{"role": "assistant", "content": "w2"}]}, "the prompt is text and"),
+        ({"prompt": 3, "completion": "w2"}, "the prompt is a int"),
+        ({"prompt": "w1", "completion": 3}, "the completion is a int"),
+        ("w1 " * CONTEXT, "the prompt has 16 tokens and the model reads at most 16"),
+        ("w1 " * 14, "14 tokens and 4 are to be generated"),
+        ({"prompt": "w1 " * 12, "completion": " w2 " * 5}, f"17 tokens and the model reads at most {CONTEXT}"),
         (17, "cannot attribute a int"),
         ({"text": "w1"}, "cannot attribute a dict"),
     ],
@@ -281,6 +290,10 @@ def test_input_that_cannot_be_attributed_is_refused(
         ([{"input_ids": [1, 2], "labels": [1, 23]}], "query 0 has the label 23"),
         ([{"input_ids": [1, 2], "labels": [1, -5]}], "query 0 has the label -5"),
         ([{"input_ids": [1, 99], "labels": [1, 2]}], "query 0 has the token 99"),
+        ([{"input_ids": [1, 2]}], "query 0 has no labels"),
+        ([{"input_ids": [1, 2.5], "labels": [1, 2]}], "query 0 has input_ids that are not a list of whole numbers"),
+        ([{"input_ids": [1, 2, 3], "labels": [1, 2, 3], "attention_mask": [1, 0, 1]}], "a 0 in its attention_mask"),
+        ([{"input_ids": [1, 2, 3], "labels": [1, 2, 3], "attention_mask": [0, 1, 1]}], "a label at a token that"),
     ],
 )
 def test_query_that_cannot_be_scored_is_refused(
@@ -288,6 +301,101 @@ def test_query_that_cannot_be_scored_is_refused(
 ) -> None:
     with pytest.raises(QueryError, match=message):
         attribute.scores(asked)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "message"),
+    [
+        ("5", "top_k='5': a text is not a number. Pass top_k=5, without quotes"),
+        (2.0, "top_k=2.0: a float is not a whole number. Pass top_k=2"),
+        (True, "top_k=True: a truth value does not say how many"),
+        (-1, "top_k=-1: the number of rows to name on either side cannot be negative"),
+    ],
+)
+def test_top_k_that_is_no_count_is_refused(
+    attribute: TrainingDataAttributionPipeline, folder: Path, top_k: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        attribute({"prompt": "w3", "completion": " w5"}, top_k=top_k)
+    with pytest.raises(ValueError, match=message):
+        attribute.scorer.attribute(queries(1), top_k)
+    with pytest.raises(ValueError, match=message):
+        pipeline(TASK, model=str(folder), device="cpu", top_k=top_k)
+
+
+@pytest.mark.parametrize("query", ["w1", {"prompt": "w1", "completion": " w2"}])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_token": 3}, "max_new_token=3: neither the pipeline nor generate .* Write max_new_tokens"),
+        ({"topk": 3}, "topk=3: .* Write top_k"),
+        ({"generate_kwargs": {"temprature": 3}}, "temprature=3: .* Write temperature"),
+        ({"generate_kwargs": 3}, "generate_kwargs=3: not a dictionary"),
+        ({"readout": "jvp"}, "readout='jvp': it is set when the pipeline is made"),
+        ({"input_ids": [1]}, "the pipeline makes generate's inputs itself"),
+    ],
+)
+def test_settings_that_do_not_exist_are_refused_with_a_completion_too(
+    attribute: TrainingDataAttributionPipeline, query: Any, settings: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        attribute(query, **settings)
+
+
+def test_generate_has_a_top_k_of_its_own(attribute: TrainingDataAttributionPipeline, folder: Path) -> None:
+    expected = attribute("w4 w5", top_k=1, **GREEDY)
+    settings = {"top_k": 1, "do_sample": True, "max_new_tokens": 4}  # the likeliest token always
+    same(attribute("w4 w5", top_k=1, generate_kwargs=settings), expected)
+    constructed = pipeline(TASK, model=str(folder), device="cpu", top_k=1, generate_kwargs=settings)
+    for _ in range(3):
+        same(constructed("w4 w5"), expected)
+
+
+def test_output_beyond_the_context_is_refused_before_it_is_generated(
+    attribute: TrainingDataAttributionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = "w1 " * 14
+    assert len(attribute(prompt, do_sample=False, eos_token_id=-1)["tokens"]) == 2  # the default is cut to the room
+    config = GenerationConfig(max_new_tokens=3)
+
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError("generated")
+
+    monkeypatch.setattr(attribute.model, "generate", forbidden)
+    for settings in ({"max_new_tokens": 3}, {"max_length": 17}, {"generation_config": config}):
+        for asked in (prompt, [*PROMPTS[:1], prompt], {"prompt_ids": [1] * 14}, [{"role": "user", "content": prompt}]):
+            with pytest.raises(QueryError, match=r"are to be generated: .* the model reads at most 16"):
+                attribute(asked, batch_size=2, **settings)
+
+
+def test_token_ids_equal_their_text(attribute: TrainingDataAttributionPipeline) -> None:
+    expected = attribute({"prompt": "w3 w4", "completion": " w5 w6"}, top_k=2)
+    assert expected["token_ids"] == [5, 6]
+    for asked in (
+        {"prompt_ids": [3, 4], "completion_ids": [5, 6]},
+        {"input_ids": [3, 4, 5, 6], "labels": [-100, -100, 5, 6]},
+        {"input_ids": torch.tensor([0, 3, 4, 5, 6]), "labels": [-100] * 3 + [5, 6], "attention_mask": [0, 1, 1, 1, 1]},
+        training_set()[0] | {"input_ids": [3, 4, 5, 6], "labels": [-100, -100, 5, 6]},
+    ):
+        assert attribute(asked, top_k=2) == expected
+    same(attribute([3, 4], **GREEDY), attribute("w3 w4", **GREEDY))
+    results = attribute([[3, 4], [3]], **GREEDY)
+    same(results[0], attribute("w3 w4", **GREEDY))
+    same(results[1], attribute("w3", **GREEDY))
+
+
+def test_padding_of_token_lists_is_left_out(attribute: TrainingDataAttributionPipeline) -> None:
+    asked = queries(4)
+    width = max(len(query["input_ids"]) for query in asked)
+    for left in (True, False):
+        batch = []
+        for query in asked:
+            pad = width - len(query["input_ids"])
+            line = {"input_ids": [0] * pad, "labels": [-100] * pad, "attention_mask": [0] * pad}
+            full = query | {"attention_mask": [1] * len(query["input_ids"])}
+            batch.append({name: line[name] + full[name] if left else full[name] + line[name] for name in line})
+        assert torch.equal(attribute.scores(batch), attribute.scores(asked))
+        assert torch.equal(attribute.source_scores(batch), attribute.source_scores(asked))
 
 
 def test_impossible_options_are_refused(attribute: TrainingDataAttributionPipeline, folder: Path) -> None:
@@ -323,8 +431,8 @@ def changed(data: Dataset, row: int, **values: Any) -> Dataset:
             MismatchError,
             r"row 7 of the dataset .*token hash [0-9a-f]{32}, bank",
         ),
-        (training_set().remove_columns(["input_ids"]), QueryError, "has no 'input_ids'"),
-        (training_set().remove_columns(["input_ids"]).to_list(), QueryError, "has no 'input_ids'"),
+        (training_set().remove_columns(["input_ids", "text"]), QueryError, "has no 'input_ids'"),
+        (training_set().remove_columns(["input_ids", "text"]).to_list(), QueryError, "has no 'input_ids'"),
     ],
     ids=["fewer", "empty", "reversed", "one differs", "no tokens", "a list without tokens"],
 )
@@ -338,7 +446,7 @@ def test_other_dataset_is_refused(
 def test_dataset_is_verified_once_and_a_list_every_time(
     attribute: TrainingDataAttributionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    query = {"prompt": "w3 w4", "completion": "w5 w6"}
+    query = {"prompt": "w3 w4", "completion": " w5 w6"}
     hashed: list[int] = []
 
     def counted(*given: Any) -> bytes:
@@ -368,7 +476,7 @@ def test_verification_reads_tokens_only(attribute: TrainingDataAttributionPipeli
         return rows
 
     lazy = data.with_transform(look)
-    attribute({"prompt": "w3 w4", "completion": "w5 w6"}, dataset=lazy, top_k=1)
+    attribute({"prompt": "w3 w4", "completion": " w5 w6"}, dataset=lazy, top_k=1)
     assert shown == [1, 1]
 
 
@@ -379,7 +487,7 @@ def test_padded_rows_are_recognized(attribute: TrainingDataAttributionPipeline) 
         row["attention_mask"] = [0] * pad + [1] * len(row["input_ids"])
         row["input_ids"] = [0] * pad + row["input_ids"]
     for data in (rows, Dataset.from_list(rows), Dataset.from_list(rows).with_format("torch")):
-        assert attribute({"prompt": "w3", "completion": "w5"}, dataset=data)["examples"]
+        assert attribute({"prompt": "w3", "completion": " w5"}, dataset=data)["examples"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import BankError, MismatchError
@@ -17,7 +16,7 @@ from .files import copy_atomically, write_atomically
 from .identity import check_model, check_rows, check_tokenizer
 from .inspection import BankFiles
 from .push import PushOptions, push
-from .tensors import finite, slices
+from .tensors import finite, open_shard, slices
 from .text import read_texts
 from .verification import MANIFEST, remove_stale
 
@@ -88,7 +87,7 @@ class ResponseBank(BankFiles):
         return bytes.fromhex(self.manifest.salt)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
-        """Compare a tokenizer's vocabulary with that of the training set, where both are known.
+        """Compare a tokenizer with that of the training set, where both are known: all that decides about token ids.
 
         Raises:
             MismatchError: they differ.
@@ -147,7 +146,7 @@ class ResponseBank(BankFiles):
         for file in self.manifest.files_of("directions"):
             first, last = max(start - file.first, 0), min(end - file.first, file.lines)
             if first < last:
-                with safe_open(self.path(file), framework="pt") as shard:
+                with open_shard(self.path(file)) as shard:
                     parts.append(finite(shard.get_slice("directions")[first:last].to(dtype), file.name))
         return torch.cat(parts) if len(parts) > 2 else parts[-1]
 
@@ -194,7 +193,7 @@ class ResponseBank(BankFiles):
             in_shard = {at: row - file.first for at, row in missing.items() if 0 <= row - file.first < file.lines}
             if not in_shard:
                 continue
-            with safe_open(self.path(file), framework="pt") as shard:
+            with open_shard(self.path(file)) as shard:
                 codes, scales = shard.get_slice("codes"), shard.get_slice("scales")
                 for at, line in in_shard.items():
                     row = RowCodes(codes[line : line + 1], finite(scales[line : line + 1], file.name))
@@ -211,7 +210,7 @@ class ResponseBank(BankFiles):
         """Matrices of the gradient predictor, (d, out) in float32, by canonical path of the layer."""
         result: dict[str, Tensor] = {}
         for file in self.manifest.files_of("error_projections"):
-            with safe_open(self.path(file), framework="pt") as shard:
+            with open_shard(self.path(file)) as shard:
                 result |= {name: finite(shard.get_tensor(name).float(), file.name) for name in shard.keys()}  # noqa: SIM118
         return result
 
@@ -226,7 +225,7 @@ class ResponseBank(BankFiles):
     def _single(self, kind: str) -> Tensor | None:
         """Read a kind that has one shard with one tensor of the same name."""
         for file in self.manifest.files_of(kind):
-            with safe_open(self.path(file), framework="pt") as shard:
+            with open_shard(self.path(file)) as shard:
                 return finite(shard.get_tensor(kind), file.name)
         return None
 

@@ -7,6 +7,7 @@ import yaml
 from huggingface_hub import RepoCard
 
 from ..errors import BankError
+from .printable import printable
 from .schema import Manifest, Pointer
 
 
@@ -101,7 +102,9 @@ def _facts(manifest: Manifest) -> dict[str, str]:
         "attributed to": f"{manifest.dataset.rows:,} rows{dataset}" + f", {sources:,} sources" * bool(sources),
         "tracked weights": weights,
         "base model": _code(manifest.model, manifest.revision),
-        "objective, optimizer": f"{manifest.objective}, {manifest.optimizer}, {len(manifest.segments)} segments",
+        "objective, optimizer": (
+            f"{_plain(manifest.objective)}, {_plain(manifest.optimizer)}, {len(manifest.segments)} segments"
+        ),
         "directions": f"{manifest.directions}{exact}{of_sources}",
         "explained variance": f"{manifest.explained_variance:.3f} of held-out scores",
     }
@@ -109,6 +112,8 @@ def _facts(manifest: Manifest) -> dict[str, str]:
         explained = f"{manifest.predictor_explained_variance or 0:.2f} of the variance of training rows' scores"
         codes = "; the rows' responses are kept as codes, one byte a number" * bool(manifest.row_codes)
         facts["gradient predictor"] = f"one forward pass explains {explained}{codes}"
+    elif manifest.predictor_missing:
+        facts["gradient predictor"] = f"none, and no reading in two stages: {_plain(manifest.predictor_missing)}"
     quality = _plain(quality_text(manifest.quality)) or "not measured"
     return facts | {"measured quality": quality, "size": f"{manifest.bytes / 1e6:,.1f} MB"}
 
@@ -124,6 +129,7 @@ def with_section(
     Raises:
         BankError: the header is not valid YAML of a card.
     """
+    text = text.removeprefix("\ufeff")  # a byte order mark, which editors leave, hides the header
     try:
         headed = text if text.lstrip().startswith("---") else f"---\n{{}}\n---\n{text}"
         card = RepoCard(headed, ignore_metadata_errors=False)
@@ -180,5 +186,5 @@ def _code(name: str | None, revision: str | None) -> str:
 
 
 def _plain(value: str) -> str:
-    """Return text that cannot leave its cell of a table, nor become HTML."""
-    return re.sub(r"[`|<>\s]+", " ", value).strip()
+    """Return text that cannot leave its cell of a table, become HTML, a link or an image, nor reorder its line."""
+    return re.sub(r"[`|<>\[\]!*&\s]+", " ", printable(value)).replace("\\", "\\\\").strip()

@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from ..errors import BankError
 
 
-__all__ = ["Header", "copy_atomically", "inside", "read_header", "refuse_link", "sha256_of", "unique_json",
-           "write_atomically"]  # fmt: skip
+__all__ = ["FileMark", "Header", "copy_atomically", "file_mark", "inside", "read_header", "refuse_link", "sha256_of",
+           "unique_json", "write_atomically"]  # fmt: skip
+FileMark = tuple[int, ...] | None  # device, inode, size and time of a file; None where there is none
 Header = dict[str, tuple[str, tuple[int, ...]]]  # dtype and shape of every tensor in a shard, by name
 
 _CHUNK = 1 << 22
@@ -77,6 +78,15 @@ def sha256_of(path: Path) -> str:
     return result.hexdigest()
 
 
+def file_mark(path: Path) -> FileMark:
+    """Return what changes when a file is replaced or written to."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def inside(folder: Path, name: str) -> Path:
     """Return the path of a file that a manifest names, which must lie directly in the bank's folder.
 
@@ -122,7 +132,7 @@ def read_header(path: Path) -> Header:
         with safe_open(path, framework="np") as shard:
             slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (safe_open is no mapping)
             return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except (ValueError, struct.error, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, struct.error, RecursionError, SafetensorError) as error:
         raise BankError(
             f"{path.name} is not a sound safetensors file ({error}). Download the bank again, or build it again"
         ) from error

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import QueryError
 
 
-__all__ = ["content_hash", "row_hash", "row_hashes"]
+__all__ = ["content_hash", "longest_row", "row_hash", "row_hashes"]
 
 _READ = 1000  # rows whose tokens are read together
 
@@ -51,6 +51,23 @@ def row_hashes(dataset: Any, salt: bytes) -> Iterator[bytes] | None:
     if names is None:
         return _hash_rows(dataset, salt) if hasattr(dataset[0], "keys") and "input_ids" in dataset[0] else None
     return _hash_columns(dataset, salt) if "input_ids" in names else None
+
+
+def longest_row(dataset: Any) -> int:
+    """Return the number of tokens of the longest row, padding counted; 0 where rows have no `input_ids`."""
+    names = getattr(dataset, "column_names", None)
+    if not hasattr(dataset, "__len__") or not len(dataset):
+        return 0
+    if names is not None and hasattr(dataset, "with_format"):
+        if "input_ids" not in names:
+            return 0
+        plain = dataset.with_format(None).select_columns(["input_ids"])
+        return max(
+            len(ids) for start in range(0, len(plain), _READ) for ids in plain[start : start + _READ]["input_ids"]
+        )
+    if not hasattr(dataset[0], "keys") or "input_ids" not in dataset[0]:
+        return 0
+    return max(len(dataset[index]["input_ids"]) for index in range(len(dataset)))
 
 
 def _hash_stream(dataset: Any, salt: bytes) -> Iterator[bytes]:

@@ -1,7 +1,5 @@
 """Identity of a model, a tokenizer and a dataset: what a bank notes of them, and the checks against it."""
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +13,9 @@ from ..models.fsdp import is_sharded
 from ..models.names import base_model
 from ..models.parameters import TrackedParameters
 from .hub import commit_in_cache, is_repository, repository_in_cache
+from .model_state import check_forward_pass
 from .schema import Manifest
+from .tokenizer_identity import tokenizer_hash, tokenizer_parts
 
 
 __all__ = [
@@ -48,14 +48,6 @@ def model_identity(model: nn.Module) -> tuple[str | None, str | None]:
     adapters = adapters.values() if isinstance(adapters, dict) else []
     revisions = [*(getattr(adapter, "revision", None) for adapter in adapters), getattr(config, "_commit_hash", None)]
     return name, next((revision for revision in revisions if revision), None) or commit_in_cache(name)
-
-
-def tokenizer_hash(tokenizer: Any) -> str | None:
-    """Return the sha256 of a tokenizer's vocabulary, hexadecimal; None without a tokenizer."""
-    if tokenizer is None or not hasattr(tokenizer, "get_vocab"):
-        return None
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
 def dataset_identity(dataset: Any) -> dict[str, Any]:
@@ -112,6 +104,7 @@ def check_model(manifest: Manifest, model: nn.Module, allow_mismatch: Sequence[s
     except Exception as error:
         raise MismatchError(
             f"the bank's tracked parameters, such as {next(iter(wanted))}, are not in this model. {cure}"
+            + f" ({error})" * ("several adapters" in str(error))
         ) from error
     shapes = dict(zip(tracked.names, tracked.shapes, strict=True))
     for name, shape in wanted.items():
@@ -131,11 +124,13 @@ def check_model(manifest: Manifest, model: nn.Module, allow_mismatch: Sequence[s
             f"have {weights[:16]}.... Load the revision that the bank was made for, in the dtype it was saved in, "
             "build the bank again, or accept scores of other weights with allow_mismatch=['weights']"
         )
+    if "weights" not in allow_mismatch:
+        check_forward_pass(manifest, model, parameters)
     return parameters
 
 
 def check_tokenizer(manifest: Manifest, tokenizer: Any) -> None:
-    """Compare a tokenizer's vocabulary with the manifest's; see `ResponseBank.check_tokenizer`."""
+    """Compare a tokenizer with the manifest's, part by part; see `ResponseBank.check_tokenizer`."""
     expected, actual = manifest.dataset.tokenizer, tokenizer_hash(tokenizer)
     if expected is not None and actual is not None and expected != actual:
         raise MismatchError(
@@ -143,6 +138,14 @@ def check_tokenizer(manifest: Manifest, tokenizer: Any) -> None:
             f"{actual[:16]}.... Load the tokenizer that was saved with the model, or accept it with "
             "allow_mismatch=['tokenizer']"
         )
+    parts = tokenizer_parts(tokenizer)
+    for name, stated in manifest.dataset.tokenizer_parts.items():
+        if parts and parts.get(name) != stated:
+            raise MismatchError(
+                f"tokenizer: its {name} is not the one that the rows were tokenized with (hash {parts.get(name)}, "
+                f"bank {stated}). The same text would become other tokens. Load the tokenizer that was saved with the "
+                "model, or accept it with allow_mismatch=['tokenizer']"
+            )
 
 
 def check_rows(stored: Iterable[bytes], hashes: Iterable[bytes], row_indices: Iterable[int] | None = None) -> int:

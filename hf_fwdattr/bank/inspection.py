@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any, Self
 
-from .files import inside
+from ..errors import BankError
+from .files import FileMark, file_mark, inside
 from .hub import Remote, is_repository, pinned
 from .schema import Manifest, ShardFile
 from .verification import (
@@ -34,7 +35,7 @@ class BankFiles:
         self.folder, self.remote = Path(folder), remote
         self.manifest: Manifest = read_manifest(self.folder)
         self._verify = verify
-        self._verified: dict[str, Path] = {}
+        self._verified: dict[str, tuple[Path, FileMark]] = {}
         check_layout(self.manifest)
         if remote is not None:  # shards are downloaded and verified when they are needed
             remote.check(self.manifest.files)
@@ -92,18 +93,29 @@ class BankFiles:
         return cls(path.parent, remote=remote)
 
     def path(self, file: ShardFile) -> Path:
-        """Return a shard's path on disk, downloaded if it must be, and verified once.
+        """Return a shard's path on disk, downloaded if it must be, and verified once, or again if the file changed.
 
         Raises:
             BankError: it is not what `bank.json` says.
         """
-        if file.name not in self._verified:
-            path = inside(self.folder, file.name)
-            if self.remote is not None:
-                path = self.remote.fetch(file.name)
+        known = self._verified.get(file.name)
+        if known is not None and file_mark(known[0]) == known[1]:
+            return known[0]
+        path = inside(self.folder, file.name)
+        if self.remote is not None:
+            path = self.remote.fetch(file.name)
+        mark = file_mark(path)
+        try:
             check_shard(path, file, self.manifest, self._verify)
-            self._verified[file.name] = path
-        return self._verified[file.name]
+        except BankError as error:
+            if known is None:
+                raise
+            raise BankError(
+                f"{self.folder}: the bank was replaced, changed or removed while it was open ({error}). Scores of two "
+                "banks do not mix. Open it again, and make the pipeline anew"
+            ) from error
+        self._verified[file.name] = path, mark
+        return path
 
     def inspect(self) -> Self:
         """Compare every shard's header with `bank.json`; on the Hub by range requests, without downloading a shard.
@@ -124,10 +136,11 @@ class BankFiles:
 
     def __repr__(self) -> str:
         manifest, place = self.manifest, self.remote or self.folder
+        missing = f"; no gradient predictor: {manifest.predictor_missing}" if manifest.predictor_missing else ""
         return (
             f"{type(self).__name__}({place}: {len(self):,} rows, {len(manifest.sources):,} sources, "
             f"{manifest.directions} directions of rows and {manifest.source_directions} of sources for "
-            f"{manifest.size:,} parameters, {manifest.bytes / 1e6:,.1f} MB)"
+            f"{manifest.size:,} parameters, {manifest.bytes / 1e6:,.1f} MB{missing})"
         )
 
     def _names(self) -> list[str]:

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 
 __all__ = [
-    "GROUP", "SCHEMA_VERSION", "SHARD_KINDS", "SHARD_PATTERN", "DatasetIdentity", "Manifest", "Parameter", "Pointer",
-    "Privacy", "Run", "SegmentInfo", "ShardFile", "ShardKind", "checksum", "sealed",
+    "GROUP", "SCHEMA_VERSION", "SHARD_KINDS", "SHARD_PATTERN", "DatasetIdentity", "ForwardPass", "Manifest",
+    "Parameter", "Pointer", "Privacy", "Run", "SegmentInfo", "ShardFile", "ShardKind", "checksum", "sealed",
 ]  # fmt: skip
 SCHEMA_VERSION = 2
 GROUP = 128  # numbers of a row code that share a scale
@@ -66,7 +66,13 @@ class SegmentInfo(_Strict):
 
 
 class DatasetIdentity(_Strict):
-    """The training set as far as it names itself; its rows are identified by their hashes."""
+    """The training set as far as it names itself; its rows are identified by their hashes.
+
+    Attributes (those that do not speak for themselves):
+        tokenizer (`str`): sha256 of the tokenizer's vocabulary.
+        tokenizer_parts (`dict`): a hash of every other part of it that decides about token ids.
+        longest (`int`): tokens of the longest row, to which longer texts were cut; 0 where it is not known.
+    """
 
     rows: AtLeastOne
     repo: str | None = None
@@ -76,6 +82,17 @@ class DatasetIdentity(_Strict):
     columns: list[str] = []
     fingerprint: str | None = None
     tokenizer: str | None = None
+    tokenizer_parts: dict[str, str] = {}
+    longest: Count = 0
+
+
+class ForwardPass(_Strict):
+    """State that the forward pass uses beyond the tracked weights; see `models.forward_state.ForwardState`."""
+
+    sha256: Sha256
+    dtypes: str
+    sketches: dict[str, Annotated[float, Field(allow_inf_nan=False)]]
+    scalings: dict[str, Annotated[float, Field(allow_inf_nan=False)]]
 
 
 class ShardFile(_Strict):
@@ -129,6 +146,7 @@ class Manifest(_Document):
         row_codes (`int`): number of rows whose responses are kept as codes: all or none.
         predictor_explained_variance (`float`): share of the variance of training rows' scores that the gradient
             predictor explains, which needs one forward pass.
+        predictor_missing (`str`): why a gradient predictor that was asked for is not kept.
         error_projections (`list[Parameter]`): matrices of the gradient predictor, from the error at the end of the
             model to that at a layer's output.
         error_covariance (`bool`): whether the covariance of the gradient predictor's errors is kept.
@@ -140,6 +158,7 @@ class Manifest(_Document):
     revision: str | None
     weights: Sha256
     parameters: list[Parameter]
+    forward_pass: ForwardPass | None = None
     objective: str
     optimizer: str
     segments: list[SegmentInfo]
@@ -153,6 +172,7 @@ class Manifest(_Document):
     explained_variance: NonNegative
     row_codes: Count = 0
     predictor_explained_variance: Annotated[float, Field(le=1, allow_inf_nan=False)] | None = None
+    predictor_missing: str | None = None
     error_projections: list[Parameter] = []
     error_covariance: bool = False
     dtype: Literal["float32", "bfloat16", "float16"]

@@ -1,10 +1,12 @@
 """Tensors of a bank's shards: written atomically, read in slices, refused where they are not finite."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from ..errors import BankError
 from .files import read_header, write_atomically
 
 
-__all__ = ["finite", "read_tensors", "slices", "write_tensors"]
+__all__ = ["finite", "open_shard", "read_tensors", "slices", "write_tensors"]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -28,13 +30,27 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         BankError: it is not a sound safetensors file.
     """
     read_header(path)
-    with safe_open(path, framework="pt") as file:
+    with open_shard(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+
+
+@contextmanager
+def open_shard(path: Path) -> Iterator[Any]:
+    """Open a safetensors file whose header was verified.
+
+    Raises:
+        BankError: it was removed or damaged since.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise BankError(f"{path} cannot be read ({error}). It was removed or damaged. Open the bank again") from error
 
 
 def slices(path: Path, name: str, width: int) -> Iterator[Tensor]:
     """Yield a tensor's lines, `width` at a time, without reading the whole of it."""
-    with safe_open(path, framework="pt") as file:
+    with open_shard(path) as file:
         part = file.get_slice(name)
         total = part.get_shape()[0]
         for start in range(0, total, width):

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import BankError
 from .schema import ShardFile
+from .tensors import open_shard
 
 
 __all__ = ["read_texts", "text_shards"]
@@ -54,7 +54,7 @@ def read_texts(shards: Iterable[tuple[ShardFile, Callable[[], Path]]], row_indic
 
 
 def _read(path: Path, file: ShardFile, row_indices: Sequence[int]) -> Iterator[str]:
-    with safe_open(path, framework="pt") as shard:
+    with open_shard(path) as shard:
         offsets, letters = shard.get_tensor("offsets"), shard.get_slice("text")
         ordered = bool((offsets[1:] >= offsets[:-1]).all())
         if not ordered or int(offsets[0]) != 0 or int(offsets[-1]) != letters.get_shape()[0]:

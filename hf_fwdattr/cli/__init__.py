@@ -17,8 +17,10 @@ def main() -> None:
         os.environ.setdefault("TQDM_MAXINTERVAL", _LOG_INTERVAL)
     try:
         from .app import app
+        from .terminal import replace_unencodable
     except ModuleNotFoundError as error:
         if error.name != "typer":
             raise
         sys.exit("error: typer is not installed. Run: pip install 'hf-fwdattr[cli]'")
+    replace_unencodable()
     app()

@@ -3,13 +3,14 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..errors import AttributionError
+from ..errors import AttributionError, QueryError
+from .terminal import command_words, echo, write_json
 
 
 __all__ = ["app"]
@@ -22,7 +23,8 @@ app = typer.Typer(
 )
 _EXTRAS = {"rich": "cli", "bm25s": "demo", "jinja2": "demo", "scipy": "eval"}
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars and notes.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Progress bars and notices of other libraries too.")]
 TextColumn = Annotated[str, typer.Option(help="Column with the text of a row.")]
 Split = Annotated[str, typer.Option(help="Split of the dataset.")]
@@ -34,7 +36,7 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
-        typer.echo(f"hf-fwdattr {version('hf-fwdattr')}")
+        echo(f"hf-fwdattr {version('hf-fwdattr')}")
         raise typer.Exit
 
 
@@ -48,21 +50,29 @@ def root(
 
 
 @contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Turn an expected error into one line and exit code 1, without a traceback."""
+def _plain_errors(verbose: bool = False) -> Iterator[None]:
+    """Turn an error into one message and exit code 1; only an unexpected one has a traceback, where `verbose`."""
     try:
         yield
+    except (typer.Exit, typer.Abort, BrokenPipeError):
+        raise
     except ModuleNotFoundError as error:
         library = (error.name or "").partition(".")[0]
         if library not in _EXTRAS:
             raise
         _fail(f"{library} is not installed. Run: pip install 'hf-fwdattr[{_EXTRAS[library]}]'")
     except (AttributionError, OSError, ValueError) as error:
-        _fail(str(error))
+        _fail(str(error) or type(error).__name__)
+    except Exception as error:
+        if verbose:
+            raise
+        cause = error.__cause__ or error.__context__
+        why = f" ({type(cause).__name__}: {cause})" if cause is not None else ""
+        _fail(f"{type(error).__name__}: {error}{why}. This was not foreseen. --verbose shows where it happened")
 
 
 def _fail(message: str) -> None:
-    typer.echo(f"error: {message}", err=True)
+    echo(f"error: {command_words(message)}", err=True)
     raise typer.Exit(1)
 
 
@@ -81,10 +91,22 @@ def _parse_budget(text: str | None) -> int | str | None:
     return int(text) if text is not None and text.lstrip("-").isdigit() else text
 
 
+@contextmanager
+def _only_json(as_json: bool) -> Iterator[None]:
+    """Send to standard error what others print meanwhile, where standard output is for one JSON object."""
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        yield
+
+
+def _text(name: str, value: str | None) -> None:
+    """Refuse an argument whose bytes were no text."""
+    if value is not None and any("\ud800" <= character <= "\udfff" for character in value):
+        raise QueryError(f"{name}: {value!r}. Its bytes are not UTF-8. Write it in UTF-8, or set a UTF-8 locale")
+
+
 def _show(value: Any, as_json: bool, print_table: Callable[[], None]) -> None:
     if as_json:
-        json.dump(value, sys.stdout, indent=2, default=str)
-        sys.stdout.write("\n")
+        write_json(value)
     else:
         print_table()
 
@@ -109,7 +131,7 @@ def demo(
     verbose: Verbose = False,
 ) -> None:
     """Fine-tune a small model on facts, ask it, and show the rows and sources behind each answer."""
-    with _plain_errors():
+    with _plain_errors(verbose):
         checked = _parse_directions(directions)
         from ..demo.run import DemoSettings, TextRows, run_demo
         from .commands import quiet_libraries
@@ -139,20 +161,22 @@ def build(
     ] = None,
     text_column: TextColumn = "text",
     split: Split = "train",
+    revision: Revision = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Make the response bank of a model that is already fine-tuned."""
-    with _plain_errors():
+    with _plain_errors(verbose):
         from ..config import ResponseConfig
         from . import commands
         from .datasets import DatasetSource
 
-        settings = ResponseConfig.from_dict(json.loads(config.read_text()) if config else {})
+        settings = ResponseConfig.from_dict(commands.read_settings(config) if config else {})
         settings.quiet = settings.quiet or quiet
         with commands.quiet_libraries(verbose):
-            folder = commands.build(model, DatasetSource(dataset, split, text_column), settings, record, output)
-        typer.echo(f"wrote {folder}")
+            source = DatasetSource(dataset, split, text_column)
+            folder = commands.build(commands.ModelSource(model, revision), source, settings, record, output)
+        echo(f"wrote {folder}")
 
 
 @app.command()
@@ -171,24 +195,59 @@ def attribute(
     budget: Annotated[
         str | None, typer.Option(help="Forward passes for naming rows: a number, 'adaptive', or 'all'.")
     ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Ask through the chat template, or not; by default as the rows are."),
+    ] = None,
+    do_sample: Annotated[
+        bool | None,
+        typer.Option("--do-sample/--no-do-sample", help="Sample the output; by default as the model."),
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Temperature of sampling.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
+    allow_mismatch: Annotated[
+        list[str] | None,
+        typer.Option(help="weights, tokenizer or dataset may differ from the bank's; may be given several times."),
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify/--no-verify", help="Compare the dataset with the bank, or take its rows as is."),
+    ] = True,
+    revision: Revision = None,
     as_json: Json = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Ask a model, and name the rows and sources behind its answer."""
-    with _plain_errors():
+    with _plain_errors(verbose):
+        _text("PROMPT", prompt)
+        _text("--completion", completion)
+        for part in allow_mismatch or []:
+            if part not in ("weights", "tokenizer", "dataset"):
+                raise QueryError(f"--allow-mismatch: {part}. It can be weights, tokenizer or dataset")
         from . import commands
+        from .chat import choose_chat, query_of
         from .datasets import DatasetSource
         from .tables import attribution_table
 
-        with commands.quiet_libraries(verbose):
-            pipeline = commands.open_pipeline(model, bank, readout=readout, precision=precision)
+        sampling = commands.sampling(do_sample, temperature, seed, given=completion is not None)
+        with commands.quiet_libraries(verbose), _only_json(as_json):
+            pipeline = commands.open_pipeline(
+                commands.ModelSource(model, revision), bank, readout=readout, precision=precision,
+                allow_mismatch=allow_mismatch or [],
+            )  # fmt: skip
             rows = None
             if dataset is not None:
                 source = DatasetSource(dataset, split, text_column)
                 rows = source.tokenized(pipeline.tokenizer, commands.context_length(pipeline.model))
-            query: Any = prompt if completion is None else {"prompt": prompt, "completion": completion}
-            more = {} if budget is None else {"budget": _parse_budget(budget)}
-            result = pipeline(query, dataset=rows, top_k=top_k, max_new_tokens=max_new_tokens, **more)
+            asked, note = choose_chat(chat, prompt, pipeline, rows)
+            if note is not None and not quiet:
+                echo(f"note: {note}", err=True)
+            more = sampling if budget is None else sampling | {"budget": _parse_budget(budget)}
+            result = pipeline(
+                query_of(prompt, completion, asked), dataset=rows, verify_dataset=verify, top_k=top_k,
+                **({} if completion is not None else {"max_new_tokens": max_new_tokens}), **more,
+            )  # fmt: skip
         _show(result, as_json, lambda: attribution_table(prompt, result, text_column))
 
 
@@ -209,12 +268,12 @@ def evaluate(
     verbose: Verbose = False,
 ) -> None:
     """Retrain without rows, compare with the bank's scores, and write the result into bank.json and the card."""
-    with _plain_errors():
+    with _plain_errors(verbose):
         from . import commands
         from .tables import quality_table
 
         plan = commands.RetrainingPlan(halves, seeds, rows, sources, seed, folder)
-        with commands.quiet_libraries(verbose):
+        with commands.quiet_libraries(verbose), _only_json(as_json):
             measured = commands.evaluate(script, model, plan, quiet or as_json)
         _show(measured, as_json, lambda: quality_table(measured))
 
@@ -261,4 +320,4 @@ def push(
             repo, repo_type=repo_type, pointer_in=pointer_in, subfolder=subfolder, revision=revision, private=private,
             create_pr=create_pr, commit_message=message,
         )  # fmt: skip
-        typer.echo(f"pushed: {address}")
+        echo(f"pushed: {address}")

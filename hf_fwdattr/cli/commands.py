@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from torch import Tensor
-from transformers import AutoTokenizer, DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, pipeline
+from transformers import AutoTokenizer, DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, pipeline, set_seed
 from transformers.utils import logging as transformers_logging
 
 from ..bank.bank import ResponseBank
@@ -30,7 +30,10 @@ from ..trainer.reweighting import RetrainFunction, query_losses
 from .datasets import DatasetSource
 
 
-__all__ = ["RetrainingPlan", "build", "context_length", "evaluate", "open_pipeline", "quiet_libraries"]
+__all__ = [
+    "ModelSource", "RetrainingPlan", "build", "context_length", "evaluate", "open_pipeline", "quiet_libraries",
+    "read_settings", "sampling",
+]  # fmt: skip
 
 
 @contextmanager
@@ -57,8 +60,53 @@ def quiet_libraries(verbose: bool = False) -> Iterator[None]:
             enable_progress_bars()
 
 
-def _open_tokenizer(model: str) -> Any:
-    tokenizer = AutoTokenizer.from_pretrained(model)
+@dataclass(frozen=True)
+class ModelSource:
+    """A model or adapter by folder or Hub id, and the branch, tag or commit of one on the Hub."""
+
+    name: str
+    revision: str | None = None
+
+    def load(self) -> tuple[Any, Any]:
+        """Load the model and its tokenizer; an adapter without tokenizer files has its base model's.
+
+        Raises:
+            QueryError: a folder that does not exist, or without a model in it.
+        """
+        self._check()
+        model = AutoModelForAttribution.from_pretrained(self.name, revision=self.revision or "main")
+        tokenizer = getattr(model, "attribution_tokenizer", None)
+        if tokenizer is None:
+            tokenizer = _open_tokenizer(model.name_or_path, getattr(model.config, "_commit_hash", None))
+        return model, _with_padding(tokenizer)
+
+    def _check(self) -> None:
+        folder = Path(self.name)
+        if not folder.is_dir():
+            if folder.is_absolute() or self.name.count("/") > 1 or self.name.startswith((".", "~")):
+                raise QueryError(f"{self.name}: there is no such folder. Name the model's folder or its Hub id")
+            return
+        if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            return
+        found = "holds neither config.json nor adapter_config.json, so no model"
+        if any((folder / name).is_file() for name in ("bank.json", "fwdattr/bank.json")):
+            found = f"holds a bank and no model. Name the model, and the bank by --bank {self.name}"
+        inside = sorted(path.parent.name for path in folder.glob("*/*config.json"))
+        hint = f". Its folder {inside[0]} holds one" if inside else ""
+        raise QueryError(f"{self.name}: the folder {found}{hint}. trainer.save_model() writes the model")
+
+
+def _open_tokenizer(name: str, revision: str | None) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision or "main")
+    except (OSError, ValueError) as error:
+        raise QueryError(
+            f"{name}: its tokenizer cannot be loaded ({str(error).strip().splitlines()[0]}). Save the tokenizer "
+            "beside the model: tokenizer.save_pretrained(...)"
+        ) from error
+
+
+def _with_padding(tokenizer: Any) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -69,29 +117,71 @@ def context_length(model: Any) -> int | None:
     return getattr(model.config, "max_position_embeddings", None)
 
 
-def open_pipeline(model: str, bank: str | None = None, **settings: Any) -> TrainingDataAttributionPipeline:
+def read_settings(path: Path) -> Any:
+    """Read a JSON file of settings, in UTF-8 with or without a byte order mark.
+
+    Raises:
+        QueryError: the file is no JSON object.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise QueryError(f"--config: {path}. It is not sound JSON in UTF-8 ({error})") from error
+    if not isinstance(settings, dict):
+        raise QueryError(f'--config: {path}. It holds no JSON object. Write {{"directions": 128}}')
+    return settings
+
+
+def sampling(do_sample: bool | None, temperature: float | None, seed: int | None, given: bool) -> dict[str, Any]:
+    """Return the settings of sampling, and set the seed.
+
+    Args:
+        given (`bool`): the output is given, so that nothing is sampled.
+
+    Raises:
+        QueryError: a setting without effect, or a temperature that is not positive.
+    """
+    chosen = {"--do-sample": do_sample, "--temperature": temperature, "--seed": seed}
+    for name, value in chosen.items():
+        if given and value is not None:
+            raise QueryError(f"{name}: {value}. The output is given by --completion, so none is sampled. Leave it out")
+    if temperature is not None and not 0 < temperature < float("inf"):
+        raise QueryError(f"--temperature: {temperature}. It must be above 0. For no sampling say --no-do-sample")
+    if temperature is not None and not do_sample:
+        raise QueryError(f"--temperature: {temperature}. It is for sampling alone. Add --do-sample")
+    if seed is not None:
+        if not 0 <= seed < 2**32:
+            raise QueryError(f"--seed: {seed}. It must be from 0 to 4294967295")
+        set_seed(seed)
+    settings = {"do_sample": do_sample, "temperature": temperature}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def open_pipeline(model: ModelSource, bank: str | None = None, **settings: Any) -> TrainingDataAttributionPipeline:
     """Open the attribution pipeline of a model or adapter with its tokenizer and bank."""
     if bank is not None:
         settings["bank"] = ResponseBank.from_pretrained(bank)
-    return pipeline(TASK, model=model, tokenizer=_open_tokenizer(model), **settings)
+    loaded, tokenizer = model.load()
+    return pipeline(TASK, model=loaded, tokenizer=tokenizer, **settings)
 
 
-def build(model: str, source: DatasetSource, config: ResponseConfig, record: Path | None, output: Path | None) -> Path:
+def build(
+    model: ModelSource, source: DatasetSource, config: ResponseConfig, record: Path | None, output: Path | None
+) -> Path:
     """Build the bank of a fine-tuned model, and return its folder.
 
     Raises:
         QueryError: `output` is not given, and the model is not a local folder.
     """
-    if output is None and not Path(model).is_dir():
-        raise QueryError(f"{model} is no local folder to put the bank into; say --output")
-    loaded = AutoModelForAttribution.from_pretrained(model)
-    tokenizer = _open_tokenizer(model)
+    if output is None and not Path(model.name).is_dir():
+        raise QueryError(f"{model.name} is no local folder to put the bank into; say --output")
+    loaded, tokenizer = model.load()
     rows = source.tokenized(tokenizer, context_length(loaded))
     if "labels" in rows.column_names:  # the other collator would make labels of all tokens, masked ones too
         collate = DataCollatorForSeq2Seq(tokenizer)
     else:
         collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    folder = (output or Path(model)) / config.folder
+    folder = (output or Path(model.name)) / config.folder
     build_bank(loaded, rows, config, data_collator=collate, processing_class=tokenizer, record=record, folder=folder)
     return folder
 
@@ -124,7 +214,7 @@ def evaluate(script: Path, model: str, plan: RetrainingPlan, quiet: bool = False
     """
     names = _run_script(script)
     queries = [dict(query) for query in names["queries"]]
-    attribute = open_pipeline(model)
+    attribute = open_pipeline(ModelSource(model))
     train = RetrainFunction(names["make_trainer"], queries, names.get("objective", "auto"))
     content = script.read_bytes() + json.dumps(queries, sort_keys=True).encode()
     settings = {"folder": plan.folder, "quiet": quiet, "name": hashlib.sha256(content).hexdigest()}

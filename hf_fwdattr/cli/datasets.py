@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 
 from ..errors import QueryError
 
@@ -38,15 +39,30 @@ class DatasetSource:
         if path.is_file():
             if path.suffix not in _BUILDERS:
                 raise QueryError(f"cannot read {path}; known are {', '.join(sorted(_BUILDERS))} and saved datasets")
-            return load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
+            return self._load_file(path)
         if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             return load_dataset(self.name, split=self.split)
         dataset = load_from_disk(self.name)
         if not isinstance(dataset, DatasetDict):
+            if self.split != "train" and self.split != str(dataset.split):
+                raise QueryError(f"--split: {self.split}. {self.name} was saved without splits. Leave the option out")
             return dataset
         if self.split not in dataset:
             raise QueryError(f"{self.name} has no split {self.split!r}; it has {', '.join(dataset)}")
         return dataset[self.split]
+
+    def _load_file(self, path: Path) -> Dataset:
+        if not self.split.startswith("train"):
+            raise QueryError(f"--split: {self.split}. {path} is a file and has no splits. Leave the option out")
+        if path.suffix != ".parquet":
+            _check_utf8(path)  # readers may notice a wrong byte only when the row is shown
+        try:
+            return load_dataset(_BUILDERS[path.suffix], data_files=str(path), split=self.split)
+        except (DatasetsError, ValueError) as error:
+            cause = error.__cause__ or error
+            raise QueryError(
+                f"cannot read {path} ({type(cause).__name__}: {cause}). It must be {path.suffix[1:]} in UTF-8"
+            ) from error
 
     def tokenized(self, tokenizer: Any, max_length: int | None) -> Dataset:
         """Load the rows with their `input_ids`, tokenized here where the dataset has only text.
@@ -82,3 +98,15 @@ class DatasetSource:
             raise QueryError(f"no row of {self.name} has text in its column {self.text_column!r}")
         texts = [str(row[self.text_column]) for row in rows]
         return texts, [str(row[source_column]) for row in rows] if source_column else None
+
+
+def _check_utf8(path: Path) -> None:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise QueryError(
+                    f"cannot read {path}: line {number} has the byte 0x{line[error.start]:02x}, not UTF-8. "
+                    "Save the file in UTF-8"
+                ) from error

@@ -1,17 +1,21 @@
 """Tables for people."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
+from rich.console import Console, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from ..bank.card import quality_text
+from ..bank.printable import printable
 from ..bank.schema import Manifest
 
 
 __all__ = ["attribution_table", "bank_table", "quality_table"]
+
+_NARROW = 60  # columns; narrower terminals get lines instead of tables
+_LONGEST = 160  # characters of a row that are shown
 
 
 def attribution_table(prompt: str, result: Mapping[str, Any], text_column: str) -> None:
@@ -22,26 +26,57 @@ def attribution_table(prompt: str, result: Mapping[str, Any], text_column: str) 
         text_column (`str`): the column of a row to show.
     """
     console = Console()
-    console.print(f"[bold]{escape(prompt)}[/bold][cyan]{escape(result['generated_text'])}[/cyan]")
-    rows = Table(title="rows, in nats of this output's log-likelihood", title_justify="left")
-    for name in ("score", "row"):
-        rows.add_column(name, justify="right")
-    for name in ("source", "text"):
-        rows.add_column(name)
-    for line in result["examples"]:
-        example = line["example"]
-        text = str(example.get(text_column, example))[:160] if example is not None else ""
-        colour = "green" if line["score"] > 0 else "red"
-        score = f"[{colour}]{line['score']:+.4f}[/]"
-        rows.add_row(score, str(line["row"]), escape(str(line["source"] or "")), escape(text))
-    console.print(rows)
+    answer = Text(printable(prompt, lines=True), style="bold", overflow="fold")
+    console.print(answer.append(printable(result["generated_text"], lines=True), style="not bold cyan"))
+    lines = [
+        (line["score"], str(line["row"]), line["source"] or "", _row_text(line["example"], text_column))
+        for line in result["examples"]
+    ]
+    title = "rows, in nats of this output's log-likelihood"
+    console.print(_scores(title, ("row", "source", "text"), lines, console.width))
     if result["sources"]:
-        sources = Table(title="sources", title_justify="left")
-        sources.add_column("score", justify="right")
-        sources.add_column("source")
-        for line in result["sources"][:20]:
-            sources.add_row(f"{line['score']:+.4f}", escape(line["source"]))
-        console.print(sources)
+        sources = [(line["score"], line["source"]) for line in result["sources"][:20]]
+        console.print(_scores("sources", ("source",), sources, console.width))
+
+
+def _row_text(example: Any, text_column: str) -> str:
+    if example is None:
+        return ""
+    return str(example.get(text_column, example) if isinstance(example, Mapping) else example)[:_LONGEST]
+
+
+def _scores(title: str, names: Sequence[str], lines: Sequence[tuple[Any, ...]], width: int) -> RenderableType:
+    """Return a table of scores; in a narrow terminal, paragraphs."""
+    if width < _NARROW:
+        text = Text(title, style="italic", overflow="fold")
+        for score, *values in lines:
+            text.append(f"\n{score:+.4f}", style="green" if score > 0 else "red")
+            text.append("".join(f"  {printable(value)}" for value in values if value), style="none")
+        return text
+    table = Table(title=title, title_justify="left")
+    table.add_column("score", justify="right", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right" if name == "row" else "left", overflow="fold")
+    for score, *values in lines:
+        shown = Text(f"{score:+.4f}", style="green" if score > 0 else "red")
+        table.add_row(shown, *(Text(printable(value), overflow="fold") for value in values))
+    return table
+
+
+def _pairs(title: str, values: Mapping[str, Any]) -> None:
+    """Print names with their values."""
+    console = Console()
+    if console.width < _NARROW:
+        console.print(Text(title, style="italic", overflow="fold"))
+        for name, value in values.items():
+            console.print(Text(f"{printable(name)}: {printable(value)}", overflow="fold"))
+        return
+    table = Table(show_header=False, title=title, title_justify="left")
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    for name, value in values.items():
+        table.add_row(Text(printable(name)), Text(printable(value), overflow="fold"))
+    console.print(table)
 
 
 def bank_table(manifest: Manifest, checks: str = "verified") -> None:
@@ -66,10 +101,7 @@ def bank_table(manifest: Manifest, checks: str = "verified") -> None:
         "size": f"{manifest.bytes / 2**20:.1f} MiB; {manifest.row_bytes / max(rows, 1):,.0f} bytes a row",
         "quality": quality_text(manifest.quality) or "not measured",
     }
-    table = Table(show_header=False, title=f"response bank, {checks}", title_justify="left")
-    for name, value in values.items():
-        table.add_row(name, escape(value))
-    Console().print(table)
+    _pairs(f"response bank, {printable(checks)}", values)
 
 
 def _stored_of_rows(manifest: Manifest) -> str:
@@ -81,7 +113,5 @@ def _stored_of_rows(manifest: Manifest) -> str:
 
 def quality_table(measured: Mapping[str, Any]) -> None:
     """Print the measured quality of a bank."""
-    table = Table(show_header=False, title="measured by retraining, and written into bank.json", title_justify="left")
-    for name, values in measured.items():
-        table.add_row(name.replace("_", " "), escape(quality_text(values)))
-    Console().print(table)
+    values = {name.replace("_", " "): quality_text(value) for name, value in measured.items()}
+    _pairs("measured by retraining, and written into bank.json", values)

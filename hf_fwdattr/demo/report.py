@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from ..bank.printable import printable
 from .ask import Answer, NamedRow, Recall
 from .finetune import Removal
 
@@ -16,13 +17,13 @@ __all__ = ["print_answer", "print_recall", "print_removal"]
 
 def _coloured(answer: Answer) -> Text:
     """Return prompt and answer, every token of the answer coloured by the score of the row that is named first."""
-    text = Text(answer.prompt, style="dim")
+    text = Text(printable(answer.prompt, lines=True), style="dim")
     rows = answer.proponents or answer.opponents
     scores = rows[0].token_scores if rows else [0.0] * len(answer.tokens)
     most = max((abs(score) for score in scores), default=0.0) or 1.0
     for token, score in zip(answer.tokens, scores, strict=True):
         strength = "bold " if abs(score) > most / 2 else ""
-        text.append(token, style=strength + ("blue" if score > 0 else "yellow"))
+        text.append(printable(token, lines=True), style=strength + ("blue" if score > 0 else "yellow"))
     if answer.correct is False and answer.question is not None:
         text.append(f"   (expected: {answer.question.answer})", style="red")
     return text
@@ -31,7 +32,8 @@ def _coloured(answer: Answer) -> Text:
 def _add_rows(table: Table, rows: Sequence[NamedRow], style: str) -> None:
     for row in rows:
         mark = "[green]teaches this[/]" if row.teaches else ""
-        table.add_row(f"[{style}]{row.score:+.2f}[/]", escape(row.text), escape(row.source or ""), mark)
+        text, source = escape(printable(row.text)), escape(printable(row.source or ""))
+        table.add_row(f"[{style}]{row.score:+.2f}[/]", text, source, mark)
 
 
 def print_answer(console: Console, answer: Answer, rows: int = 3) -> None:
@@ -48,7 +50,7 @@ def print_answer(console: Console, answer: Answer, rows: int = 3) -> None:
     console.print(table)
     if answer.sources:
         largest = sorted(answer.sources, key=lambda line: -abs(line[1]))[:4]
-        sources = ", ".join(f"{escape(source)} {score:+.2f}" for source, score in largest)
+        sources = ", ".join(f"{escape(printable(source))} {score:+.2f}" for source, score in largest)
         console.print(f"[dim]sources: {sources}[/]")
 
 

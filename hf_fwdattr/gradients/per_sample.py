@@ -102,6 +102,11 @@ class PerSampleGradients:
             self._is_checked = True
         return gradients, (labels != IGNORED).sum(1)
 
+    @property
+    def is_half(self) -> bool:
+        """True after calls in half precision, where gradients change with the shape of the batch."""
+        return any(dtype.itemsize < 4 for dtype in self._dtypes)
+
     def _compute(self, batch: Batch, uniforms: Tensor | None, smoothing: float) -> tuple[Tensor, Tensor, bool]:
         """Compute gradients (rows, P), their labels, and whether all activations keep rows in a dimension."""
         blocks: dict[str, Tensor] = {}
@@ -159,8 +164,7 @@ class PerSampleGradients:
             UnsupportedError: they differ by more than rounding.
         """
         row = int(gradients.norm(dim=1).argmax())
-        half = any(dtype.itemsize < 4 for dtype in self._dtypes)
-        copies = torch.full((len(labels),) if half else (1,), row, device=labels.device)
+        copies = torch.full((len(labels),) if self.is_half else (1,), row, device=labels.device)
         single = {key: value[copies] if isinstance(value, Tensor) else value for key, value in batch.items()}
         live = self.parameters.tensors(self.model)
         used: list[Tensor] = list(live)

@@ -23,10 +23,10 @@ from ..layers.decoder import find_blocks
 from ..layers.linear import weight_gradient
 from ..layers.norm import norm_vjp
 from ..models.compat import fused_activations, refuse_inactive_adapters
-from ..models.likelihood import Batch, Likelihood, Objective, row_losses
+from ..models.likelihood import IGNORED, Batch, Likelihood, Objective, row_losses
 from ..models.lora import TrackedWeight, tracked_weights
 from ..models.names import canonical_name
-from ..models.output_head import hidden_state_gradients, output_layer
+from ..models.output_head import find_output_layer, hidden_state_gradients, logit_gradients
 from ..models.parameters import TrackedParameters
 
 
@@ -69,13 +69,14 @@ class GradientPredictor:
         projections: Mapping[str, Tensor] | None = None,
     ):
         self.model, self.parameters, self.objective = model, parameters, objective
-        head = output_layer(model, parameters, objective)
+        head = find_output_layer(model, objective)
         if head is None:
             raise UnsupportedError(
-                f"{type(model).__name__} is no causal language model with a plain output layer that is not tracked. "
-                "Without it gradients cannot be predicted. Use gradient_predictor=False"
+                f"{type(model).__name__} is no causal language model with a plain output layer. Without it gradients "
+                "cannot be predicted. Use gradient_predictor=False"
             )
         self._head: Any = head
+        self._head_path = next(path for path, module in model.named_modules() if module is head)
         self._weights = tracked_weights(model, parameters)
         self._layer_paths = list(dict.fromkeys(weight.layer_path for weight in self._weights))
         blocks = [block for block in find_blocks(model) if set(block.inputs) & set(self._layer_paths)]
@@ -89,10 +90,24 @@ class GradientPredictor:
                 raise UnsupportedError(f"the bank has an error projection of {unknown[0]!r}, which the model lacks")
             self._projections = {paths[name]: value for name, value in projections.items()}
 
+    def try_batch(self, batch: Batch) -> None:
+        """Record one batch as `fit` does and predict with empty projections, so that an error shows early.
+
+        Raises:
+            UnsupportedError: as `fit`.
+        """
+        self._check_blocks(self._record(batch).recorder)
+        paths = self._projected_paths()
+        recorded = self._record(batch, paths)
+        width, outputs = recorded.error.shape[-1], recorded.recorder.outputs
+        none = torch.zeros(1, 1, device=recorded.error.device)
+        self._projections = {path: none.expand(width, outputs[path].shape[-1]) for path in paths if path in outputs}
+        self(batch)
+
     @property
     def fitting_bytes(self) -> int:
         """Approximate number of bytes that `fit` holds."""
-        width = int(self._head.weight.shape[1])
+        width = int(self._head.in_features)
         return 8 * width * width * (len(self._projected_paths()) + 2)
 
     def fit(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
@@ -108,21 +123,24 @@ class GradientPredictor:
         products: dict[str, Tensor] = {}
         for batch in batches:
             if not self._blocks_are_checked:
-                self._check_blocks(self._record(batch).recorder)
+                recorded = self._record(batch)
+                with _full_precision(recorded.error):
+                    self._check_blocks(recorded.recorder)
             paths = self._projected_paths()
             recorded = self._record(batch, paths)
-            with torch.enable_grad():
+            with torch.enable_grad(), _full_precision(recorded.error):
                 total = -row_losses(recorded.logits, recorded.labels).sum()
                 outputs = [recorded.recorder.outputs[path] for path in paths]
-                gradients = torch.autograd.grad(total, outputs, allow_unused=True)
+                gradients = torch.autograd.grad(total, outputs, allow_unused=True) if outputs else ()
             error = recorded.error.flatten(0, 1)
             if not len(moments):
                 moments = torch.zeros(error.shape[1], error.shape[1], dtype=torch.float64, device=error.device)
-            moments += (error.T @ error).double()
-            for path, gradient in zip(paths, gradients, strict=True):
-                if gradient is not None:
-                    target = gradient[:, : recorded.error.shape[1]].flatten(0, 1).to(error.dtype)
-                    products[path] = products.get(path, 0.0) + (error.T @ target).double()
+            with _full_precision(error):
+                moments += (error.T @ error).double()
+                for path, gradient in zip(paths, gradients, strict=True):
+                    if gradient is not None:
+                        target = gradient[:, : recorded.error.shape[1]].flatten(0, 1).to(error.dtype)
+                        products[path] = products.get(path, 0.0) + (error.T @ target).double()
         if not len(moments) or not float(moments.trace()) > 0:
             raise UnsupportedError("the rows have no supervised token with an error, so there is nothing to fit")
         ridge = _RIDGE * float(moments.trace()) / len(moments)
@@ -140,6 +158,10 @@ class GradientPredictor:
         """
         refuse_inactive_adapters(self.model, self.parameters.live)
         recorded = self._record(batch)
+        with _full_precision(recorded.error):
+            return self._predict(recorded)
+
+    def _predict(self, recorded: _RecordedPass) -> Tensor:
         if not self._blocks_are_checked:
             self._check_blocks(recorded.recorder)
         missing = [canonical_name(path) for path in self._projected_paths() if path not in self._projections]
@@ -164,7 +186,7 @@ class GradientPredictor:
 
     def _projected_paths(self) -> list[str]:
         """Return the layers that have error projections."""
-        return sorted({self._projected_path(path) for path in self._layer_paths})
+        return sorted({self._projected_path(path) for path in self._layer_paths if path != self._head_path})
 
     def _record(self, batch: Batch, targets: Collection[str] = ()) -> _RecordedPass:
         """Run the model; with `targets`, make a graph and record their outputs differentiably."""
@@ -173,7 +195,19 @@ class GradientPredictor:
         recorder = ActivationRecorder(self.model, paths, attentions, self._head, targets)
         with recorder, fused_activations(self.model), torch.set_grad_enabled(bool(targets)):
             logits, labels = Likelihood(self.model, self.objective)(batch)
-        return _RecordedPass(recorder, logits, labels, _final_error(self._head, recorder, logits.detach(), labels))
+        silent = sorted(set(targets) - set(recorder.outputs))
+        if silent:
+            raise UnsupportedError(f"{silent[0]} is not called in the forward pass, so it has no gradients to predict")
+        flat = [
+            path for path, x in (recorder.inputs | recorder.outputs).items() if x.ndim != 3 or len(x) != len(labels)
+        ]
+        if flat:
+            raise UnsupportedError(
+                f"{flat[0]} has rows and positions in one dimension, so positions are not told apart"
+            )
+        with _full_precision(logits):
+            error = _final_error(self._head, recorder, logits.detach(), labels)
+        return _RecordedPass(recorder, logits, labels, error)
 
     def _check_blocks(self, recorder: ActivationRecorder) -> None:
         """Drop blocks that compute something else than the model: each of their inputs gets its own projection."""
@@ -183,6 +217,11 @@ class GradientPredictor:
 
     def _errors(self, path: str, recorded: _RecordedPass) -> dict[str, Tensor]:
         """Predict errors at the output of a layer and of the other input projections of its block."""
+        if path == self._head_path:
+            doubt, others = logit_gradients(recorded.logits, recorded.labels)
+            ignored = (recorded.labels == IGNORED).unsqueeze(-1)
+            gradient = (-doubt * others).scatter(-1, recorded.labels.clamp(min=0).unsqueeze(-1), doubt)
+            return {path: gradient.masked_fill(ignored, 0.0)}
         error = recorded.error @ self._projections[self._projected_path(path)].to(recorded.error)
         if path not in self._blocks:
             return {path: error}
@@ -202,11 +241,18 @@ def _final_error(head: nn.Module, recorder: ActivationRecorder, logits: Tensor, 
     Raises:
         UnsupportedError: the logits are not the output layer's product with the last hidden state.
     """
-    hidden, norm = recorder.hidden, recorder.last_norm
-    gradients = None if hidden is None else hidden_state_gradients(head, hidden, logits, labels)
-    if hidden is None or gradients is None:
+    hidden, output, norm = recorder.hidden, recorder.head_output, recorder.last_norm
+    if hidden is None or output is None:
+        raise UnsupportedError("the output layer was not called, or its hooks were not")
+    gradients = hidden_state_gradients(head, hidden, output, logits, labels)
+    if gradients is None:
         raise UnsupportedError("between the last hidden state and the logits is more than one Linear layer")
     if norm is None or norm.output.shape != hidden.shape or not identical(norm.output, hidden):
         return gradients
     by_input = norm_vjp(norm.module, norm.input, norm.output, gradients)
     return gradients if by_input is None else by_input
+
+
+def _full_precision(tensor: Tensor) -> torch.autocast:
+    """Switch autocast off on a tensor's device: only the model's own pass runs under it."""
+    return torch.autocast(tensor.device.type, enabled=False)

@@ -72,9 +72,9 @@ class AnalyticJVP:
         attentions = [layer.blocks[0].path for layer in layers]
         with fused_activations(model), ActivationRecorder(model, paths, attentions, head) as recorder:
             logits, self.labels = Likelihood(model, objective)(batch)
-        if recorder.hidden is None:
+        if recorder.hidden is None or recorder.head_output is None:
             raise UnsupportedError("the output layer was not called, or its hooks were not")
-        gradients = hidden_state_gradients(head, recorder.hidden, logits, self.labels)
+        gradients = hidden_state_gradients(head, recorder.hidden, recorder.head_output, logits, self.labels)
         if gradients is None:
             raise UnsupportedError("between the last hidden state and the logits is more than one Linear layer")
         norm = check_chain(layers, recorder)

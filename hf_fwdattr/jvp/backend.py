@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
+from ..models.compat import detached_layer
 from ..models.likelihood import CAUSAL_LM, Batch, Objective
 from ..models.parameters import TrackedParameters
 from .analytic import AnalyticJVP, TooLarge
@@ -42,7 +43,7 @@ class Backend:
         model (`nn.Module`): in evaluation mode.
         parameters (`TrackedParameters`): the tracked parameters.
         readout (`str`): `jvp` (torch's forward mode), `difference`, or `auto`: analytic for architectures that
-            `layers` knows, and `jvp` for others.
+            `layers` knows, `difference` where a layer detaches its weights (DoRA), and `jvp` for others.
         precision (`str`): precision of the products that tangents pass through in the analytic backend. `full` is the
             model's own; `half` is bfloat16 (relative error of a score about 4e-3; sums over layers stay in float32).
             `auto` is half for rows that are chosen in two stages, whose codes have eight bits anyhow, in a float32
@@ -78,8 +79,10 @@ class Backend:
                 pass
             except UnsupportedError:
                 self._analytic = False
-        method = METHODS["jvp" if self._readout == "auto" else self._readout]
-        return method(self.model, self.parameters, objective, batch)
+        method = self._readout
+        if method == "auto":
+            method = "jvp" if detached_layer(self.model) is None else "difference"
+        return METHODS[method](self.model, self.parameters, objective, batch)
 
     def _dtype(self, two_stage: bool) -> torch.dtype | None:
         """Return the dtype of analytic products; None for the model's own."""

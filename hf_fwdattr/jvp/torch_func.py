@@ -94,8 +94,8 @@ class TorchFuncJVP:
         likelihood, batch = self._likelihood, self._batch
         head = output_layer(self._model, self._parameters, objective)
         if head is not None:
-            hidden, logits, labels = hidden_states(likelihood, head, batch)
-            gradients = hidden_state_gradients(head, hidden, logits, labels)
+            hidden, output, logits, labels = hidden_states(likelihood, head, batch)
+            gradients = hidden_state_gradients(head, hidden, output, logits, labels)
             if gradients is not None:
                 body, positions = HeadlessModel(self._model, objective, head), labels.shape[1]
                 return lambda weights: (body.at(weights, batch)[:, :positions].to(gradients.dtype) * gradients).sum(-1)

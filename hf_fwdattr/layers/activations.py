@@ -28,13 +28,13 @@ class ActivationRecorder:
     Args:
         paths: layers whose input and output are recorded.
         attentions: paths of attentions whose arguments are recorded.
-        head (`nn.Module`, *optional*): the output layer; with it, its input and the last norm are recorded.
+        head (`nn.Module`, *optional*): the output layer; with it, its input and output and the last norm are recorded.
         targets: paths, among `paths`, whose outputs are recorded differentiably.
 
     Attributes:
         inputs, outputs (`dict[str, Tensor]`): path -> (rows, positions, features).
         args, kwargs (`dict`): path of an attention -> its positional and keyword arguments (mask, rotary positions).
-        hidden (`Tensor`, *optional*): what entered the output layer.
+        hidden, head_output (`Tensor`, *optional*): what entered and what left the output layer.
         last_norm (`NormCall`, *optional*): the norm that was called last.
     """
 
@@ -51,6 +51,7 @@ class ActivationRecorder:
         self.args: dict[str, tuple[Any, ...]] = {}
         self.kwargs: dict[str, dict[str, Any]] = {}
         self.hidden: Tensor | None = None
+        self.head_output: Tensor | None = None
         self.last_norm: NormCall | None = None
         self._model, self._paths, self._attentions = model, paths, attentions
         self._head, self._targets = head, targets
@@ -64,7 +65,7 @@ class ActivationRecorder:
             hook = self._attention_hook(path)
             self._handles.append(self._model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
         if self._head is not None:
-            self._handles.append(self._head.register_forward_pre_hook(self._record_hidden))
+            self._handles.append(self._head.register_forward_hook(self._record_head, prepend=True))
             norms = [module for module in self._model.modules() if norm_gain(module) is not None]
             self._handles += [norm.register_forward_hook(self._record_norm) for norm in norms]
         return self
@@ -93,8 +94,8 @@ class ActivationRecorder:
 
         return hook
 
-    def _record_hidden(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.hidden = _detached(args[0])
+    def _record_head(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        self.hidden, self.head_output = _detached(args[0]), _detached(output)
 
     def _record_norm(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         self.last_norm = NormCall(module, _detached(args[0]), _detached(output))

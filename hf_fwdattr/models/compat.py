@@ -13,7 +13,13 @@ from ..errors import UnsupportedError
 from .names import adapter_parts
 
 
-__all__ = ["fused_activations", "refuse_inactive_adapters", "refuse_silent_backward", "refuse_silent_jvp"]
+__all__ = [
+    "detached_layer",
+    "fused_activations",
+    "refuse_inactive_adapters",
+    "refuse_silent_backward",
+    "refuse_silent_jvp",
+]
 
 # Classes of transformers that compute 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
 _TANH_GELU = ("NewGELUActivation", "FastGELUActivation", "AccurateGELUActivation")
@@ -44,7 +50,7 @@ def refuse_silent_jvp(model: nn.Module) -> None:
     On a GPU some of its kernels are called in the same way.
 
     Raises:
-        UnsupportedError: a layer of bitsandbytes; the message names it.
+        UnsupportedError: a layer of bitsandbytes or with DoRA; the message names it.
     """
     for name, module in _bitsandbytes_layers(model):
         raise UnsupportedError(
@@ -52,6 +58,33 @@ def refuse_silent_jvp(model: nn.Module) -> None:
             "scores would be wrong without an error. Use readout='difference', or load the base without quantisation "
             "(`model.dequantize()`)"
         )
+    detached = detached_layer(model)
+    if detached is not None:
+        raise UnsupportedError(
+            f"readout='jvp': {detached} has a DoRA adapter, whose norm PEFT detaches from derivatives, although it "
+            "changes with the weights: scores would be wrong by tens of percent. Use readout='difference' or 'auto'"
+        )
+
+
+def detached_layer(model: nn.Module) -> str | None:
+    """Return a layer that computes with a detached copy of its weights (DoRA's norm); None without one.
+
+    Detached values are constants for every derivative, and yet they change with the weights.
+    """
+    for name, module in model.named_modules():
+        layer: Any = module
+        if getattr(layer, "merged", False) or getattr(layer, "disable_adapters", False):
+            continue
+        dora = {**getattr(layer, "use_dora", {})}
+        variants = {key: bool(value) and "Dora" in type(value).__name__ for key, value in _items(layer)}
+        if any((dora | variants).get(adapter) for adapter in getattr(layer, "active_adapters", ())):
+            return name
+    return None
+
+
+def _items(layer: Any) -> list[tuple[str, Any]]:
+    variants = getattr(layer, "lora_variant", None)
+    return list(variants.items()) if isinstance(variants, dict) else []
 
 
 def refuse_inactive_adapters(model: nn.Module, names: Iterable[str]) -> None:

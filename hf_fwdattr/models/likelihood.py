@@ -1,6 +1,8 @@
 """The log-likelihood that is attributed: from a model and a batch, per row and per supervised position."""
 
+import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +11,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import UnsupportedError
+from .fsdp import is_sharded
+from .modes import frozen
 from .names import base_model
 
 
 __all__ = [
-    "CAUSAL_LM", "IGNORED", "SEQUENCE_CLASSIFICATION", "Batch", "Likelihood", "Objective", "log_probabilities",
-    "resolve_objective", "row_losses", "sample_labels",
+    "CAUSAL_LM", "IGNORED", "SEQUENCE_CLASSIFICATION", "UNSHIFTED_CAUSAL_LM", "Batch", "Likelihood", "Objective",
+    "log_probabilities", "resolve_objective", "row_losses", "sample_labels",
 ]  # fmt: skip
 
 IGNORED = -100  # the label of a position that is not supervised, as everywhere in transformers
@@ -27,7 +31,7 @@ class Objective:
     """A softmax likelihood over positions.
 
     Attributes:
-        name (`str`): `causal-lm`, `sequence-classification` or `custom`.
+        name (`str`): `causal-lm`, `causal-lm-unshifted`, `sequence-classification` or `custom`.
         forward (`Callable`): (model, batch) -> logits (rows, positions, classes) and labels (rows, positions), already
             aligned: the label at a position is what the logits at that position predict, or -100.
     """
@@ -35,10 +39,30 @@ class Objective:
     name: str
     forward: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
 
+    @property
+    def shifts_labels(self) -> bool:
+        """True if logits are compared with the label of the next position, so that a row's first label is unused."""
+        return self.name == "causal-lm"
+
 
 def _causal_lm(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    logits, labels = _unshifted_causal_lm(model, batch)
+    return logits[:, :-1], labels[:, 1:]
+
+
+def _unshifted_causal_lm(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    return model(**inputs, use_cache=False).logits[:, :-1], batch["labels"][:, 1:]
+    logits = model(**inputs, use_cache=False).logits
+    # Prompt tuning puts virtual tokens before a row's own, and their logits have no labels.
+    virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
+    extra = logits.shape[1] - batch["labels"].shape[1]
+    if extra not in (0, virtual):
+        raise UnsupportedError(
+            f"the logits of {type(base_model(model)).__name__} have {logits.shape[1]} positions and the labels "
+            f"{batch['labels'].shape[1]}, so it is unknown which label belongs where. Pass "
+            "ResponseConfig(objective=...), a function (model, batch) -> (logits, labels)"
+        )
+    return logits[:, extra:], batch["labels"]
 
 
 def _sequence_classification(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -47,6 +71,8 @@ def _sequence_classification(model: nn.Module, batch: Batch) -> tuple[Tensor, Te
 
 
 CAUSAL_LM = Objective("causal-lm", _causal_lm)
+# The loss of some models (BartForCausalLM) compares a position's logits with the label at that very position.
+UNSHIFTED_CAUSAL_LM = Objective("causal-lm-unshifted", _unshifted_causal_lm)
 SEQUENCE_CLASSIFICATION = Objective("sequence-classification", _sequence_classification)
 
 
@@ -60,13 +86,14 @@ def resolve_objective(model: nn.Module, choice: "str | Objective | Callable" = "
         return choice
     if callable(choice):
         return Objective("custom", choice)
-    objectives = {objective.name: objective for objective in (CAUSAL_LM, SEQUENCE_CLASSIFICATION)}
+    known = (CAUSAL_LM, UNSHIFTED_CAUSAL_LM, SEQUENCE_CLASSIFICATION)
+    objectives = {objective.name: objective for objective in known}
     if choice in objectives:
         return objectives[choice]
     inner = base_model(model)
     config, kind = getattr(inner, "config", None), type(inner).__name__
     if choice == "auto" and (kind.endswith(("ForCausalLM", "LMHeadModel"))):
-        return CAUSAL_LM
+        return CAUSAL_LM if _shifts(inner) else UNSHIFTED_CAUSAL_LM
     single = getattr(config, "problem_type", None) in (None, "single_label_classification")
     per_row = kind.endswith("Classification") and not kind.endswith("TokenClassification")
     if choice == "auto" and per_row and single and getattr(config, "num_labels", 0) > 1:
@@ -75,6 +102,29 @@ def resolve_objective(model: nn.Module, choice: "str | Objective | Callable" = "
         f"objective={choice!r} fits no known likelihood of a {kind}; pass objective='causal-lm', "
         "'sequence-classification', or a function (model, batch) -> (logits, labels)"
     )
+
+
+def _shifts(model: nn.Module) -> bool:
+    """Return whether a causal language model's own loss predicts the next label: by its value on three tokens.
+
+    Losses of transformers' `loss_function` do, and are not tried; so do models that cannot be tried.
+    """
+    with suppress(OSError, TypeError):
+        if "loss_function(" in inspect.getsource(type(model).forward):
+            return True
+    if is_sharded(model):
+        return True
+    tokens = torch.tensor([[3, 1, 2]], device=next(model.parameters()).device)
+    devices = [tokens.device] if tokens.device.type == "cuda" else []
+    with torch.no_grad(), frozen(model), torch.random.fork_rng(devices=devices):
+        try:
+            output = model(input_ids=tokens, labels=tokens, use_cache=False)
+            loss, logits = float(output.loss), output.logits.float()
+        except Exception:  # it needs other inputs than tokens
+            return True
+    shifted = float(row_losses(logits[:, :-1], tokens[:, 1:]) / 2)
+    plain = float(row_losses(logits, tokens) / 3)
+    return abs(loss - shifted) <= abs(loss - plain)
 
 
 class Likelihood(nn.Module):

@@ -10,12 +10,14 @@ from ..bank.bank import ResponseBank
 from ..errors import QueryError
 from ..jvp.backend import METHODS
 from ..models.likelihood import IGNORED, Batch, Objective, resolve_objective
+from .locking import one_at_a_time
 from .ranking import scores
 
 
 __all__ = ["batch_scores"]
 
 
+@one_at_a_time
 @torch.no_grad()
 def batch_scores(
     model: nn.Module,

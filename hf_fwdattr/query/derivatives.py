@@ -1,14 +1,17 @@
 """Directional derivatives of tokenized queries, at the weights where a bank's queries are read."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ..bank.bank import ResponseBank
 from ..jvp.backend import Backend, PreparedBatch
+from ..models.forward_state import StateMonitor
+from ..models.likelihood import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 from ..models.parameters import TrackedParameters
+from .classifier_inputs import classifier_batch
 from .inputs import Query, check_queries, pad_queries
 
 
@@ -23,10 +26,16 @@ class QueryDerivatives:
         model (`nn.Module`): the model that the bank belongs to, in evaluation mode.
         parameters (`TrackedParameters`): its tracked parameters.
         backend (`Backend`): the way in which derivatives are computed.
+        allow_mismatch (`Sequence[str]`): with "weights", the model may change between queries.
     """
 
-    def __init__(self, bank: ResponseBank, model: nn.Module, parameters: TrackedParameters, backend: Backend):
+    def __init__(
+        self, bank: ResponseBank, model: nn.Module, parameters: TrackedParameters, backend: Backend,
+        allow_mismatch: Sequence[str] = (),
+    ):  # fmt: skip
         self.bank, self.model, self.parameters, self.backend = bank, model, parameters, backend
+        self.objective = SEQUENCE_CLASSIFICATION if bank.manifest.objective == "sequence-classification" else CAUSAL_LM
+        self._allowed, self._monitor = allow_mismatch, StateMonitor(model)
         self._first, self._held = 0, torch.zeros(0)  # directions held in memory, and the index of the first of them
 
     @property
@@ -40,6 +49,8 @@ class QueryDerivatives:
         Raises:
             QueryError: no supervised token, labels that do not fit, or too long for the model.
         """
+        if self.objective is not CAUSAL_LM:
+            return classifier_batch(queries, self.model.config, self.device)
         check_queries(queries, self.model.config)
         return pad_queries(queries, self.device)
 
@@ -48,13 +59,23 @@ class QueryDerivatives:
 
         Args:
             two_stage (`bool`): rows are being chosen in two stages; see `Backend`.
+
+        Raises:
+            MismatchError: weights or adapters of the model are no longer those of the bank.
         """
+        if self._monitor.changed():  # perhaps: the same values may have been written again
+            self.bank.check_model(self.model, self._allowed)
+            self._monitor.renew()
         batch = self.batch(queries)
         with self._query_weights():
-            return _AtQueryWeights(self._query_weights, self.backend.prepare(batch, two_stage))
+            return _AtQueryWeights(self._query_weights, self.backend.prepare(batch, two_stage, self.objective))
 
-    def _query_weights(self) -> AbstractContextManager[None]:
-        return self.bank.query_weights(self.model, self.parameters)
+    @contextmanager
+    def _query_weights(self) -> Iterator[None]:
+        with self.bank.query_weights(self.model, self.parameters):
+            yield
+        if self.bank.manifest.averaging == "trajectory":
+            self._monitor.renew()  # the weights were written there and back
 
     def along(self, queries: Sequence[Query], lines: slice) -> Tensor:
         """Return derivatives along some of the bank's directions: (queries, positions, lines)."""
@@ -70,8 +91,9 @@ class QueryDerivatives:
         start, end, _ = lines.indices(manifest.directions + manifest.source_directions)
         held = range(self._first, self._first + len(self._held))
         if start < held.start or end > held.stop:
-            self._first, last = (min(start, held.start), max(end, held.stop)) if held else (start, end)
-            self._held = self.bank.directions(lines=slice(self._first, last)).to(self.device)
+            first, last = (min(start, held.start), max(end, held.stop)) if held else (start, end)
+            read = self.bank.directions(lines=slice(first, last)).to(self.device)
+            self._first, self._held = first, read  # together, so that a failed read changes nothing
         return self._held[start - self._first : end - self._first]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from peft import load_peft_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import cached_file, find_adapter_config_file
 
 from ..bank.bank import ResponseBank
@@ -39,7 +39,7 @@ class AutoModelForAttribution(AutoModelForCausalLM):
             hub["revision"] = pinned(name, revision=getattr(revision, "initial", revision), **hub).commit
             model = _from_repository(name, hub, *args, **kwargs)
         else:
-            model = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            model = _auto_class(name, hub).from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
             model.attribution_source = name
         if getattr(model, "_hf_peft_config_loaded", False):
             extra = {key: kwargs[key] for key in ("subfolder",) if kwargs.get(key) is not None}
@@ -57,7 +57,7 @@ def _from_repository(name: str, hub: dict[str, Any], *args: Any, **kwargs: Any) 
         bank = error  # raised by the pipeline, unless it is given another bank
     adapter = _adapter_config(name, hub)
     if adapter is None:
-        model = AutoModelForCausalLM.from_pretrained(name, *args, revision=hub["revision"], **kwargs)
+        model = _auto_class(name, hub).from_pretrained(name, *args, revision=hub["revision"], **kwargs)
     else:
         base, pin = adapter["base_model_name_or_path"], adapter.get("revision")
         if isinstance(bank, ResponseBank) and bank.manifest.model == base and is_repository(base):
@@ -67,6 +67,16 @@ def _from_repository(name: str, hub: dict[str, Any], *args: Any, **kwargs: Any) 
         model.load_adapter(name, adapter_kwargs=dict(hub))
     model.attribution_source = bank
     return model
+
+
+def _auto_class(name: str, hub: dict[str, Any]) -> Any:
+    """Return the auto class of a saved model: a sequence classifier's, or else a causal language model's."""
+    if find_adapter_config_file(name, **hub) is not None:
+        return AutoModelForCausalLM
+    kinds = getattr(AutoConfig.from_pretrained(name, **hub), "architectures", None) or [""]
+    return (
+        AutoModelForSequenceClassification if kinds[0].endswith("ForSequenceClassification") else AutoModelForCausalLM
+    )
 
 
 def _adapter_config(name: str, hub: dict[str, Any]) -> dict[str, Any] | None:

@@ -48,10 +48,20 @@ class SourceScore(TypedDict):
     score: float
 
 
+class ClassificationResult(TypedDict):
+    """The pipeline's result for one input of a classifier."""
+
+    label: str  # the output, given or predicted
+    examples: list[RowScore]  # as for generated text; `token_scores` has one number
+    sources: list[SourceScore]
+
+
 class AttributionResult(TypedDict):
     """The pipeline's result for one input."""
 
     generated_text: str  # the output, generated or given
-    tokens: list[str]  # the output by token
+    tokens: list[str]  # the output by token; they join to `generated_text`, special tokens aside
+    token_ids: list[int]  # the same as ids
+    offsets: list[tuple[int, int]]  # where each token stands in `generated_text`; empty for special tokens
     examples: list[RowScore]  # named rows, highest score first: proponents, then opponents
     sources: list[SourceScore]  # all sources, highest score first

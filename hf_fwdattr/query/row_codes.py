@@ -11,7 +11,7 @@ from ..bank.bank import ResponseBank
 __all__ = ["HeldRowCodes"]
 
 _DECODED = 1 << 31  # largest number of bytes of decoded row codes that are held between queries
-_LEAST = 32  # linear combinations made at a time, as the leading ones of more are the same
+_AT_ONCE = 32  # linear combinations made at a time, so that they do not depend on how many were wanted before
 
 
 class HeldRowCodes:
@@ -25,7 +25,7 @@ class HeldRowCodes:
 
     def __init__(self, bank: ResponseBank):
         self.bank = bank
-        self._combinations: tuple[Tensor, Tensor] | None = None
+        self._combinations: list[Tensor] = []  # combined row responses (_AT_ONCE, P), leading ones first
 
     @cached_property
     def error_covariance(self) -> Tensor | None:
@@ -53,16 +53,15 @@ class HeldRowCodes:
         """
         vectors = self._eigenvectors
         count = min(count, len(vectors))
-        if self._combinations is None or self._combinations[0].shape[1] < count:
-            weights = vectors[:, : max(count, _LEAST)]
+        while _AT_ONCE * len(self._combinations) < count:
+            weights = vectors[:, _AT_ONCE * len(self._combinations) :][:, :_AT_ONCE]
             total, start = torch.zeros(weights.shape[1], self.bank.manifest.size), 0
             blocks = [self._decoded] if self._fits else (block.decode() for block in self.bank.row_codes())
             for block in blocks:
                 total += weights[start : start + len(block)].T @ block
                 start += len(block)
-            self._combinations = weights, total
-        weights, total = self._combinations
-        return weights[:, :count].double(), total[:count]
+            self._combinations.append(total)
+        return vectors[:, :count].double(), torch.cat(self._combinations)[:count]
 
     @cached_property
     def _decoded(self) -> Tensor:

@@ -11,7 +11,8 @@ from ..jvp.backend import Backend
 from .budget import Budget, ResolvedBudget, resolve_budget
 from .derivatives import QueryDerivatives
 from .direction_scorer import DirectionScorer
-from .inputs import Query, check_queries
+from .inputs import Query, check_top_k
+from .locking import one_at_a_time
 from .results import Attribution, Ranking
 from .two_stage import TwoStageScorer
 
@@ -32,6 +33,9 @@ class Scorer:
     ranking = scorer.rank(query, top_k=10, budget=97)  # ten rows on either side, exact, in about 97 forward passes
     ranking.proponents.row_indices, ranking.proponents.scores, ranking.passes
     ```
+
+    Threads may share a scorer, and a model with its scorers and pipelines: queries are scored one at a time. Padding
+    in a query's tokens is left out where its `attention_mask` is 0.
 
     What a query is scored with depends on the budget, an `int`, `"adaptive"`, `"all"`, or None for the bank's default
     (see `resolve_budget`): `DirectionScorer` reads all of the bank's directions, and `TwoStageScorer` corrects the
@@ -56,7 +60,7 @@ class Scorer:
         self.bank, self.model = bank, model
         self.parameters = bank.check_model(model, allow_mismatch)
         backend = Backend(model, self.parameters, readout, precision)
-        self._derivatives = QueryDerivatives(bank, model, self.parameters, backend)
+        self._derivatives = QueryDerivatives(bank, model, self.parameters, backend, allow_mismatch)
         self._directions = DirectionScorer(self._derivatives)
         self._two_stage = TwoStageScorer(self._derivatives, self._directions, progress)
 
@@ -64,6 +68,7 @@ class Scorer:
         """Check a budget against the bank, and replace None by the bank's default; see `budget.resolve_budget`."""
         return resolve_budget(self.bank.manifest, budget)
 
+    @one_at_a_time
     @torch.no_grad()
     def attribute(self, queries: Sequence[Query], top_k: int = 5, budget: Budget = None) -> list[Attribution]:
         """Name rows on either side of each query, and score all sources.
@@ -75,13 +80,14 @@ class Scorer:
         Raises:
             QueryError: a query that cannot be scored, or a budget that the bank cannot serve.
         """
-        resolved = self.resolve_budget(budget)
+        resolved, top_k = self.resolve_budget(budget), check_top_k(top_k)
         if self.bank.manifest.privacy.rows == "sources":
             top_k = 0
         if resolved == "all" or not top_k:
             return self._directions.attribute(queries, top_k)
         return [self._two_stage.attribute(query, top_k, resolved) for query in queries]
 
+    @one_at_a_time
     @torch.no_grad()
     def rank(self, query: Query, top_k: int = 5, budget: Budget = None) -> Ranking:
         """Name rows on either side of one query, and score all rows; sources are left out.
@@ -90,11 +96,12 @@ class Scorer:
             QueryError: a query that cannot be scored, or a budget that the bank cannot serve.
         """
         self._check_rows()
-        resolved = self.resolve_budget(budget)
+        resolved, top_k = self.resolve_budget(budget), check_top_k(top_k)
         if resolved == "all":
             return self._directions.rank(query, top_k)
         return self._two_stage.rank(query, top_k, resolved)
 
+    @one_at_a_time
     @torch.no_grad()
     def scores(self, queries: Sequence[Query], batch_size: int | None = None, budget: Budget = "all") -> Tensor:
         """Return the scores of all rows: (queries, rows) in nats, float32, on the CPU.
@@ -109,7 +116,7 @@ class Scorer:
             QueryError: a query that cannot be scored, or a budget that the bank cannot serve.
         """
         self._check_rows()
-        check_queries(queries, self.model.config)
+        self._derivatives.batch(queries)  # checked before any is scored
         resolved = self.resolve_budget(budget)
         if resolved == "adaptive":
             raise QueryError("budget='adaptive': it chooses rows to name, and here all are scored. Give a number")
@@ -117,15 +124,17 @@ class Scorer:
             return self._directions.scores(queries, batch_size)
         return self._two_stage.scores(queries, resolved, batch_size)
 
+    @one_at_a_time
     @torch.no_grad()
     def source_scores(self, queries: Sequence[Query], batch_size: int | None = None) -> Tensor:
         """Return the scores of all sources, in the order of `bank.manifest.sources`: (queries, sources), float32, CPU.
 
         Only the sources' own directions are read, where the bank has them.
         """
-        check_queries(queries, self.model.config)
+        self._derivatives.batch(queries)  # checked before any is scored
         return self._directions.source_scores(queries, batch_size).float()
 
+    @one_at_a_time
     @torch.no_grad()
     def row_scores(self, query: Query, row_indices: Sequence[int]) -> Tensor:
         """Return exact scores of chosen rows, in this order: (n,) nats, float64; a forward pass for each.
@@ -136,11 +145,12 @@ class Scorer:
         order, inverse = torch.tensor(list(row_indices), dtype=torch.int64).unique(return_inverse=True)
         return self._two_stage.row_scores(query, order)[inverse]
 
+    @one_at_a_time
     @torch.no_grad()
     def directional_derivatives(self, queries: Sequence[Query], directions: Tensor | slice = slice(None)) -> Tensor:
         """Differentiate each token's log-likelihood: (queries, positions, k) in nats, zero where it is no output.
 
-        Position p belongs to token p + 1 of a query.
+        Position p belongs to token p + 1 of a query, not counting padding.
 
         Args:
             directions (`Tensor` or `slice`): directions (k, P), or indices of the bank's own: all by default, the
@@ -150,6 +160,7 @@ class Scorer:
             return self._derivatives.along(queries, directions)
         return self._derivatives.prepare(queries).jvp(directions)
 
+    @one_at_a_time
     @torch.no_grad()
     def predicted_gradients(self, queries: Sequence[Query]) -> Tensor:
         """Return the gradient predictor's gradients of the log-likelihoods: (queries, P), float32, on the CPU.

@@ -1,16 +1,17 @@
 """Training set beside a bank: checked against the bank's hashes, and read for the rows that are shown."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 from ..bank.bank import ResponseBank
 from ..bank.hashing import row_hashes
 from ..bank.identity import naming_origins
-from ..errors import QueryError
+from ..errors import MismatchError, QueryError
+from .raw_rows import hash_raw_rows, is_raw
 
 
-__all__ = ["TrainingSet", "rows_at"]
+__all__ = ["TrainingSet", "check_kind", "rows_at"]
 
 
 class TrainingSet:
@@ -18,22 +19,40 @@ class TrainingSet:
 
     Args:
         bank (`ResponseBank`): the bank.
+        tokenizer (*optional*): tokenizes rows that are given as text or messages, to compare them.
     """
 
-    def __init__(self, bank: ResponseBank):
-        self.bank = bank
+    def __init__(self, bank: ResponseBank, tokenizer: Any = None):
+        self.bank, self.tokenizer = bank, tokenizer
         self._verified: tuple[Any, str | None] = (None, None)
+
+    def check(self, dataset: Any) -> None:
+        """Refuse what is no dataset of rows in order, or has another number of rows than the bank.
+
+        Raises:
+            MismatchError: another number of rows.
+            QueryError: a dictionary of splits, a table, a generator, or anything else that is not read row by row.
+        """
+        check_kind(dataset)
+        if hasattr(dataset, "__len__") and self.bank.manifest.privacy.rows == "identified":
+            self.bank.check_length(len(dataset))
 
     def verify(self, dataset: Any, sample: int | None = None) -> None:
         """Refuse a dataset that is not the one the bank was made of.
 
         Args:
+            dataset: rows with `input_ids`, or as their owner has them: `messages`, `prompt` and `completion`, `text`.
             sample (`int`, *optional*): compare so many rows, spread evenly (of a stream the first); all by default.
 
         Raises:
             MismatchError: the first row that differs, and the origins of bank and dataset.
             QueryError: the dataset has no tokens to compare.
         """
+        check_kind(dataset)
+        if sample is not None and (type(sample) is not int or sample < 1):
+            raise QueryError(
+                f"verify_dataset={sample!r}: not a number of rows to compare. Give True, False or 1 or more"
+            )
         # A datasets.Dataset never changes: whatever makes another one of it gives it another fingerprint.
         fingerprint = getattr(dataset, "_fingerprint", None)
         verified, verified_fingerprint = self._verified
@@ -49,15 +68,25 @@ class TrainingSet:
             elif sample is not None and sample < len(self.bank):
                 row_indices = list(range(sample))  # rows further on cost as much as reading the whole stream
             rows = dataset if row_indices is None else rows_at(dataset, row_indices)
-            hashes = row_hashes(rows, self.bank.salt)
-            if hashes is None:
-                raise QueryError(
-                    "the dataset has no 'input_ids', so its rows cannot be checked against the bank. Pass the "
-                    "tokenized training set, or verify_dataset=False to take rows by their position"
-                )
+            hashes = self._hashes(rows, row_indices)
             self.bank.check_rows(hashes, row_indices)
         if row_indices is None:
             self._verified = (dataset, fingerprint)
+
+    def _hashes(self, rows: Any, row_indices: Sequence[int] | None) -> Iterator[bytes]:
+        """Return the hashes of rows, tokenized or not."""
+        raw = "input_ids" not in (getattr(rows, "column_names", None) or ()) and is_raw(_first_row(rows))
+        if raw and self.tokenizer is not None and self.bank.manifest.privacy.rows == "identified":
+            stored = [bytes(line.tolist()) for block in self.bank.row_hashes() for line in block]
+            expected = stored if row_indices is None else [stored[index] for index in row_indices]
+            return hash_raw_rows(rows, expected, self.bank.manifest, self.bank.salt, self.tokenizer)
+        hashes = row_hashes(rows, self.bank.salt)
+        if hashes is None:
+            raise QueryError(
+                "the dataset has no 'input_ids', so its rows cannot be checked against the bank. Pass the "
+                "tokenized training set, or verify_dataset=False to take rows by their position"
+            )
+        return hashes
 
     def examples(self, dataset: Any, row_indices: Sequence[int]) -> dict[int, Any]:
         """Return rows by index: the dataset's, else `{"text": ...}` where the bank holds it, else nothing."""
@@ -75,4 +104,47 @@ def rows_at(dataset: Any, row_indices: Sequence[int]) -> list[Any]:
         return [dataset[index] for index in row_indices]
     wanted, prefix = set(row_indices), islice(dataset, max(row_indices, default=-1) + 1)
     rows = {index: row for index, row in enumerate(prefix) if index in wanted}
+    if missing := wanted - rows.keys():
+        raise MismatchError(f"row {min(missing)}: the dataset ends before it. Pass the training set, in its order")
     return [rows[index] for index in row_indices]
+
+
+def _first_row(rows: Any) -> Any:
+    """Return the first row of a dataset or stream; None if there is none."""
+    if hasattr(rows, "__len__"):
+        return rows[0] if len(rows) else None
+    return next(iter(rows), None)
+
+
+def check_kind(dataset: Any) -> None:
+    """Refuse what is no dataset of rows in order.
+
+    Raises:
+        QueryError: naming what it is, and how to get its rows.
+    """
+    kind = type(dataset).__name__
+    if isinstance(dataset, Mapping) and any(hasattr(value, "column_names") for value in dataset.values()):
+        splits = ", ".join(map(repr, dataset))
+        raise QueryError(
+            f"dataset: a {kind} of the splits {splits}. Rows are of one. Pass dataset[{next(iter(dataset))!r}]"
+        )
+    if isinstance(dataset, Mapping):
+        raise QueryError(f"dataset: a {kind}, not a list of rows. Pass datasets.Dataset.from_dict(...)")
+    if hasattr(dataset, "iloc"):
+        raise QueryError(
+            f"dataset: a {kind} of pandas, whose rows are read by columns. Pass "
+            "datasets.Dataset.from_pandas(frame, preserve_index=False)"
+        )
+    if isinstance(dataset, str | bytes):
+        raise QueryError(
+            f"dataset: {str(dataset)[:80]!r}, a text. Pass its rows, as datasets.load_dataset returns them"
+        )
+    if hasattr(dataset, "__next__"):
+        raise QueryError(
+            f"dataset: a {kind}, which can be read only once, to be checked or to be shown. Pass a list of its rows, "
+            "or datasets.IterableDataset.from_generator(function)"
+        )
+    if not hasattr(dataset, "__iter__" if not hasattr(dataset, "__len__") else "__getitem__"):
+        raise QueryError(
+            f"dataset: a {kind}, which gives no rows by their position. Pass a list or a datasets.Dataset"
+        )

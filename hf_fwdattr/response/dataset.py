@@ -84,6 +84,10 @@ class TrainingRows:
             return list(self.dataset.__getitems__(indices))
         return [self.dataset[i] for i in indices]
 
+    def lengths(self, indices: list[int]) -> list[int]:
+        """Return the numbers of tokens of rows; 0 for a row without tokens."""
+        return [_length(feature) for feature in self._features(indices)]
+
     def batch(self, indices: list[int]) -> dict[str, Any]:
         """Return the rows at these indices as one batch."""
         return self._collated(indices, self._features(indices))

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..bank.hashing import content_hash, row_hashes
+from ..bank.hashing import content_hash, longest_row, row_hashes
 from ..bank.identity import dataset_identity, libraries, model_identity, tokenizer_hash
+from ..bank.model_state import describe_forward_pass
+from ..bank.tokenizer_identity import tokenizer_parts
 from ..bank.writing import BankContents
 from ..response.passes import Passes
 from ..response.responses import Responses
@@ -46,7 +48,9 @@ def bank_contents(
     if config.averaging == "trajectory":
         contents.averaged_weights = passes.theta
     predictor = fit_predictor(context, responses) if context.keeps_predictor else None
-    if predictor is not None:
+    if isinstance(predictor, str):
+        description["predictor_missing"] = predictor
+    elif predictor is not None:
         description["predictor_explained_variance"] = predictor.explained_variance
         contents.row_codes = responses.row_codes
         contents.error_projections = predictor.error_projections
@@ -60,7 +64,8 @@ def _description(
     """Return the manifest's fields that describe the model, the run, the dataset and the responses."""
     config, parameters, sources = context.config, context.parameters, context.sources
     name, revision = model_identity(context.model)
-    dataset = {"rows": len(context.rows), "tokenizer": tokenizer_hash(context.tokenizer)}
+    dataset: dict[str, Any] = {"rows": len(context.rows), "tokenizer": tokenizer_hash(context.tokenizer)}
+    dataset |= {"tokenizer_parts": tokenizer_parts(context.tokenizer), "longest": longest_row(context.rows.dataset)}
     return {
         "libraries": libraries(),
         "model": name,
@@ -68,6 +73,7 @@ def _description(
         "parameters": [
             {"name": n, "shape": list(s)} for n, s in zip(parameters.names, parameters.shapes, strict=True)
         ],
+        "forward_pass": describe_forward_pass(context.model, parameters),
         "objective": context.objective.name,
         "optimizer": record.optimizer,
         "run": {"steps": record.steps, "first": record.first, "label_smoothing": record.smoothing},

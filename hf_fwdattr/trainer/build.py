@@ -34,8 +34,9 @@ from ..response.storage import Storage
 from .bank_contents import bank_contents
 from .build_context import BuildContext
 from .columns import column_of, row_ids_of, sources_of
-from .fit_predictor import predictor_cost
+from .fit_predictor import PREDICTOR_MISSING, missing_predictor, predictor_cost
 from .record import Record, Snapshot
+from .trial_batch import refuse_failing_batch
 
 
 __all__ = ["build_bank", "refuse_unsupported", "respond"]
@@ -123,6 +124,7 @@ def refuse_unsupported(context: BuildContext) -> None:
     row_ids_of(context.original, config.row_id_column, total)
     if isinstance(config.include_text, str):
         column_of(context.original, config.include_text, "include_text", total)
+    refuse_failing_batch(context)
 
 
 def respond(context: BuildContext, record: Record, end: Snapshot, folder: Path) -> ResponseBank:
@@ -201,6 +203,8 @@ def _log_plan(context: BuildContext, plan: Plan) -> None:
         predictor_rows, predictor_bytes = predictor_cost(context, encoded and plan.query_gradients)
         plan = replace(plan, predictor_rows=predictor_rows, predictor_bytes=predictor_bytes)
     summary = plan.summary(config.memory_budget, context.seconds_per_row)
+    if context.keeps_predictor and not plan.predictor_rows:
+        summary += f"; no gradient predictor: {missing_predictor(context)}. {PREDICTOR_MISSING}"
     tqdm.write(f"response bank: {summary}", file=sys.stderr)
 
 
@@ -233,7 +237,7 @@ def _drop_unused_columns(model: nn.Module, config: ResponseConfig, collate: Call
 
 def _equal_weights(context: BuildContext) -> tuple[Tensor, Tensor]:
     """Return the rows (n,) and weights (n,) of one step on all rows: one over the number of supervised tokens."""
-    shifted = context.objective.name == "causal-lm"
+    shifted = context.objective.shifts_labels
     tokens = 0
     for _, batch in context.rows.batches():
         labels = batch["labels"]

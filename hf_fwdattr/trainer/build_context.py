@@ -12,6 +12,7 @@ from ..config import ResponseConfig
 from ..models.fsdp import is_sharded
 from ..models.likelihood import Objective, resolve_objective
 from ..models.parameters import TrackedParameters
+from ..models.positions import context_length
 from ..response.dataset import TrainingRows
 from ..response.distributed import SINGLE_PROCESS, Ranks
 from ..response.storage import rows_in_flight
@@ -61,15 +62,16 @@ class BuildContext:
         tensors = self.parameters.tensors(self.model)
         dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
         largest = rows_in_flight(self.config.memory_budget, self.parameters.size, dtype)
-        size_field = {"causal-lm": "vocab_size", "sequence-classification": "num_labels"}.get(self.objective.name, "")
+        causal = self.objective.name in ("causal-lm", "causal-lm-unshifted")
+        size_field = "vocab_size" if causal else "num_labels" if self.objective.name != "custom" else ""
         config = getattr(self.model, "config", None)
-        length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        length = context_length(self.model)
         return TrainingRows(
             self.dataset,
             self.collate,
             min(self.config.batch_size, largest),
             tensors[0].device,
-            context_length=length if isinstance(length, int) and length > 0 else None,
+            context_length=length,
             classes=getattr(config, size_field, None),
         )
 

@@ -12,9 +12,10 @@ from ..bank.bank import ResponseBank
 from ..config import ResponseConfig
 from ..errors import AttributionError, UnsupportedError
 from ..models.parameters import TrackedParameters
+from .accelerators import refuse_accelerator
 from .patching import TrainCall, find_train_call
 from .publish import push_at_end, push_with_bank, wait_for_pushes
-from .recorder import ResponseRecorder, refuse_accelerator
+from .recorder import ResponseRecorder
 from .self_check import SelfCheck
 
 
@@ -53,8 +54,9 @@ class ResponseCallback(TrainerCallback):
 
     **Refused** before the first step, as far as a few rows show it: optimizers other than torch's AdamW, Adam and SGD;
     `compute_loss_func`; DPO, KTO, GRPO; `packing=True`; random collators; a stream without `row_id_column`;
-    DataParallel, DeepSpeed, FSDP1, tensor parallelism. After the first step: a loss that is not the model's own, or
-    weighs tokens unequally.
+    DataParallel, DeepSpeed, FSDP1, tensor parallelism. By the values of the first step: a loss with other terms or
+    weights, gradients that are changed on their way to the optimizer. The same, found later, is a warning. Once
+    training has begun, nothing that the callback does can end it: `callback.bank` raises what went wrong.
 
     Args:
         config (`ResponseConfig`, *optional*): settings.
@@ -85,6 +87,7 @@ class ResponseCallback(TrainerCallback):
         """
         refuse_trainer(trainer.args, trainer, self.config)
         refuse_accelerator(trainer.accelerator)
+        _refuse_second(trainer, self)
         assert trainer.model is not None
         TrackedParameters.of(trainer.model, self.config.parameters, sharded=True)
         if self not in trainer.callback_handler.callbacks:
@@ -99,6 +102,8 @@ class ResponseCallback(TrainerCallback):
         Raises:
             Exception: the error that the passes ended with.
         """
+        if self._recorder is not None:
+            self._recorder.guard.raise_kept()
         if isinstance(self._bank, Exception):
             raise self._bank
         return self._bank
@@ -122,15 +127,16 @@ class ResponseCallback(TrainerCallback):
     ) -> None:
         """Check everything that can be checked before the first step, and begin to record."""
         assert model is not None
-        if self._recorder is not None:  # of an earlier run, perhaps interrupted
-            self._recorder.detach()
-        self._recorder, self._bank = None, None
+        earlier, self._recorder, self._bank = self._recorder, None, None
+        if earlier is not None:  # perhaps interrupted
+            earlier.detach()
         if self._call is not None and self._call.trainer.state is state:
             trainer, checkpoint = self._call.trainer, self._call.checkpoint
         else:
             trainer, checkpoint = find_train_call()
         self._trainer = trainer
         refuse_trainer(args, trainer, self.config)
+        _refuse_second(trainer, self)
         folder = Path(checkpoint or Path(args.output_dir) / f"checkpoint-{state.global_step}") / RECORD
         recorder = ResponseRecorder(
             self.config, accelerator=None if trainer is None else trainer.accelerator,
@@ -144,6 +150,8 @@ class ResponseCallback(TrainerCallback):
             steps_taken=state.global_step, label_smoothing=smoothing,
             loss_gradient=float(args.world_size if averaged else 1) if smoothing else None,
         )  # fmt: skip
+        if earlier is not None and recorder.record.taken == 0:
+            _note_earlier_steps(recorder, earlier)
         self._recorder = recorder
         self._check = SelfCheck(model, trainer) if self.config.self_check else None
         push_with_bank(trainer, self.config.folder)
@@ -171,7 +179,7 @@ class ResponseCallback(TrainerCallback):
             self._bank = recorder.finish(Path(args.output_dir) / self.config.folder)
         except Exception as error:  # whatever it is, the trained model must not be lost with the bank
             self._bank = error
-            if state.is_world_process_zero:
+            if state.is_world_process_zero and recorder.guard.error is None:
                 logger.error(
                     "training is complete, but its response bank could not be made: %s\nThe record of the run is in "
                     "%s. Complete the bank with build_bank(model, dataset, config, record=%r)",
@@ -179,13 +187,17 @@ class ResponseCallback(TrainerCallback):
                     exc_info=not isinstance(error, AttributionError | OSError),
                 )  # fmt: skip
             return
-        if state.is_world_process_zero:
-            shutil.rmtree(record_folder)
-        if self._check is not None:
-            self._check.run_safely(
-                self._bank, recorder.model, recorder.rows, recorder.batches.collate, recorder.record.rows, self.config
-            )
-        push_at_end(self._trainer, args)
+        try:
+            if state.is_world_process_zero:
+                shutil.rmtree(record_folder)
+            if self._check is not None:
+                self._check.run_safely(
+                    self._bank, recorder.model, recorder.rows, recorder.batches.collate, recorder.record.rows,
+                    self.config,
+                )  # fmt: skip
+            push_at_end(self._trainer, args)
+        except Exception as error:  # the bank is complete
+            logger.error("training and its response bank are complete, but what follows them failed: %s", error)
 
 
 def _has_record(folder: Path, state: TrainerState) -> bool:
@@ -198,6 +210,33 @@ def _has_record(folder: Path, state: TrainerState) -> bool:
             state.global_step, folder,
         )  # fmt: skip
     return state.global_step > 0 and folder.is_dir()
+
+
+def _note_earlier_steps(recorder: ResponseRecorder, earlier: ResponseRecorder) -> None:
+    """Note and warn of steps of an earlier record that this run does not continue, though its weights may."""
+    if earlier.model is recorder.model and any(earlier.record.rates):
+        recorder.record.notes.append(f"{earlier.taken} earlier steps of this model are not in the record")
+        logger.warning(
+            "training begins again at step 0 with a model that %d earlier steps have moved (train() a second time, or "
+            "auto_find_batch_size). The bank will hold responses to the steps from here on only. To keep all, resume "
+            "from a checkpoint, or load the model anew", earlier.taken,
+        )  # fmt: skip
+
+
+def _refuse_second(trainer: Trainer | None, callback: ResponseCallback) -> None:
+    """Refuse two callbacks on one trainer: each would take the row indices of the other.
+
+    Raises:
+        UnsupportedError: the trainer has another one, or this one twice.
+    """
+    callbacks = [] if trainer is None else trainer.callback_handler.callbacks
+    if sum(isinstance(one, ResponseCallback) for one in callbacks) > callbacks.count(callback) or (
+        callbacks.count(callback) > 1
+    ):
+        raise UnsupportedError(
+            "callbacks: more than one ResponseCallback. Each takes the row indices out of the batches, so only one "
+            "sees them. Keep one; a second bank comes from build_bank(model, dataset, config, record=...)"
+        )
 
 
 def refuse_trainer(args: TrainingArguments, trainer: Trainer | None, config: ResponseConfig) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedError
+from .guard import Guard
 from .patching import Patches
 
 
@@ -18,13 +19,15 @@ class ClippingRecorder:
         accelerator (`Accelerator`): the training loop's; its methods are called and patched.
         parameters (`list[nn.Parameter]`): the tracked parameters; clipping of other parameters is ignored.
         patches (`Patches`): undo the patch.
+        guard (`Guard`, *optional*): keeps errors once training has begun.
     """
 
-    def __init__(self, accelerator: Any, parameters: list[nn.Parameter], patches: Patches):
+    def __init__(self, accelerator: Any, parameters: list[nn.Parameter], patches: Patches, guard: Guard | None = None):
+        self._guard = guard or Guard()
         self.tracked = {id(parameter) for parameter in parameters}
         self.factor: Any = 1.0
-        self._clip_grad_norm = accelerator.clip_grad_norm_
-        patches.replace(accelerator, clip_grad_norm_=self._clip, clip_grad_value_=self._refuse)
+        self._clip_grad_norm, self._clip_grad_value = accelerator.clip_grad_norm_, accelerator.clip_grad_value_
+        patches.replace(accelerator, clip_grad_norm_=self._clip, clip_grad_value_=self._clip_value)
 
     def take(self) -> Any:
         """Return the factor since the last call, at most 1: a number, or a tensor on the gradients' device."""
@@ -34,6 +37,12 @@ class ClippingRecorder:
     def _clip(self, parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
         parameters = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
         norm = self._clip_grad_norm(parameters, max_norm, *args, **kwargs)
+        with self._guard():
+            self._record(parameters, max_norm, norm)
+        return norm
+
+    def _record(self, parameters: list[nn.Parameter], max_norm: float, norm: Any) -> None:
+        """Record the factor that this norm leads to."""
         clipped = self.tracked & {id(parameter) for parameter in parameters}
         if clipped and clipped != self.tracked:
             raise UnsupportedError(
@@ -43,10 +52,12 @@ class ClippingRecorder:
         if clipped and norm is not None:
             full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             self.factor = self.factor * (max_norm / (full + 1e-6)).clamp(max=1.0)  # as torch clips
-        return norm
 
-    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise UnsupportedError(
-            "clip_grad_value_: it clips each component of the gradient by itself, which no row's share survives. Use "
-            "clip_grad_norm_"
+    def _clip_value(self, *args: Any, **kwargs: Any) -> Any:
+        self._guard.refuse(
+            UnsupportedError(
+                "clip_grad_value_: it clips each component of the gradient by itself, which no row's share survives. "
+                "Use clip_grad_norm_"
+            )
         )
+        return self._clip_grad_value(*args, **kwargs)

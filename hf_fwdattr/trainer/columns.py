@@ -65,7 +65,14 @@ def column_of(dataset: Any, column: str, setting: str, total: int) -> list[Any]:
         names = list(dataset[0].keys())
     if names is None or column not in names:
         raise UnsupportedError(f"{setting}={column!r}: the dataset has the columns {names}. Name one of them")
-    return list(dataset[column]) if hasattr(dataset, "column_names") else [row[column] for row in dataset]
+    if hasattr(dataset, "column_names"):
+        return [_plain(value) for value in dataset[column]]
+    return [_plain(dataset[index][column]) for index in range(total)]
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of torch or NumPy as Python's; anything else as it is."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
 
 
 def texts_of(dataset: Any, include_text: bool | str, tokenizer: Any) -> Iterator[str] | None:

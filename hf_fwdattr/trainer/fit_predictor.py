@@ -19,11 +19,12 @@ from ..response.responses import Responses
 from .build_context import BuildContext
 
 
-__all__ = ["FittedPredictor", "fit_predictor", "predictor_cost"]
+__all__ = ["PREDICTOR_MISSING", "FittedPredictor", "fit_predictor", "missing_predictor", "predictor_cost"]
 
 _FIT_ROWS = 512  # rows to fit on, at most: some dozens of tokens a row against d^2 numbers a projection
 _HELD_OUT_ROWS = 32  # rows to judge the fit on, at most
 _CHUNK = 128  # predicted gradients that are multiplied with the responses together
+PREDICTOR_MISSING = "Without one rows are not scored in two stages: a query takes a forward pass for each direction"
 logger = logging.getLogger(__name__)
 
 
@@ -43,6 +44,15 @@ class FittedPredictor:
     error_covariance: Tensor | None
 
 
+def missing_predictor(context: BuildContext) -> str:
+    """Return why a model or its memory supports no gradient predictor; empty if they do."""
+    try:
+        _unfitted(context)
+    except UnsupportedError as error:
+        return str(error).rstrip(".")
+    return ""
+
+
 def predictor_cost(context: BuildContext, all_rows: bool) -> tuple[int, int]:
     """Return the rows that `fit_predictor` will read, and the bytes that the fit takes; zeros if it is not supported.
 
@@ -59,8 +69,8 @@ def predictor_cost(context: BuildContext, all_rows: bool) -> tuple[int, int]:
     return len(fit_rows) + (total if all_rows else 2 * len(held_out)), predictor.fitting_bytes
 
 
-def fit_predictor(context: BuildContext, responses: Responses) -> FittedPredictor | None:
-    """Fit a gradient predictor at the model's weights and judge it; return None for a model that does not support it.
+def fit_predictor(context: BuildContext, responses: Responses) -> FittedPredictor | str:
+    """Fit a gradient predictor at the model's weights and judge it; return why there is none if that is impossible.
 
     A few hundred rows are read; all rows where `responses` has their scores, for the covariance of errors.
     """
@@ -77,8 +87,8 @@ def fit_predictor(context: BuildContext, responses: Responses) -> FittedPredicto
             predicted = _coarse_scores(predictor, rows, list(range(len(rows))), responses, quiet)
             covariance, exact, predicted = error_covariance(scores - predicted), scores[held_out], predicted[held_out]
     except UnsupportedError as error:  # the responses, which took longer, are not lost with it
-        logger.info("the bank has no gradient predictor (a query takes a forward pass per direction): %s", error)
-        return None
+        logger.warning("the bank has no gradient predictor: %s. %s", str(error).rstrip("."), PREDICTOR_MISSING)
+        return str(error)
     unexplained = float((exact - predicted).square().sum() / exact.square().sum().clamp(min=1e-30))
     return FittedPredictor(projections, 1.0 - unexplained, covariance)
 

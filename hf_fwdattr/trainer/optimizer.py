@@ -18,6 +18,7 @@ __all__ = ["FEEDBACK", "Preconditioner", "adam_diagonal"]
 # direction and the better calibration, and more changes little.
 FEEDBACK = 2.0
 _FLOOR = 0.02
+_STILL = 1e-12  # diagonal of a weight that does not move: not zero, as responses are scaled by its root
 _KINDS: dict[type, str] = {torch.optim.AdamW: "adamw", torch.optim.Adam: "adam", torch.optim.SGD: "sgd"}
 
 
@@ -83,24 +84,19 @@ class Preconditioner:
     def diagonal(self, optimizer: Any, model: nn.Module, parameters: TrackedParameters) -> Tensor:
         """Return D, (P,) on the CPU: the derivative of the step by the gradient, times the group's rate ratio.
 
-        1 for SGD; for Adam and AdamW see [`adam_diagonal`]. Collective where the optimizer's state is sharded.
-
-        Raises:
-            UnsupportedError: the optimizer has no state for a tracked parameter.
+        1 for SGD; for Adam and AdamW see [`adam_diagonal`]; next to nothing for a weight that is frozen or never got a
+        gradient, whose response is zero. Collective where the optimizer's state is sharded.
         """
         optimizer = getattr(optimizer, "optimizer", optimizer)
         blocks = []
         base = self._rate(optimizer.param_groups[self.groups[0]])
-        for index, parameter, name in zip(self.groups, parameters.tensors(model), parameters.names, strict=True):
+        for index, parameter in zip(self.groups, parameters.tensors(model), strict=True):
             group = optimizer.param_groups[index]
             block = torch.ones_like(parameter, dtype=torch.float32)
-            if self.kind != "sgd":
-                state = optimizer.state.get(parameter, {})
-                if "exp_avg_sq" not in state:
-                    raise UnsupportedError(
-                        f"the optimizer has no second moment for {name}: it never got a gradient. Choose other "
-                        "`parameters`"
-                    )
+            state = optimizer.state.get(parameter, {})
+            if not parameter.requires_grad or (self.kind != "sgd" and "exp_avg_sq" not in state):
+                block = block * _STILL
+            elif self.kind != "sgd":
                 block = adam_diagonal(state, group)
             blocks.append((full_tensor(block) * (self._rate(group) / base)).reshape(-1).cpu())
         return torch.cat(blocks)

@@ -5,7 +5,10 @@
 | dataloader | `dataset`, `collate_fn` | batches carry their row indices | training ends |
 | model | hooks before and after `forward` | take row indices out, see the gradient of the loss | training ends |
 | optimizer | hook before `step` | read learning rate and loss scale | training ends |
+| optimizer | hook after `step` | compare the step with its state | training ends |
+| tracked weights | hooks after gradients arrive | compare them with what the optimizer gets | training ends |
 | accelerator | `clip_grad_norm_`, `clip_grad_value_` | read the clipping factor | training ends |
+| accelerator | `backward` | compare the loss with the model's | training ends |
 | trainer | `create_model_card`, `push_to_hub` | publish the bank with the model | for good |
 | trainer, by `add_to` | `train` | see the checkpoint that training resumes from | for good |
 | trainer, by `apply_row_weights` | `compute_loss`, dataset, collator, one argument | weight losses | for good |

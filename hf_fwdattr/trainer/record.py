@@ -1,6 +1,7 @@
 """The record of a run: row weights of every step, and a snapshot in the middle of every segment."""
 
 import json
+import logging
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,8 @@ from ..response.segment import Segment
 
 
 __all__ = ["Record", "Snapshot"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -44,6 +47,7 @@ class Record:
         first (`int`): steps taken before the record began; responses to them are unknown.
         smoothing (`float`): label smoothing of the training loss.
         end (`Snapshot`, *optional*): the parameters that the run ended with, or was saved with.
+        notes (`list[str]`): what the checks of values found after the first step.
     """
 
     steps: int
@@ -60,11 +64,29 @@ class Record:
     first: int = 0
     smoothing: float = 0.0
     end: Snapshot | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def taken(self) -> int:
         """Steps of the run so far, with those before the record began."""
         return self.first + len(self.rates)
+
+    def refuse_other_plan(self, steps: int, total: int) -> None:
+        """Refuse to continue a record in a run of another length or with another number of rows.
+
+        Raises:
+            UnsupportedError: the run is another.
+        """
+        if self.steps != steps:
+            raise UnsupportedError(
+                f"the run was planned for {self.steps} steps and now for {steps}, so its segments do not fit. "
+                "Resume with the same plan"
+            )
+        if self.total != total:
+            raise UnsupportedError(
+                f"the run began with {self.total} rows and is resumed with {total}, so row indices do not fit. "
+                "Resume with the same training set"
+            )
 
     def bounds(self) -> list[tuple[int, int]]:
         """Return first step and end of each segment; fewer segments than asked for if the run is shorter."""
@@ -156,10 +178,19 @@ class Record:
         settings = {
             "steps": self.steps, "segments": self.segments, "momentum": self.momentum,
             "weight_decay": self.weight_decay, "total": self.total, "optimizer": self.optimizer,
-            "first": self.first, "smoothing": self.smoothing,
+            "first": self.first, "smoothing": self.smoothing, "notes": self.notes,
             "taken": len(self.rates), "ended": self.end is not None, "snapshots": [s.step for s in snapshots],
         }  # fmt: skip
         write_atomically(folder / "record.json", json.dumps(settings, indent=2).encode())
+
+    def save_if_possible(self, folder: Path, training: bool) -> None:
+        """Write to `folder`; once training has begun, a full disk costs a checkpoint's record and not the training."""
+        try:
+            self.save(folder)
+        except OSError as error:
+            if not training:
+                raise
+            logger.error("the record of this run could not be written to %s: %s", folder, error)
 
     @classmethod
     def load(cls, folder: Path) -> "Record":

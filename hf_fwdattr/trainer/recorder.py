@@ -15,17 +15,21 @@ from ..errors import BankError, UnsupportedError
 from ..models.likelihood import resolve_objective
 from ..models.parameters import TrackedParameters
 from ..response.distributed import Ranks
+from .accelerators import refuse_accelerator
 from .build import refuse_unsupported, respond
 from .build_context import BuildContext
 from .clipping import ClippingRecorder
+from .guard import Guard
 from .optimizer import Preconditioner
 from .patching import Patches
 from .record import Record, Snapshot
 from .row_weights import BatchRecorder, OptimizerStep, base_loader, is_stream
+from .step_checks import LoopChecks, StepCheck
 from .streams import StreamRows, first_rows
+from .value_checks import LossCheck
 
 
-__all__ = ["ResponseRecorder", "refuse_accelerator"]
+__all__ = ["ResponseRecorder"]
 
 logger = logging.getLogger(__name__)
 _PENDING = 64  # steps whose numbers may stay on the device before they are read
@@ -118,27 +122,44 @@ class ResponseRecorder:
         self._rate: float | None = None
         self._loss_gradient: float | None = None
         self._loss_scale = 1.0
-        self._merged = len(self.record.rates)
+        self._merged, self._count = len(self.record.rates), self.record.taken
         self._moved, self._owes_snapshot = any(self.record.rates), False
         self._began, self._seconds, self._visits = time.perf_counter(), 0.0, 0
 
     def _attach(self, model: nn.Module, loader: Any) -> None:
         """Patch the loop's objects; `detach` undoes it."""
-        self._patches = Patches()
-        shifted = resolve_objective(self.model, self.config.objective).name == "causal-lm"
-        self.batches = BatchRecorder(model, loader, self._patches, shifted, self.config.row_id_column)
+        self._processes = 1 if self._accelerator is None else self._accelerator.num_processes
+        self._patches, self._row_patches, self.guard = Patches(), Patches(), Guard()
+        objective, tracked = resolve_objective(self.model, self.config.objective), self.parameters.tensors(self.model)
+        step_check = StepCheck(
+            self._optimizer, self.preconditioner, dict(zip(self.parameters.names, tracked, strict=True))
+        )
+        self.checks = LoopChecks(LossCheck(self.model, objective), step_check, self.guard, self._note)
+        self.batches = BatchRecorder(
+            model,
+            loader,
+            self._row_patches,
+            objective.shifts_labels,
+            self.config.row_id_column,
+            self.checks,
+            self.guard,
+        )
         self._clipping: ClippingRecorder | None = None
         if self._accelerator is not None:
-            tracked = self.parameters.tensors(self.model)
-            self._clipping = ClippingRecorder(self._accelerator, tracked, self._patches)
+            self._clipping = ClippingRecorder(self._accelerator, tracked, self._patches, self.guard)
+        self.checks.attach(self._accelerator, self._processes, self._patches)
         self._patches.hook(self._optimizer.register_step_pre_hook(self._before_step))
+        self._patches.hook(self._optimizer.register_step_post_hook(self._after_step))
+
+    def _note(self, message: str) -> None:
+        """Note and warn of what the checks found after the first step."""
+        self.record.notes.append(message)
+        logger.warning("scores from this training may be wrong: %s", message)
 
     def _new_record(self, steps: int) -> Record:
         optimizer, total = self.preconditioner, 0 if self.rows is None else len(self.rows)
-        return Record(
-            steps, self.config.segments, optimizer.momentum, optimizer.weight_decay, total=total,
-            optimizer=optimizer.kind,
-        )  # fmt: skip
+        settings = (steps, self.config.segments, optimizer.momentum, optimizer.weight_decay)
+        return Record(*settings, total=total, optimizer=optimizer.kind)
 
     def _resumed(self, folder: Path, steps: int) -> Record:
         """Return the record that rank 0 reads from the folder."""
@@ -146,17 +167,7 @@ class ResponseRecorder:
             loaded = Record.load(folder) if self.ranks.rank == 0 else None
         record: Record = self.ranks.objects(loaded)[0]
         record.end = None
-        total = 0 if self.rows is None else len(self.rows)
-        if record.steps != steps:
-            raise UnsupportedError(
-                f"the run was planned for {record.steps} steps and now for {steps}, so its segments do not fit. "
-                "Resume with the same plan"
-            )
-        if record.total != total:
-            raise UnsupportedError(
-                f"the run began with {record.total} rows and is resumed with {total}, so row indices do not fit. "
-                "Resume with the same training set"
-            )
+        record.refuse_other_plan(steps, 0 if self.rows is None else len(self.rows))
         return record
 
     def describe_run(
@@ -182,28 +193,47 @@ class ResponseRecorder:
                 f"the record has {self.record.taken} steps and training resumes after {steps_taken}. Resume from the "
                 "checkpoint that the record belongs to"
             )
+        self._count = self.record.taken
         self.record.smoothing, self._loss_gradient = label_smoothing, loss_gradient
 
     def step(self) -> None:
-        """Record the optimizer step that was just taken; does nothing where the optimizer only accumulates."""
+        """Record the optimizer step that was just taken; does nothing where the optimizer only accumulates.
+
+        After the first one nothing is raised: what goes wrong ends the recording, and `finish` raises it.
+        """
         loop = self._accelerator  # it says that a step was skipped until the next one, also while it accumulates
         skipped = loop is not None and loop.sync_gradients and loop.optimizer_step_was_skipped
         if self._rate is None and not skipped:
             return
         self._moved |= self._rate is not None
+        self._count += 1
+        with self.guard():
+            if self.guard.error is None:
+                self._record_step()
+        self._owes_snapshot |= self.record.due(self._count)
+        if self._owes_snapshot and self._moved:  # before the first step that moves weights the optimizer has no state
+            self._owes_snapshot = False
+            with self.guard():
+                self._agree()  # that all ranks go on, as a snapshot may be collective
+                self.record.snapshots.append(self.snapshot(self._count))
+        self._rate, self.guard.training = None, True
+        if self.guard.error is not None and self.ranks.size == 1:
+            self._patches.undo()  # the row patches stay, as batches with row indices are under way
+
+    def _record_step(self) -> None:
         step = OptimizerStep(self._rate or 0.0, self.batches.take(), loss_scale=self._loss_scale)
         if self._clipping is not None:
             clip = self._clipping.take()
             step.clip = clip if step.rate else 1.0
-        self._rate = None
         self._visits += sum(micro.row_indices.numel() for micro in step.micro_batches)
         self._pending.append(step)
         if len(self._pending) >= _PENDING or self.taken <= self.record.first + 1:  # refuse a wrong loss at once
             self._finalize_pending()
-        self._owes_snapshot |= self.record.due(self.taken)
-        if self._owes_snapshot and self._moved:  # before the first step that moves weights the optimizer has no state
-            self._owes_snapshot = False
-            self.record.snapshots.append(self.snapshot(self.taken))
+
+    def _agree(self) -> None:
+        """Raise on all ranks the error with which one of them stopped recording."""
+        with self.ranks.raise_on_all_ranks():
+            self.guard.raise_kept()
 
     @property
     def taken(self) -> int:
@@ -211,12 +241,18 @@ class ResponseRecorder:
         return self.record.taken + len(self._pending)
 
     def _before_step(self, *_: Any) -> None:
-        self._rate = self.preconditioner.learning_rate(self._optimizer)
-        if self._scaler is not None:  # it changes its scale after the step
-            self._loss_scale = self._scaler.get_scale()
+        with self.guard():
+            self._rate = self.preconditioner.learning_rate(self._optimizer)
+            if self._scaler is not None:  # it changes its scale after the step
+                self._loss_scale = self._scaler.get_scale()
+            if self.guard.error is None:
+                self.checks.before_step(1.0 if self._clipping is None else self._clipping.factor, self._loss_scale)
+
+    def _after_step(self, *_: Any) -> None:
+        with self.guard():
+            self.checks.after_step()
 
     def _finalize_pending(self) -> None:
-        processes = 1 if self._accelerator is None else self._accelerator.num_processes
         for step in self._pending:
             if not step.micro_batches:
                 raise UnsupportedError(
@@ -224,11 +260,12 @@ class ResponseRecorder:
                     "them, as DPO does of pairs), so the rows of this step are unknown. Train on the "
                     "dataloader's batches"
                 )
-            self.record.add(*step.finalize(processes, self._loss_gradient))
+            self.record.add(*step.finalize(self._processes, self._loss_gradient))
         self._pending = []
 
     def _merge(self) -> None:
         """Complete every rank's record with the rows that the others saw since the last time."""
+        self._agree()
         with self.ranks.raise_on_all_ranks():
             self._finalize_pending()
         new = slice(self._merged, None)
@@ -245,15 +282,17 @@ class ResponseRecorder:
 
     def save(self, folder: str | Path) -> None:
         """Write the record beside a checkpoint, so that a run that resumes from it ends with the same bank."""
-        self._merge()
-        end = self.snapshot(self.taken)
-        with self.ranks.raise_on_all_ranks():
-            if self.ranks.rank == 0:
-                replace(self.record, end=end).save(Path(folder))
+        with self.guard():
+            self._merge()
+            end = self.snapshot(self.taken)
+            with self.ranks.raise_on_all_ranks():
+                if self.ranks.rank == 0:
+                    replace(self.record, end=end).save_if_possible(Path(folder), self.guard.training)
 
     def detach(self) -> None:
         """Leave model, dataloader, optimizer and accelerator as they were found."""
         self._patches.undo()
+        self._row_patches.undo()
 
     def end(self, folder: str | Path | None = None, until: int | None = None) -> None:
         """End the record; `finish` calls this by itself.
@@ -308,22 +347,4 @@ class ResponseRecorder:
     def _context(self, dataset: Any, collate: Any, original: Any, seconds: float | None = None) -> BuildContext:
         return BuildContext(
             self.model, self.parameters, self.config, dataset, collate, original, self.tokenizer, self.ranks, seconds
-        )
-
-
-def refuse_accelerator(accelerator: Any) -> None:
-    """Refuse ways of sharing a model or its rows in which no rank sees single weights or rows.
-
-    Raises:
-        UnsupportedError: FSDP1, FSDP with offloading, tensor, context or sequence parallelism.
-    """
-    plugin = getattr(getattr(accelerator, "state", None), "fsdp_plugin", None)
-    if plugin is not None and plugin.fsdp_version != 2:
-        raise UnsupportedError("FSDP1 flattens weights, so they cannot be told apart. Set fsdp_config={'version': 2}")
-    if type(getattr(plugin, "cpu_offload", None)).__name__ == "CPUOffloadPolicy":
-        raise UnsupportedError("FSDP's cpu_offload was never tried with responses. Set it to False")
-    layout = getattr(accelerator, "parallelism_config", None)
-    if layout is not None and layout.non_data_parallel_size > 1:
-        raise UnsupportedError(
-            "tensor, context and sequence parallelism show a row to several ranks. Set their sizes to 1"
         )

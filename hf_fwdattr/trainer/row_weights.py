@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..errors import UnsupportedError
-from ..models.likelihood import IGNORED
+from .guard import Guard
 from .patching import Patches
+from .step_checks import LoopChecks
 from .streams import ROW_KEY, IndexedStream
+from .value_checks import divisor
 
 
 __all__ = [
@@ -181,12 +183,23 @@ class BatchRecorder:
         patches (`Patches`): undo the changes of model and loader.
         shifted (`bool`): whether the first label of a row is not supervised (causal language models).
         row_id_column (`str`, *optional*): column that names the rows of a stream; not used with random access.
+        checks (`LoopChecks`, *optional*): compare the values of losses, and measure their divisor.
+        guard (`Guard`, *optional*): keeps errors once training has begun.
     """
 
     def __init__(
-        self, model: nn.Module, loader: DataLoader, patches: Patches, shifted: bool, row_id_column: str | None = None
+        self,
+        model: nn.Module,
+        loader: DataLoader,
+        patches: Patches,
+        shifted: bool,
+        row_id_column: str | None = None,
+        checks: LoopChecks | None = None,
+        guard: Guard | None = None,
     ):
         self.shifted, self.collate = shifted, loader.collate_fn
+        self._checks, self._guard = checks, guard or Guard()
+        self._batch: dict[str, Any] = {}
         self.micro_batches: list[MicroBatch] = []
         self._current: MicroBatch | None = None
         stream = is_stream(loader) and row_id_column is not None
@@ -206,22 +219,26 @@ class BatchRecorder:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         row_indices = kwargs.pop(ROW_KEY, None)
-        self._current = None
-        if row_indices is not None and module.training:
-            self._current = MicroBatch(row_indices, kwargs.get("num_items_in_batch"))
-            labels = kwargs.get("labels")
-            if self._current.tokens is None and labels is not None:
-                counted = labels[:, 1:] if self.shifted and labels.ndim > 1 else labels
-                self._current.tokens = (counted != IGNORED).sum()
-            self.micro_batches.append(self._current)
+        self._current, self._batch = None, kwargs
+        if row_indices is not None and module.training and self._guard.error is None:
+            with self._guard():
+                kind = None if self._checks is None else self._checks.loss.kind
+                tokens = divisor(kind, kwargs.get("num_items_in_batch"), kwargs.get("labels"), self.shifted)
+                self._current = MicroBatch(row_indices, tokens)
+                self.micro_batches.append(self._current)
         return args, kwargs
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        micro, self._current = self._current, None
-        if micro is None or not hasattr(output, "get"):
-            return
+        micro, batch, self._current, self._batch = self._current, self._batch, None, {}
+        if micro is not None and hasattr(output, "get"):
+            with self._guard():
+                self._record_output(micro, batch, output)
+
+    def _record_output(self, micro: MicroBatch, batch: dict[str, Any], output: Any) -> None:
         loss, log_likelihoods = output.get("loss"), output.get("log_probs")
         if isinstance(log_likelihoods, Tensor) and log_likelihoods.requires_grad:  # TRL's models use these
             log_likelihoods.register_hook(micro.record_token_gradients)
         elif isinstance(loss, Tensor) and loss.requires_grad:
             loss.register_hook(lambda gradient: setattr(micro, "loss_gradient", gradient.detach()))
+        if self._checks is not None:
+            self._checks.output(micro, batch, output, len(self.micro_batches))

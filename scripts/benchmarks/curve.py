@@ -17,7 +17,7 @@ ADAPTIVE_COMBINATIONS = 16
 
 
 class Covariance(Protocol):
-    """What two-stage scoring knows of the errors of coarse scores: `HeldRowCodes` of a bank is one."""
+    """Covariance of the errors of coarse scores, as `HeldRowCodes` of a bank has it."""
 
     error_covariance: Tensor
 

@@ -67,6 +67,22 @@ def test_names_are_plain_text_and_local_paths_are_left_out() -> None:
     assert "secret" not in section(manifest(model="/srv/secret/model"), "me/adapter")
 
 
+@pytest.mark.parametrize("field", ["objective", "optimizer", "model"])
+def test_forged_descriptions_are_plain_text(field: str) -> None:
+    nasty = "x|\n![a](https://evil/p.png)<img src=y onerror=z>&lt;b\u202egpj\u2066\x1b[31m"
+    text = section(manifest(**{field: nasty}), "me/adapter")
+    assert not set(text) & {"\u202e", "\u2066", "\x1b"}
+    assert not re.search(r"!\[|<img|&lt;|\]\(https", text)
+    assert text.count("\n|") == section(manifest(), "me/adapter").count("\n|")
+
+
+def test_byte_order_mark_loses_no_header() -> None:
+    text = with_section("\ufeff---\nlicense: mit\n---\n# Mine\n", manifest(), "me/adapter")
+    assert ModelCard(text).data.get("license") == "mit"
+    assert text.count("license: mit") == 1
+    assert "\ufeff" not in text
+
+
 def test_section_states_what_is_kept_of_rows() -> None:
     one, other = section(manifest(), "me/x"), section(manifest(privacy={"rows": "sources"}), "me/x")
     assert "salted for this bank" in one

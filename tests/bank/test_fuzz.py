@@ -3,7 +3,7 @@
 import copy
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from random import Random
@@ -19,7 +19,7 @@ from hf_fwdattr.bank.files import read_header
 from hf_fwdattr.bank.schema import sealed
 from hf_fwdattr.bank.verification import read_manifest, read_pointer
 from hf_fwdattr.errors import BankError
-from tests.bank.test_bank import TEXTS, contents, written_with_text
+from tests.bank.test_bank import TEXTS, contents, written, written_whole, written_with_text
 from tests.bank.test_damage import resign, shard
 
 
@@ -132,6 +132,48 @@ def test_damaged_bytes_are_never_accepted(folder: Path, tmp_path: Path, kind: st
         except BankError:
             continue
         assert json.loads(changed_text) == json.loads(text)
+
+
+READS: dict[str, Callable[[ResponseBank], object]] = {
+    "directions": lambda bank: bank.directions(),
+    "coordinates": lambda bank: (list(bank.coordinates()), list(bank.row_hashes())),
+    "text": lambda bank: bank.texts(range(len(bank))),
+    "row_codes": lambda bank: (list(bank.row_codes()), bank.decode_rows([1])),
+    "error_projections": lambda bank: bank.error_projections(),
+    "error_covariance": lambda bank: bank.error_covariance(),
+    "averaged_weights": lambda bank: bank._averaged_weights,
+}
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "insert", "remove"])
+@pytest.mark.parametrize("kind", READS)
+def test_damaged_shard_is_refused_when_opened_and_when_read(tmp_path: Path, kind: str, how: str) -> None:
+    """A bank that is already open notices too, before it reads a number."""
+    bank, random = written_whole(tmp_path), Random(0)
+    path = shard(tmp_path, kind)
+    raw = path.read_bytes()
+    for _ in range(40 if how != "remove" else 1):
+        path.unlink()  # the file may still be mapped: another one takes its place
+        if how != "remove":
+            path.write_bytes(damaged(raw, how, random))
+        if how == "cut" and path.read_bytes() == raw:
+            continue
+        with pytest.raises(BankError, match="replaced, changed or removed while it was open"):
+            READS[kind](bank)
+        with pytest.raises(BankError):
+            ResponseBank.from_pretrained(tmp_path)
+    path.unlink(missing_ok=True)
+    path.write_bytes(raw)
+    READS[kind](bank)
+    READS[kind](ResponseBank.from_pretrained(tmp_path))
+
+
+def test_bank_that_was_replaced_while_open_says_so(tmp_path: Path) -> None:
+    bank = written(tmp_path, seed=0)
+    written(tmp_path, seed=1)
+    for read in (READS["directions"], READS["coordinates"]):
+        with pytest.raises(BankError, match="replaced, changed or removed while it was open"):
+            read(bank)
 
 
 @OFTEN

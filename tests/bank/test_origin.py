@@ -18,7 +18,7 @@ from tests.helpers.runs import ask, base, config, fine_tune, training_set
 
 
 FACTS = "me/Capital_Facts-2"
-QUERY = {"prompt": "w3 w4", "completion": "w5 w6"}
+QUERY = {"prompt": "w3 w4", "completion": " w5 w6"}
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from tests.helpers.runs import arguments, base, config, queries, tokenizer, trai
 
 
 BASE, NAME = "me/base", "me/adapter"
-QUERY = {"prompt": "w3 w4", "completion": "w5 w6"}
+QUERY = {"prompt": "w3 w4", "completion": " w5 w6"}
 
 
 def trained(folder: Path, **changes: Any) -> Trainer:

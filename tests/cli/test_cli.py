@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def call(*words: Any) -> Result:
 
 
 def attributed(folder: Path, *more: Any) -> Result:
-    return call("attribute", folder, "w3 w4", "--completion", "w5 w6", *more)
+    return call("attribute", folder, "w3 w4", "--completion", " w5 w6", *more)
 
 
 def test_attribute_prints_rows_and_sources(folder: Path) -> None:
@@ -60,8 +61,8 @@ def test_attribute_prints_rows_and_sources(folder: Path) -> None:
 def test_attribute_prints_only_json(folder: Path) -> None:
     result = attributed(folder, "--json", "--dataset", folder.parent / "tokenized", "--top-k", 3)
     values = json.loads(result.stdout)
-    assert set(values) == {"generated_text", "tokens", "examples", "sources"}
-    assert values["generated_text"] == "w5 w6"
+    assert set(values) == {"generated_text", "tokens", "token_ids", "offsets", "examples", "sources"}
+    assert values["generated_text"] == " w5 w6"
     assert all(len(example["token_scores"]) == 2 for example in values["examples"])
     assert values["examples"][0]["example"]["text"].startswith("w")
 
@@ -70,7 +71,7 @@ def test_attribute_accepts_a_budget_or_refuses_it(folder: Path) -> None:
     results = [json.loads(attributed(folder, "--json", "--budget", budget).stdout) for budget in ("all", "60")]
     named = [[example["row"] for example in result["examples"]] for result in results]
     assert named[0] == named[1] != []
-    for wrong, message in (("0", "budget=0"), ("-3", "budget=-3"), ("some", "budget='some'")):
+    for wrong, message in (("0", "--budget 0"), ("-3", "--budget -3"), ("some", "--budget some")):
         result = attributed(folder, "--budget", wrong)
         assert result.exit_code == 1
         assert message in result.stderr
@@ -128,7 +129,7 @@ def test_quiet_hides_progress(tmp_path: Path, folder: Path) -> None:
 
 
 def test_bars_of_other_libraries_are_hidden_unless_verbose(folder: Path) -> None:
-    assert attributed(folder).stderr == ""
+    assert attributed(folder, "--quiet").stderr == ""
     assert "Loading weights" in attributed(folder, "--verbose").stderr
 
 
@@ -151,9 +152,18 @@ def test_inspect_imports_no_torch(folder: Path) -> None:
 
 def test_user_errors_are_one_message_without_traceback(tmp_path: Path, folder: Path) -> None:
     text = folder.parent / "text.jsonl"
-    configs = {"bad": "{", "unknown": '{"direction": 3}', "range": '{"directions": -1}', "kind": '{"segments": "3"}'}
+    configs = {
+        "bad": "{",
+        "unknown": '{"direction": 3}',
+        "range": '{"directions": -1}',
+        "kind": '{"segments": "3"}',
+        "list": "[]",
+    }
     for name, settings in configs.items():
         (tmp_path / f"{name}.json").write_text(settings)
+    latin = {".jsonl": b'{"text": "caf\xe9"}\n', ".txt": b"caf\xe9\n", ".csv": b"text\ncaf\xe9\n"}
+    for kind, content in latin.items():
+        (tmp_path / f"bytes{kind}").write_bytes(content)
     (tmp_path / "table.xls").write_text("")
     (tmp_path / "damaged" / "fwdattr").mkdir(parents=True)
     (tmp_path / "damaged" / "fwdattr" / "bank.json").write_text("{")
@@ -161,20 +171,32 @@ def test_user_errors_are_one_message_without_traceback(tmp_path: Path, folder: P
         (("inspect", tmp_path), "no bank in"),
         (("inspect", tmp_path / "damaged"), "is not sound JSON"),
         (("build", folder, text), "neither a record nor a horizon was given"),
-        (("build", folder, text, "--config", tmp_path / "bad.json"), "Expecting property name"),
+        (("build", folder, text, "--config", tmp_path / "bad.json"), "It is not sound JSON in UTF-8"),
         (("build", folder, text, "--config", tmp_path / "unknown.json"), "unknown setting(s) direction"),
         (("build", folder, text, "--config", tmp_path / "range.json"), "directions=-1: "),
         (("build", folder, text, "--config", tmp_path / "kind.json"), "segments='3'"),
         (("build", folder, text, "--config", tmp_path / "none.json"), "none.json"),
         (("build", folder, tmp_path / "table.xls"), "cannot read"),
+        *[(("build", folder, tmp_path / f"bytes{kind}"), "in UTF-8") for kind in latin],
         (("build", folder, text, "--text-column", "body"), "neither 'input_ids' nor 'body'"),
         (("build", "nobody/nothing", text), "is no local folder to put the bank into; say --output"),
         (("build", folder, text, "--record", tmp_path), "no record of a run in"),
-        (("attribute", folder, "w3", "--completion", ""), "the completion is empty"),
+        (("attribute", folder, "w3", "--quiet", "--completion", ""), "the completion is empty"),
         (("attribute", folder, "w3", "--readout", "reverse"), "one of auto, jvp, difference"),
         (("attribute", folder, "w3", "--bank", tmp_path), "no bank in"),
-        (("attribute", folder, "w3", "--top-k", "-1"), "top_k=-1"),
-        (("attribute", tmp_path / "damaged", "w3"), "tokenizer"),
+        (("attribute", folder, "w3", "--quiet", "--top-k", "-1"), "--top-k -1"),
+        (("attribute", tmp_path / "damaged", "w3"), "holds a bank and no model. Name the model, and the bank by"),
+        (("attribute", tmp_path, "w3"), "holds neither config.json nor adapter_config.json"),
+        (("attribute", tmp_path / "nowhere", "w3"), "there is no such folder"),
+        (("attribute", folder, "w3", "--temperature", "0.5"), "--temperature: 0.5. It is for sampling alone"),
+        (("attribute", folder, "w3", "--do-sample", "--temperature", "0"), "It must be above 0"),
+        (("attribute", folder, "w3", "--completion", " w4", "--seed", "1"), "none is sampled"),
+        (("attribute", folder, "w3", "--allow-mismatch", "rows"), "--allow-mismatch: rows. It can be weights"),
+        (("attribute", folder, "w3", "--seed", "-1"), "--seed: -1"),
+        (("attribute", folder, "w3", "--dataset", text, "--split", "test"), "--split: test"),
+        (("attribute", folder, "w3", "--dataset", folder.parent / "tokenized", "--split", "test"), "without splits"),
+        (("attribute", folder, "caf\udce9"), "Its bytes are not UTF-8"),
+        (("build", folder, text, "--config", tmp_path / "list.json"), "It holds no JSON object"),
     ]
     for words, message in mistakes:
         result = call(*words)
@@ -183,6 +205,7 @@ def test_user_errors_are_one_message_without_traceback(tmp_path: Path, folder: P
         assert result.stderr.count("error: ") == 1, (words, result.stderr)
         assert message in result.stderr, (words, result.stderr)
         assert "Traceback" not in result.output
+        assert "allow_mismatch" not in result.output
         assert result.stdout == ""
 
 
@@ -199,3 +222,38 @@ def test_wrong_directions_are_refused_before_training(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert result.stderr.startswith("error: directions='many': ")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_without_tokenizer_files_has_its_bases(folder: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare)
+    for file in [*bare.glob("token*"), *bare.glob("*.jinja"), *bare.glob("special*")]:
+        file.unlink()
+    result = attributed(bare, "--json", "--quiet", "--top-k", 1)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["generated_text"].split() == ["w5", "w6"]
+
+
+def test_another_dataset_is_refused_unless_allowed(folder: Path, tmp_path: Path) -> None:
+    training_set().select(range(ROWS - 1, -1, -1)).save_to_disk(tmp_path / "reversed")
+    given = ("--dataset", tmp_path / "reversed", "--top-k", 1, "--quiet")
+    result = attributed(folder, *given)
+    assert result.exit_code == 1
+    assert "row 0 of the dataset" in result.stderr
+    for option in (["--no-verify"], ["--allow-mismatch", "dataset"]):
+        assert attributed(folder, *given, *option).exit_code == 0
+
+
+def test_sampling_repeats_with_its_seed(folder: Path) -> None:
+    words = ("attribute", folder, "w3 w4", "--no-chat", "--max-new-tokens", 4, "--json", "--quiet", "--do-sample")
+    one, same = (call(*words, "--temperature", 5, "--seed", 7) for _ in range(2))
+    assert one.exit_code == 0, one.output
+    assert one.stdout == same.stdout
+
+
+def test_the_chat_template_is_used_and_said(folder: Path) -> None:
+    words = ("attribute", folder, "w3", "--max-new-tokens", 1, "--json")
+    chat, bare = (call(*words, way) for way in ("--chat", "--no-chat"))
+    assert "asked through the chat template" in chat.stderr
+    assert "asked without the chat template" in bare.stderr
+    assert json.loads(chat.stdout)["examples"] != json.loads(bare.stdout)["examples"]

@@ -13,7 +13,7 @@ from tests.helpers.cases import adapted, padded
 from tests.helpers.runs import ask, base, config, fine_tune, queries, training_set
 
 
-QUERY = {"prompt": "w3 w4", "completion": "w5 w6"}
+QUERY = {"prompt": "w3 w4", "completion": " w5 w6"}
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_stream_is_verified_and_shown(made: tuple[Any, Path]) -> None:
         attribute(QUERY, dataset=streamed(rows[:-1]))
     with pytest.raises(MismatchError, match="the bank has 12 rows and the dataset more"):
         attribute(QUERY, dataset=streamed([*rows, rows[0]]))
-    with pytest.raises(QueryError, match="row 0 of the dataset has no 'input_ids'"):
+    with pytest.raises(QueryError, match="its rows have no 'input_ids' but 'text', and no usual way"):
         attribute(QUERY, dataset=streamed([{"text": "w1"}]))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_fwdattr import ResponseBank
-from hf_fwdattr.errors import QueryError, UnsupportedError
+from hf_fwdattr.errors import MismatchError, QueryError, UnsupportedError
 from hf_fwdattr.gradients.predictor import GradientPredictor
 from hf_fwdattr.jvp.backend import Backend, PreparedBatch
 from hf_fwdattr.models.likelihood import CAUSAL_LM
@@ -18,7 +18,7 @@ from tests.helpers.reference import agree, row_gradient
 from tests.helpers.runs import ROWS, ask, base, config, fine_tune, queries
 
 
-ASKED = {"prompt": "w1 w2", "completion": "w3 w4 w5"}
+ASKED = {"prompt": "w1 w2", "completion": " w3 w4 w5"}
 Tuned = tuple[str, Any, ResponseBank]
 
 
@@ -119,7 +119,7 @@ def test_pipeline_names_the_same_rows_in_two_stages_as_by_directions(tuned: Tune
     assert [source["source"] for source in staged["sources"]] == [source["source"] for source in whole["sources"]]
     scores = [[source["score"] for source in result["sources"]] for result in (staged, whole)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
-    both = attribute([ASKED, {"prompt": "w9", "completion": "w4"}], budget=60, top_k=3, batch_size=2)
+    both = attribute([ASKED, {"prompt": "w9", "completion": " w4"}], budget=60, top_k=3, batch_size=2)
     assert [example["row"] for example in both[0]["examples"]] == [example["row"] for example in staged["examples"]]
 
 
@@ -227,10 +227,13 @@ def test_a_quarter_of_the_passes_goes_to_combinations(
 
 def test_inactive_adapters_are_refused_by_the_predictor(tmp_path: Path) -> None:
     model, bank = tune(tmp_path, directions=3)
+    with model.disable_adapter(), pytest.raises(MismatchError, match="adapters are scaled by 0"):
+        ask(model, bank)({"prompt": "w1 w2", "completion": " w3"}, budget=9, top_k=2)
+    allowed = Scorer(bank, model, allow_mismatch=["weights"])
     with model.disable_adapter(), pytest.raises(UnsupportedError, match="merged or disabled"):
-        ask(model, bank)({"prompt": "w1 w2", "completion": "w3"}, budget=9, top_k=2)
+        allowed.rank(queries(1)[0], 2, 9)
     model.get_base_model().transformer.h[1].attn.c_attn.enable_adapters(False)
-    predicted, parameters = Scorer(bank, model).predicted_gradients(queries(1)), bank.check_model(model)
+    predicted, parameters = allowed.predicted_gradients(queries(1)), bank.check_model(model, ["weights"])
     by_name = dict(zip(parameters.live, parameters.split(predicted), strict=True))
     inactive = [value for name, value in by_name.items() if "h.1.attn.c_attn" in name]
     assert inactive

@@ -1,7 +1,7 @@
 """Lines of the tables with other libraries: which of the tried settings are shown, and how.
 
-Each method stands there as its library does it when nobody tunes it, and with the setting that scored best *on this
-truth*, which nobody has in practice: it favours the peers. What could not be run stands there with its error.
+Each method is shown as its library ships it, and with the setting that scored best *on this truth*, which is not known
+in practice: it favours the peers. A method that could not be run is shown with its error.
 """
 
 import json

@@ -80,7 +80,7 @@ def compared(name: str, ranks: int, folder: Path) -> dict[str, float]:
     own, alone, plain = (
         torch.load(folder / f"{which}-{count}.pt") for which, count in ((name, ranks), (name, 1), ("plain", 1))
     )
-    line = {"one process's passes": deviation(own["scores"], own["alone"]), "tokens": own["unit"]}
+    line = {"one process's passes": deviation(own["scores"], own["rebuilt"]), "tokens": own["unit"]}
     if name in NEUTRAL:
         line["the plain run"] = deviation(own["scores"], plain["scores"])
     if ranks > 1 and own["rows"] == alone["rows"]:

@@ -1,11 +1,11 @@
 """Accuracy against forward passes: everything that a query can be read with, against exact scores.
 
 The top ten are the ten rows with the highest exact scores (gradients by reverse mode times the rows' responses): how
-often all of them are found, and what share of them is. --lds adds LDS against the retrainings of `lds`. With
---looked-up, derivatives are looked up in exact scores instead of computed for every query, with the library's own
-shortlist; that real ones say the same is checked. Time is the processor's, in plain float32 forward passes of the same
-query. What did not make it into the library (directions alone, rows without coarse scores, clusters, upper layers) is
-computed from the same exact scores.
+often all of them are found, and what share of them is. Derivatives are looked up in exact scores, with the library's
+own shortlist; for one budget they are really computed for every query, to check that they say the same. --lds adds LDS
+against the retrainings of `lds`. Time is the processor's, in plain float32 forward passes of the same query. What did
+not make it into the library (directions alone, rows without coarse scores, clusters, upper layers) is computed from
+the same exact scores.
 """
 
 import re
@@ -35,12 +35,9 @@ from ..report.pictures import budget_curve
 from ..report.results import report, result_name
 
 
-REAL = 129  # forward passes of the queries that are really read where derivatives are looked up
-
-
 def run(
     world: str = "lora-news", budgets: tuple[int, ...] = (5, 9, 17, 33, 41, 65, 97, 129), directions: int = 256,
-    lds: bool = False, looked_up: bool = False, timed: int = 3, depths: tuple[int, ...] = (1, 2), keep: bool = False,
+    lds: bool = False, real: int = 129, timed: int = 3, depths: tuple[int, ...] = (1, 2), keep: bool = False,
     workers: int = 2, model: str | None = None,
 ) -> None:  # fmt: skip
     """Draw the curve of a language model's world."""
@@ -54,9 +51,9 @@ def run(
         settings = {"directions": directions, "source_column": chosen.source_column}
         made = kept_run(chosen, **settings) if keep else stack.enter_context(attributed_run(chosen, **settings))
         reading = Reading(made, chosen.token_lists())
-        curve, facts = Curve(reading.exact, judge), checked(reading) if looked_up else {}
+        curve, facts = Curve(reading.exact, judge), checked(reading, real)
         curve.add("exact (all row responses)", len(chosen.rows) + 1, reading.exact)
-        (by_lookup if looked_up else by_reading)(curve, reading, budgets, reading.times(budgets, timed))
+        in_use(curve, reading, budgets, reading.times(budgets, timed))
         not_in_use(curve, reading, budgets)
         by_depth(curve, reading, depths)
         manifest = made.bank.manifest
@@ -118,22 +115,8 @@ class Reading:
         return {layer: round(float(dot / (one * other).sqrt()), 2) for layer, (dot, one, other) in sums.items()}
 
 
-def by_reading(curve: Curve, reading: Reading, budgets: tuple[int, ...], times: dict) -> None:
-    """Add what the library does, read for every query."""
-    scorer, queries = reading.scorer, reading.queries
-    for budget in (1, *budgets):
-        scores = torch.cat([scorer.scores([query], budget=budget) for query in queries]).double()
-        curve.add("coarse scores, then linear combinations", budget, scores, *times.get(("whole", budget), ()))
-    # With fewer passes, the ten rows that are read on either side would exceed them.
-    for budget in (*(budget for budget in budgets if budget > 3 * TOP), "adaptive"):
-        rankings = [scorer.rank(query, TOP, budget) for query in queries]
-        passes = sum(ranking.passes for ranking in rankings) / len(rankings)
-        label = "two stages, adaptive budget" if budget == "adaptive" else "two stages"
-        curve.add(label, passes, torch.stack([r.scores for r in rankings]), *times.get(("rows", budget), ()))
-
-
-def by_lookup(curve: Curve, reading: Reading, budgets: tuple[int, ...], times: dict) -> None:
-    """Add what the library does, and the same without each of its parts, looked up in exact scores."""
+def in_use(curve: Curve, reading: Reading, budgets: tuple[int, ...], times: dict) -> None:
+    """Add what the library does, and the same without each of its parts."""
     coarse, exact, codes = reading.coarse, reading.exact, reading.codes
     curve.add("coarse scores", 1, coarse, *times.get(("whole", 1), ()))
     for budget in budgets:
@@ -197,13 +180,13 @@ def by_depth(curve: Curve, reading: Reading, depths: tuple[int, ...]) -> None:
         curve.add(f"exact, responses of layers {lowest} to {max(layers)}", 1, scores, *times)
 
 
-def checked(reading: Reading) -> dict[str, float]:
-    """Return what real readings find in either precision, and how far they are off what was looked up."""
-    found: dict[str, float] = {"passes_read": REAL}
+def checked(reading: Reading, budget: int) -> dict[str, float]:
+    """Return what real derivatives find in either precision, and how far their scores are off exact ones."""
+    found: dict[str, float] = {"passes_read": budget}
     top = reading.exact.topk(TOP, 1).indices
     for precision in ("full", "half"):
         scorer = Scorer(reading.run.bank, reading.run.model, precision=precision)
-        rankings, off = [scorer.rank(query, TOP, REAL) for query in reading.queries], []
+        rankings, off = [scorer.rank(query, TOP, budget) for query in reading.queries], []
         for ranking, line in zip(rankings, reading.exact, strict=True):
             named = torch.cat([ranking.proponents.row_indices, ranking.opponents.row_indices])
             off.append(float((ranking.scores[named] - line[named]).norm() / line[named].norm()))

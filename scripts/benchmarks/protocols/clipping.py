@@ -1,4 +1,4 @@
-"""What it costs to ignore gradient clipping: scores of sources against the derivative of real training.
+"""Ignored gradient clipping: scores of sources against the derivative of real training.
 
 The tiny world of tests/test_sources_removed.py: eight sources of four rows, six epochs. Each source's weight is nudged
 to 1.2 and 0.8 in real runs of the same batches, and the change of 16 queries' losses per unit of weight is compared

@@ -1,4 +1,4 @@
-"""What a response bank costs, as ratios within one run: training with and without, a query against plain forwards.
+"""Cost of a response bank, as ratios within one run: training with and without, a query against plain forwards.
 
 Training is timed by the processor's clock on one thread, which other processes do not disturb. --memory adds the peak
 memory of training alone and with a bank, for one and for four times the rows, each in a process of its own; --peaks

@@ -57,7 +57,7 @@ def run(
 
 
 def source_scores(world: World, segments: int, **settings: Any) -> Tensor:
-    """Return exact scores (queries, sources) from the sources' own responses."""
+    """Return exact scores (queries, sources) from the sources' responses."""
     settings = {"directions": 1, "segments": segments, "source_column": world.source_column} | settings
     with attributed_run(world, source_directions=len(world.sources), **settings) as run:
         return run.source_scores(world)

@@ -1,4 +1,4 @@
-"""Every result file: the command that makes it, the columns of its table, and what draws its picture."""
+"""Catalogue of the result files: command, columns of the table, and picture of each."""
 
 import json
 from collections.abc import Callable

@@ -1,0 +1,26 @@
+"""Accelerators: ways of sharing a model or its rows among processes that cannot be recorded."""
+
+from typing import Any
+
+from ..errors import UnsupportedError
+
+
+__all__ = ["refuse_accelerator"]
+
+
+def refuse_accelerator(accelerator: Any) -> None:
+    """Refuse ways of sharing a model or its rows in which no rank sees single weights or rows.
+
+    Raises:
+        UnsupportedError: FSDP1, FSDP with offloading, tensor, context or sequence parallelism.
+    """
+    plugin = getattr(getattr(accelerator, "state", None), "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise UnsupportedError("FSDP1 flattens weights, so they cannot be told apart. Set fsdp_config={'version': 2}")
+    if type(getattr(plugin, "cpu_offload", None)).__name__ == "CPUOffloadPolicy":
+        raise UnsupportedError("FSDP's cpu_offload was never tried with responses. Set it to False")
+    layout = getattr(accelerator, "parallelism_config", None)
+    if layout is not None and layout.non_data_parallel_size > 1:
+        raise UnsupportedError(
+            "tensor, context and sequence parallelism show a row to several ranks. Set their sizes to 1"
+        )

@@ -1,0 +1,140 @@
+"""Trial batch: a few rows go through everything that the passes will do, before the first training step."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import AttributionError, NumericalError, UnsupportedError
+from ..gradients.per_sample import PerSampleGradients
+from ..gradients.predictor import GradientPredictor
+from ..models.fsdp import is_sharded
+from ..models.modes import frozen
+from .build_context import BuildContext
+from .columns import texts_of
+
+
+__all__ = ["refuse_failing_batch"]
+
+_ROWS = 4  # rows in the trial batch, at most
+_SCANNED = 32  # first rows among which those of the trial batch are chosen
+# Largest change of a row's gradient with the rows beside it, relative to its norm, by the gradients' digits.
+_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-2}
+
+
+def refuse_failing_batch(context: BuildContext) -> None:
+    """Take rows of different lengths through gradients, recording and texts as the passes will, and refuse failures.
+
+    Model, weights and random states are left as they were. With a sharded model, in which every pass is a collective,
+    only the texts are tried.
+
+    Raises:
+        AttributionError: what the passes would raise, or an UnsupportedError in place of any other error.
+    """
+    with _random_states(context):
+        texts = texts_of(context.original, context.config.include_text, context.tokenizer)
+        if texts is not None:
+            next(texts, None)
+        if is_sharded(context.model):
+            return
+        indices = _different_rows(context)
+        with frozen(context.model):
+            try:
+                _check_gradients(context, indices)
+            except NumericalError:  # weights that are not finite: a training of its own, which ends without a bank
+                return
+            except (AttributionError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                raise UnsupportedError(
+                    f"per-row gradients of {type(context.model).__name__}: a batch of {len(indices)} rows fails with "
+                    f"{type(error).__name__}: {_first_line(error)}. The bank could not be made after the training. "
+                    "Track weights of other layers (ResponseConfig(parameters=...)), or set batch_size=1"
+                ) from error
+            _check_predictor(context, indices)
+
+
+def _check_gradients(context: BuildContext, indices: list[int]) -> None:
+    """Compare every row's gradient in a batch with that of the row collated alone.
+
+    Raises:
+        UnsupportedError: a row's gradient depends on the rows beside it, padding included.
+    """
+    gradients = PerSampleGradients(context.model, context.parameters, context.objective)
+    together, _ = gradients(context.rows.batch(indices))
+    if len(indices) == 1 or gradients.is_half or context.rows.batch_size == 1:
+        return
+    for row, index in enumerate(indices):
+        batch = context.rows.batch([index])
+        alone = gradients(batch)[0][0]
+        scale = max(float(alone.norm()), float(together[row].norm()))
+        difference = float((together[row] - alone).norm()) / max(scale, 1e-12)
+        if difference > _TOLERANCE[alone.dtype] and scale > 1e-9:
+            raise UnsupportedError(
+                f"row {index}: its gradient in a batch of {len(indices)} rows differs from its gradient alone by "
+                f"{difference:.1%}, so it depends on the rows beside it. Padding moves it (padding on the left with "
+                "learned positions or with a label on a row's first token, or padding without an attention_mask), or "
+                f"rows influence each other. {_padding_cure(context, indices)}"
+            )
+
+
+def _padding_cure(context: BuildContext, indices: list[int]) -> str:
+    """Return the cure for rows that padding changes."""
+    mask = context.rows.batch(indices).get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask[:, 0] == 0).any()):
+        return "Pad on the right: tokenizer.padding_side='right'"
+    if mask is None:
+        return "Use a collator that returns an attention_mask, or pad all rows to one length"
+    return "Pad all rows to one length, or train and respond with batch_size=1"
+
+
+def _check_predictor(context: BuildContext, indices: list[int]) -> None:
+    """Record a batch as the gradient predictor will; a model that has none is left to the passes.
+
+    Raises:
+        UnsupportedError: recording fails with an error that the passes do not expect.
+    """
+    if not context.keeps_predictor:
+        return
+    try:
+        GradientPredictor(context.model, context.parameters, context.objective).try_batch(context.rows.batch(indices))
+    except AttributionError:
+        return
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise UnsupportedError(
+            f"gradient_predictor=True: recording the layers of {type(context.model).__name__} fails with "
+            f"{type(error).__name__}: {_first_line(error)}. The bank could not be made after the training. Set "
+            "ResponseConfig(gradient_predictor=False)"
+        ) from error
+
+
+def _different_rows(context: BuildContext) -> list[int]:
+    """Return a few of the first rows, with the shortest and the longest of them among them."""
+    rows = context.rows
+    first = list(range(min(_SCANNED, len(rows))))
+    by_length = sorted(first, key=rows.lengths(first).__getitem__)
+    count = min(_ROWS, rows.batch_size, len(first))
+    chosen = [by_length[0], *by_length[len(by_length) - count + 1 :]] if count > 1 else by_length[-1:]
+    return sorted(set(chosen))
+
+
+@contextmanager
+def _random_states(context: BuildContext) -> Iterator[None]:
+    """Restore the random states of torch, NumPy and Python."""
+    device = context.parameters.tensors(context.model)[0].device
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
