@@ -28,8 +28,8 @@ _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-2}
 def refuse_failing_batch(context: BuildContext) -> None:
     """Take rows of different lengths through gradients, recording and texts as the passes will, and refuse failures.
 
-    Model, weights and random states are left as they were. With a sharded model, in which every pass is a collective,
-    only the texts are tried.
+    Model, weights and random states are left as they were. Under several processes, where a
+    refusal by one would leave the others waiting, only the texts are tried.
 
     Raises:
         AttributionError: what the passes would raise, or an UnsupportedError in place of any other error.
@@ -38,7 +38,7 @@ def refuse_failing_batch(context: BuildContext) -> None:
         texts = texts_of(context.original, context.config.include_text, context.tokenizer)
         if texts is not None:
             next(texts, None)
-        if is_sharded(context.model):
+        if is_sharded(context.model) or _several_processes():
             return
         indices = _different_rows(context)
         with frozen(context.model):
@@ -55,6 +55,15 @@ def refuse_failing_batch(context: BuildContext) -> None:
                     "Track weights of other layers (ResponseConfig(parameters=...)), or set batch_size=1"
                 ) from error
             _check_predictor(context, indices)
+
+
+def _several_processes() -> bool:
+    """Return whether other processes train too: a refusal by one of them would leave the others waiting."""
+    return (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    )
 
 
 def _check_gradients(context: BuildContext, indices: list[int]) -> None:

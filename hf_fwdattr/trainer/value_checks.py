@@ -116,7 +116,7 @@ class LossCheck:
         """Keep the loss until `backward`, and of a first micro-batch the gradient that reaches its logits."""
         loss, logits = output.get("loss"), output.get("logits")
         if isinstance(loss, Tensor) and loss.numel() == 1:
-            self._losses.append((micro, loss.detach()))
+            self._losses.append((micro, loss.detach().clone()))  # the Trainer multiplies it in place
         if not first or not isinstance(logits, Tensor) or not logits.requires_grad or logits.ndim < 2:
             return
         rows, per_row = len(logits), logits[0].numel()
