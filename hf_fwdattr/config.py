@@ -57,8 +57,9 @@ class ResponseConfig(BaseModel):
     objective: str | Callable[..., Any] = "auto"
     """'auto', 'causal-lm', 'sequence-classification', or a function (model, batch) -> (logits, labels). Leave it
     unless the loss is your own."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number type in which directions and coordinates are stored. Leave it unless the bank is too large."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
+    """Number type in which directions and coordinates are stored: 'auto' takes float32 where they are small, and 8
+    bits a number where they are not. Leave it unless the bank is too large."""
     batch_size: AtLeastOne = 16
     """Rows per forward and backward pass. Leave it unless memory runs out or is left over."""
     sample_rows: AtLeastOne = 2048
@@ -70,10 +71,12 @@ class ResponseConfig(BaseModel):
     gradient_predictor: bool = True
     """Keep the predictor of a query's gradient from one forward pass, so that rows are scored in two stages; costs a
     pass over at most 512 rows. Leave it unless only sources are of interest."""
-    responses_budget: NotNegative = 1 << 29
-    """Bytes that the bank may keep of row codes (one byte for each row and tracked weight). It keeps all rows' or
-    none: none with private_rows or more than sample_rows rows, and 0 keeps none. Leave it unless the bank is too large
-    or tells too much of its rows."""
+    row_code_bits: Literal["auto", 1, 2, 4, 8] = "auto"
+    """Bits of a number in row codes, from which chosen rows are scored: 'auto' takes 8 for few rows, and otherwise 4,
+    2 or 1, as responses_budget allows. Leave it unless the bank is too large, or scores must be closer."""
+    responses_budget: NotNegative = 4 << 30
+    """Bytes that the bank may keep of row codes; 0 keeps none, so that scores come from the directions alone. Leave it
+    unless the bank is too large or tells too much of its rows."""
     memory_budget: NotNegative = 4 << 30
     """Bytes of matrices held in memory during the passes; more goes to disk. Leave it unless memory is short."""
     seed: int = 0

@@ -16,6 +16,7 @@ from .files import copy_atomically, write_atomically
 from .identity import check_model, check_rows, check_tokenizer
 from .inspection import BankFiles
 from .push import PushOptions, push
+from .schema import ShardFile
 from .tensors import finite, open_shard, slices
 from .text import read_texts
 from .verification import MANIFEST, remove_stale
@@ -147,7 +148,11 @@ class ResponseBank(BankFiles):
             first, last = max(start - file.first, 0), min(end - file.first, file.lines)
             if first < last:
                 with open_shard(self.path(file)) as shard:
-                    parts.append(finite(shard.get_slice("directions")[first:last].to(dtype), file.name))
+                    if self.manifest.dtype == "int8":
+                        part = self._codes_in(shard, file, slice(first, last), 8).decode().to(dtype)
+                    else:
+                        part = finite(shard.get_slice("directions")[first:last].to(dtype), file.name)
+                    parts.append(part)
         return torch.cat(parts) if len(parts) > 2 else parts[-1]
 
     def coordinates(self, checked: bool = True) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -157,17 +162,64 @@ class ResponseBank(BankFiles):
             checked (`bool`, defaults to `True`): refuse values that are not finite. That takes many times as long as
                 a product with them, which shows the same: what comes of such a value is not finite either.
         """
+        manifest, start = self.manifest, 0
+        for file, parts in self._row_blocks("row_ids", "sources", *self._coordinate_names):
+            ids, sources, block = parts[:3]
+            if len(sources) and not -1 <= int(sources.min()) <= int(sources.max()) < len(manifest.sources):
+                raise BankError(
+                    f"{file.name} names sources beyond the {len(manifest.sources)} of bank.json. Build the bank again"
+                )
+            values = self._dense(parts[2:], start)
+            start += len(block)
+            yield ids, sources, finite(values, file.name) if checked else values
+
+    def stored_coordinates(self) -> tuple[Tensor, Tensor]:
+        """Coordinates (rows, k) of all rows as they are stored, and in 8 bits their scales (rows,), else none."""
+        blocks = [parts for _, parts in self._row_blocks(*self._coordinate_names)]
+        stored = torch.cat([parts[0] for parts in blocks])
+        return stored, torch.cat([parts[1] for parts in blocks]) if len(blocks[0]) > 1 else torch.zeros(0)
+
+    def outside(self) -> Tensor:
+        """(rows,), float32: norm of every response's part outside the directions, in the metric 1 / D; or empty."""
+        if not self.manifest.error_variances:
+            return torch.zeros(0)
+        return torch.cat([finite(part, file.name) for file, (part,) in self._row_blocks("outside")])
+
+    def row_labels(self, row_indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids (n,) and sources (n,), -1 for none, of these rows, read one by one."""
+        ids, sources = torch.zeros(len(row_indices), dtype=torch.int64), torch.full((len(row_indices),), -1)
+        for file in self.manifest.files_of("coordinates"):
+            inside = ((row_indices >= file.first) & (row_indices < file.first + file.lines)).nonzero().flatten()
+            if len(inside):
+                with open_shard(self.path(file)) as shard:
+                    lines = row_indices[inside] - file.first
+                    ids[inside] = shard.get_tensor("row_ids")[lines]
+                    sources[inside] = shard.get_tensor("sources")[lines].long()
+        return ids, sources
+
+    @property
+    def _coordinate_names(self) -> list[str]:
+        return ["coordinates"] + ["scales"] * (self.manifest.coordinates_dtype == "int8")
+
+    def _row_blocks(self, *names: str) -> Iterator[tuple[ShardFile, tuple[Tensor, ...]]]:
+        """Yield blocks of rows of some tensors in the shards of coordinates."""
         width = max(1, min(_ROWS, _NUMBERS // self.manifest.directions))
         for file in self.manifest.files_of("coordinates"):
             path = self.path(file)
-            parts = (slices(path, name, width) for name in ("row_ids", "sources", "coordinates"))
-            for ids, sources, block in zip(*parts, strict=True):
-                if len(sources) and not -1 <= int(sources.min()) <= int(sources.max()) < len(self.manifest.sources):
-                    raise BankError(
-                        f"{file.name} names sources beyond the {len(self.manifest.sources)} of bank.json. Build the "
-                        "bank again"
-                    )
-                yield ids, sources, finite(block.float(), file.name) if checked else block.float()
+            for parts in zip(*(slices(path, name, width) for name in names), strict=True):
+                yield file, parts
+
+    def _dense(self, parts: tuple[Tensor, ...], start: int) -> Tensor:
+        """Return coordinates (n, k) in float32 as they stand for, from what is stored of the rows from `start` on."""
+        values = parts[0].float()
+        if self.manifest.directions_are_rows:
+            dense = torch.zeros(len(values), self.manifest.directions)
+            dense[torch.arange(len(values)), torch.arange(start, start + len(values))] = values[:, 0]
+            return dense
+        if self.manifest.coordinates_dtype == "int8":
+            values *= torch.tensor(self.manifest.coordinate_scales)
+            values *= parts[1][:, None]
+        return values
 
     def row_hashes(self) -> Iterator[Tensor]:
         """Yield blocks of (n, 16) bytes."""
@@ -176,10 +228,37 @@ class ResponseBank(BankFiles):
 
     def row_codes(self) -> Iterator[RowCodes]:
         """Yield blocks of row codes, in order; none if the bank does not keep them."""
-        for file in self.manifest.files_of("row_codes"):
-            path, width = self.path(file), max(1, _BLOCK // max(self.manifest.size, 1))
+        manifest = self.manifest
+        width = max(1, 8 * _BLOCK // max(manifest.size * manifest.row_code_bits, 1))
+        for file in manifest.files_of("row_codes"):
+            path = self.path(file)
             for codes, scales in zip(slices(path, "codes", width), slices(path, "scales", width), strict=True):
-                yield RowCodes(codes, finite(scales, file.name))
+                yield RowCodes(codes, finite(scales, file.name), manifest.row_code_bits, manifest.size)
+
+    def codes_of(self, row_indices: Sequence[int]) -> RowCodes:
+        """Return the codes of these rows, in this order.
+
+        Raises:
+            BankError: the bank keeps no code of one of them.
+        """
+        parts: dict[int, RowCodes] = {}  # line of the result -> code
+        missing = dict(enumerate(row_indices))  # line of the result -> row
+        for file in self.manifest.files_of("row_codes"):
+            in_shard = {at: row - file.first for at, row in missing.items() if 0 <= row - file.first < file.lines}
+            if not in_shard:
+                continue
+            with open_shard(self.path(file)) as shard:
+                for at, line in in_shard.items():
+                    parts[at] = self._codes_in(shard, file, slice(line, line + 1), self.manifest.row_code_bits)
+                    del missing[at]
+        if missing:
+            raise BankError(
+                f"the bank keeps no code of row {next(iter(missing.values()))}. Build it with a larger "
+                "responses_budget"
+            )
+        ordered = [parts[at] for at in range(len(row_indices))]
+        codes, scales = (torch.cat([getattr(part, name) for part in ordered]) for name in ("codes", "scales"))
+        return RowCodes(codes, scales, self.manifest.row_code_bits, self.manifest.size)
 
     def decode_rows(self, row_indices: Sequence[int]) -> Tensor:
         """(rows, P), float32: the responses of these rows, decoded from their codes, in this order.
@@ -187,24 +266,13 @@ class ResponseBank(BankFiles):
         Raises:
             BankError: the bank keeps no code of one of them.
         """
-        result = torch.zeros(len(row_indices), self.manifest.size)
-        missing = dict(enumerate(row_indices))  # line of the result -> row
-        for file in self.manifest.files_of("row_codes"):
-            in_shard = {at: row - file.first for at, row in missing.items() if 0 <= row - file.first < file.lines}
-            if not in_shard:
-                continue
-            with open_shard(self.path(file)) as shard:
-                codes, scales = shard.get_slice("codes"), shard.get_slice("scales")
-                for at, line in in_shard.items():
-                    row = RowCodes(codes[line : line + 1], finite(scales[line : line + 1], file.name))
-                    result[at] = row.decode()[0]
-                    del missing[at]
-        if missing:
-            raise BankError(
-                f"the bank keeps no code of row {next(iter(missing.values()))}. Build it with a larger "
-                "responses_budget"
-            )
-        return result
+        if not len(row_indices):
+            return torch.zeros(0, self.manifest.size)
+        return self.codes_of(row_indices).decode()
+
+    def _codes_in(self, shard: Any, file: ShardFile, lines: slice, bits: int) -> RowCodes:
+        codes, scales = (shard.get_slice(name)[lines] for name in ("codes", "scales"))
+        return RowCodes(codes, finite(scales, file.name), bits, self.manifest.size)
 
     def error_projections(self) -> dict[str, Tensor]:
         """Matrices of the gradient predictor, (d, out) in float32, by canonical path of the layer."""
@@ -213,10 +281,6 @@ class ResponseBank(BankFiles):
             with open_shard(self.path(file)) as shard:
                 result |= {name: finite(shard.get_tensor(name).float(), file.name) for name in shard.keys()}  # noqa: SIM118
         return result
-
-    def error_covariance(self) -> Tensor | None:
-        """(rows, rows), float16: covariance of the gradient predictor's errors; None if it is not kept."""
-        return self._single("error_covariance")
 
     @cached_property
     def _averaged_weights(self) -> Tensor | None:

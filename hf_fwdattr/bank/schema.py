@@ -15,15 +15,30 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 
 __all__ = [
-    "GROUP", "SCHEMA_VERSION", "SHARD_KINDS", "SHARD_PATTERN", "DatasetIdentity", "ForwardPass", "Manifest",
-    "Parameter", "Pointer", "Privacy", "Run", "SegmentInfo", "ShardFile", "ShardKind", "checksum", "sealed",
+    "BITS", "SCHEMA_VERSION", "SHARD_KINDS", "SHARD_PATTERN", "STORED", "DatasetIdentity", "ForwardPass", "Manifest",
+    "Parameter", "Pointer", "Privacy", "Run", "SegmentInfo", "ShardFile", "ShardKind", "checksum", "code_blocks",
+    "sealed",
 ]  # fmt: skip
 SCHEMA_VERSION = 2
-GROUP = 128  # numbers of a row code that share a scale
+BITS = (1, 2, 4, 8)  # of a number in a row code
+_BLOCK = 1024  # numbers of a row code that are rotated together and share a scale
 Count = Annotated[int, Field(ge=0, le=1 << 48)]
 AtLeastOne = Annotated[int, Field(ge=1, le=1 << 48)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+NumberType = Literal["float32", "bfloat16", "float16", "int8"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def code_blocks(size: int) -> tuple[int, int]:
+    """Return how many blocks a row code of `size` numbers has, and how long they are: a power of two from 8 up.
+
+    The longest of them that fills up a vector by at most a twentieth, or else the one that fills it up least.
+    """
+    lengths = [length for exponent in range(3, 11) if (length := 1 << exponent) <= _BLOCK]
+    filled = {length: -(-size // length) * length for length in lengths}
+    longest = [length for length in lengths if filled[length] <= 1.05 * size]
+    block = max(longest) if longest else min(lengths, key=lambda length: (filled[length], -length))
+    return filled[block] // block, block
 
 
 def checksum(values: dict[str, Any]) -> str:
@@ -36,6 +51,9 @@ def sealed(values: dict[str, Any]) -> bytes:
     """Return the text of a `bank.json` with these values and their checksum."""
     content = values | {"checksum": checksum(values)}
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+Shape = tuple[int | None, ...]  # None: any extent
 
 
 class _Strict(BaseModel):
@@ -144,12 +162,23 @@ class Manifest(_Document):
             keeps the run's mean weights for that.
         explained_variance (`float`): share of the variance of held-out scores that the directions keep.
         row_codes (`int`): number of rows whose responses are kept as codes: all or none.
+        row_code_bits (`int`): bits of a number in them.
         predictor_explained_variance (`float`): share of the variance of training rows' scores that the gradient
             predictor explains, which needs one forward pass.
         predictor_missing (`str`): why a gradient predictor that was asked for is not kept.
         error_projections (`list[Parameter]`): matrices of the gradient predictor, from the error at the end of the
             model to that at a layer's output.
-        error_covariance (`bool`): whether the covariance of the gradient predictor's errors is kept.
+        error_variances (`list[float]`): mean squares of a query's derivatives along the directions, or of what the
+            gradient predictor leaves of them, which are uncorrelated between directions; empty where scores cannot be
+            estimated from few of them.
+        outside_variance, outside_error_variance (`float`): the same of derivatives along what is outside the
+            directions, for each unit of its squared norm in the metric 1 / D: whole, and as the predictor leaves them.
+        derivative_square (`float`): mean over queries of the squared derivatives along all directions together.
+        gradient_square (`float`): mean squared norm of a query's gradient.
+        dtype (`str`): number type of the directions; `int8` means codes of 8 bits.
+        coordinates_dtype (`str`): number type of the coordinates; `int8` means whole multiples of a scale for each
+            row times one for each direction.
+        coordinate_scales (`list[float]`): scales of the directions with `int8`.
     """
 
     schema_version: Literal[2] = 2
@@ -171,11 +200,18 @@ class Manifest(_Document):
     exact: bool
     explained_variance: NonNegative
     row_codes: Count = 0
+    row_code_bits: Literal[1, 2, 4, 8] = 8
     predictor_explained_variance: Annotated[float, Field(le=1, allow_inf_nan=False)] | None = None
     predictor_missing: str | None = None
     error_projections: list[Parameter] = []
-    error_covariance: bool = False
-    dtype: Literal["float32", "bfloat16", "float16"]
+    error_variances: list[NonNegative] = []
+    outside_variance: NonNegative = 0.0
+    outside_error_variance: NonNegative = 0.0
+    derivative_square: NonNegative = 0.0
+    gradient_square: NonNegative = 0.0
+    dtype: NumberType
+    coordinates_dtype: NumberType = "float32"
+    coordinate_scales: list[NonNegative] = []
     dataset: DatasetIdentity
     sources: list[str]
     salt: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
@@ -203,8 +239,16 @@ class Manifest(_Document):
             raise ValueError(
                 f"row_codes={self.row_codes} are neither none nor those of {self.dataset.rows} identified rows"
             )
-        if self.error_covariance and not (self.row_codes and self.error_projections):
-            raise ValueError("error_covariance is of no use without row_codes and error_projections")
+        if self.error_variances and (len(self.error_variances) != self.directions or not self.row_codes):
+            raise ValueError(
+                f"{len(self.error_variances)} error_variances do not fit {self.directions} directions and "
+                f"{self.row_codes} row codes"
+            )
+        if len(self.coordinate_scales) != (self.directions if self.coordinates_dtype == "int8" else 0):
+            raise ValueError(
+                f"{len(self.coordinate_scales)} coordinate_scales do not fit {self.directions} directions and "
+                f"coordinates in {self.coordinates_dtype}"
+            )
         if any(len(matrix.shape) != 2 for matrix in self.error_projections):
             raise ValueError("an error projection is a matrix")
         if self.privacy.text and self.privacy.rows == "sources":
@@ -222,9 +266,9 @@ class Manifest(_Document):
         return sum(math.prod(parameter.shape) for parameter in self.parameters)
 
     @property
-    def stored(self) -> str:
-        """The safetensors name of the dtype of directions and coordinates."""
-        return {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[self.dtype]
+    def directions_are_rows(self) -> bool:
+        """Whether the directions are the rows' own responses, scaled: each row's coordinates are one number then."""
+        return self.exact and self.directions == self.dataset.rows and self.privacy.rows == "identified"
 
     @property
     def bytes(self) -> int:
@@ -251,9 +295,6 @@ class Pointer(_Document):
     subfolder: Annotated[str, Field(pattern=r"^[\w-]*$")] = "fwdattr"
 
 
-Shape = tuple[int | None, ...]  # None: any extent
-
-
 @dataclass(frozen=True)
 class ShardKind:
     """A kind of shard.
@@ -271,21 +312,41 @@ class ShardKind:
     per_row: bool = False
 
 
+STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8"}  # number types in safetensors
+
+
+def _codes(size: int, bits: int, lines: int) -> dict[str, tuple[str, Shape]]:
+    """Return the tensors of `lines` vectors of `size` numbers as codes."""
+    count, block = code_blocks(size)
+    return {"codes": ("U8", (lines, count * block * bits // 8)), "scales": ("F32", (lines, count))}
+
+
+def _direction_tensors(manifest: Manifest, lines: int) -> dict[str, tuple[str, Shape]]:
+    if manifest.dtype == "int8":
+        return _codes(manifest.size, 8, lines)
+    return {"directions": (STORED[manifest.dtype], (lines, manifest.size))}
+
+
+def _coordinate_tensors(manifest: Manifest, lines: int) -> dict[str, tuple[str, Shape]]:
+    width = 1 if manifest.directions_are_rows else manifest.directions
+    tensors: dict[str, tuple[str, Shape]] = {
+        "coordinates": (STORED[manifest.coordinates_dtype], (lines, width)), "row_ids": ("I64", (lines,)),
+        "row_hashes": ("U8", (lines, 16)), "sources": ("I32", (lines,)),
+    }  # fmt: skip
+    if manifest.coordinates_dtype == "int8":
+        tensors["scales"] = "F32", (lines,)
+    if manifest.error_variances:
+        tensors["outside"] = "F32", (lines,)
+    return tensors
+
+
 SHARD_KINDS = {
     # u_j: directions of rows, then one for each source.
     "directions": ShardKind(
-        lambda manifest, lines: {"directions": (manifest.stored, (lines, manifest.size))},
-        lambda manifest: manifest.directions + manifest.source_directions,
+        _direction_tensors, lambda manifest: manifest.directions + manifest.source_directions
     ),
-    # c_i, with the row's id, salted hash and source (-1: none).
-    "coordinates": ShardKind(
-        lambda manifest, lines: {
-            "coordinates": (manifest.stored, (lines, manifest.directions)), "row_ids": ("I64", (lines,)),
-            "row_hashes": ("U8", (lines, 16)), "sources": ("I32", (lines,)),
-        },
-        lambda manifest: manifest.lines,
-        per_row=True,
-    ),
+    # c_i, with the row's id, salted hash and source (-1: none), and the norm of what is outside the directions.
+    "coordinates": ShardKind(_coordinate_tensors, lambda manifest: manifest.lines, per_row=True),
     # UTF-8 of all rows, and where each begins and the last ends.
     "text": ShardKind(
         lambda manifest, lines: {"offsets": ("I64", (lines + 1,)), "text": ("U8", (None,))},
@@ -293,11 +354,9 @@ SHARD_KINDS = {
         count=lambda shapes: shapes[0][0] - 1,
         per_row=True,
     ),
-    # r_i in 8 bits a number.
+    # r_i in a few bits a number.
     "row_codes": ShardKind(
-        lambda manifest, lines: {
-            "codes": ("I8", (lines, manifest.size)), "scales": ("F32", (lines, -(-manifest.size // GROUP))),
-        },
+        lambda manifest, lines: _codes(manifest.size, manifest.row_code_bits, lines),
         lambda manifest: manifest.row_codes,
         per_row=True,
     ),
@@ -306,11 +365,6 @@ SHARD_KINDS = {
         lambda manifest, lines: {matrix.name: ("F16", tuple(matrix.shape)) for matrix in manifest.error_projections},
         lambda manifest: len(manifest.error_projections),
         count=len,
-    ),
-    "error_covariance": ShardKind(
-        lambda manifest, lines: {"error_covariance": ("F16", (manifest.row_codes, manifest.row_codes))},
-        lambda manifest: manifest.row_codes if manifest.error_covariance else 0,
-        per_row=True,
     ),
     # Weights at which queries are evaluated, with averaging="trajectory".
     "averaged_weights": ShardKind(

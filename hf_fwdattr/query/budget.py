@@ -16,7 +16,8 @@ DEFAULT_PASSES = 128  # where most queries have found all of their ten best rows
 def resolve_budget(manifest: Manifest, budget: Budget) -> ResolvedBudget:
     """Check a budget against a bank, and replace None by the bank's default.
 
-    The default is 128 passes for a bank with error projections and at least as many directions, and `all` otherwise.
+    The default is 128 passes for a bank with at least as many directions that can estimate scores from fewer (it has
+    row codes or a gradient predictor), and `all` otherwise.
 
     Returns:
         A number of forward passes, of which the first gives coarse scores of all rows; `adaptive`, to read rows until
@@ -26,16 +27,16 @@ def resolve_budget(manifest: Manifest, budget: Budget) -> ResolvedBudget:
         ValueError: not a budget at all.
         QueryError: the bank does not hold what this budget needs.
     """
-    has_predictor = bool(manifest.error_projections)
+    estimates = bool(manifest.error_projections or manifest.error_variances)
     if budget is None:
-        return DEFAULT_PASSES if has_predictor and manifest.directions >= DEFAULT_PASSES else "all"
+        return DEFAULT_PASSES if estimates and manifest.directions >= DEFAULT_PASSES else "all"
     if budget == "all":
         return "all"
     if budget == "adaptive":
-        if not manifest.error_covariance:
+        if not manifest.error_variances:
             raise QueryError(
-                "budget='adaptive': the bank does not hold row codes and the error covariance of its gradient "
-                "predictor, so it cannot tell how certain a score is. Give a number of forward passes"
+                "budget='adaptive': the bank does not hold row codes, so it cannot tell how certain a score is. Give "
+                "a number of forward passes"
             )
         return "adaptive"
     if type(budget) is not int:
@@ -45,11 +46,11 @@ def resolve_budget(manifest: Manifest, budget: Budget) -> ResolvedBudget:
         )
     if budget < 1:
         raise QueryError(f"budget={budget}: a query takes at least one forward pass")
-    if has_predictor:
+    if estimates:
         return budget
     if budget < manifest.directions + 1:
         raise QueryError(
-            f"budget={budget}: the bank holds no gradient predictor, so a query takes a forward pass for each of its "
-            f"{manifest.directions} directions. Leave budget out"
+            f"budget={budget}: the bank holds neither row codes nor a gradient predictor, so a query takes a forward "
+            f"pass for each of its {manifest.directions} directions. Leave budget out"
         )
     return "all"

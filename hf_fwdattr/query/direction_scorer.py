@@ -44,7 +44,7 @@ class DirectionScorer:
             sides = RankedRows.empty(len(values)), RankedRows.empty(len(values))
             if top_k:
                 rows = values[None, :, : manifest.directions]
-                (sides,) = rank(rows, self._bank.coordinates(checked=False), top_k)
+                (sides,) = rank(rows, self._bank.coordinates(checked=False), top_k, manifest.exact)
             summed = values.double().sum(0, keepdim=True).cpu()
             sources = self._per_source(summed[:, -manifest.source_directions :])[0]
             results.append(Attribution(*sides, sources, 1 + values.shape[-1]))
@@ -53,7 +53,8 @@ class DirectionScorer:
     def rank(self, query: Query, top_k: int) -> Ranking:
         """Name rows on either side of one query, and score all rows."""
         values = self._derivatives.along([query], slice(0, self._bank.manifest.directions))
-        ((proponents, opponents),) = rank(values, self._bank.coordinates(checked=False), top_k)
+        exact = self._bank.manifest.exact
+        ((proponents, opponents),) = rank(values, self._bank.coordinates(checked=False), top_k, exact)
         all_scores = scores(values, self._bank.coordinates(checked=False))[0].double()
         return Ranking(proponents, opponents, all_scores, 1 + values.shape[-1])
 

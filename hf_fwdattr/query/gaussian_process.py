@@ -1,94 +1,113 @@
-"""Gaussian process over the rows' scores of one query: exact scores of some rows improve the estimates of the others.
+"""Gaussian process over the scores of one query: a few exact scores improve the estimates of all others.
 
-A gradient predictor gives coarse scores of all rows, each with an error. The covariance of these errors between rows
-is known from the training set: each of its rows served as a query once, and the errors (rows as queries, rows) have an
-empirical covariance. With that, the posterior mean of all scores given a few exact ones is the solution of a linear
-system of their number (Gaussian process regression, or kriging: Rasmussen and Williams 2006, eq. 2.25-2.26).
+A query's derivatives along the directions of a bank are predicted, or expected to be zero. What remains of them is
+uncorrelated between directions, with variances known from the training set, whose rows served as queries once. A row's
+score follows from the derivatives by its coordinates, but for the row's part outside the directions, which has a
+variance of its own. An exact score of a direction or of a row is one linear observation; given n of them, what
+remains is estimated by a linear system of n unknowns (Gaussian process regression, or kriging: Rasmussen and Williams
+2006, eq. 2.25-2.26). Nothing here grows with the number of rows.
 """
 
 import torch
 from torch import Tensor
 
 
-__all__ = ["GaussianProcess", "error_covariance"]
+__all__ = ["CandidateScores", "GaussianProcess"]
 
-_NUGGET = 1e-3  # noise relative to the mean variance of observations: rounding of row codes and of the covariance
-
-
-def error_covariance(errors: Tensor) -> Tensor:
-    """Return the covariance (rows, rows) of errors over queries, scaled to a mean variance of 1; float16.
-
-    Args:
-        errors (`Tensor`): (rows, rows), row i as a query, row j as the scored row. The diagonal is left out: its
-            entries are the largest, and no query is a training row.
-    """
-    errors = errors.double().clone().fill_diagonal_(0.0)
-    covariance = errors.T @ errors
-    return (covariance / covariance.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)).half()
+_NUGGET = 1e-4  # noise relative to the mean variance of observations: rounding of codes and of derivatives
 
 
 class GaussianProcess:
-    """Posterior over the scores of one query, given exact scores of rows or of linear combinations of rows.
+    """Posterior of what remains of one query's derivatives along the directions.
 
     Args:
-        prior (`Tensor`): (rows,) mean before any observation.
-        covariance (`Tensor`): (rows, rows), see `error_covariance`; its scale does not matter.
+        variances (`Tensor`): (k,) prior variances; their scale does not matter, and is learnt from what is observed.
     """
 
-    def __init__(self, prior: Tensor, covariance: Tensor):
-        self.prior, self._covariance = prior.double(), covariance
-        self._weights = torch.zeros(len(prior), 0, dtype=torch.float64)
-        self._projected = self._weights.clone()  # covariance times weights
-        self._residuals = torch.zeros(0, dtype=torch.float64)
+    def __init__(self, variances: Tensor):
+        self._variances = variances.double()
+        self._weights = torch.zeros(0, len(variances), dtype=torch.float64)
+        self._residuals, self._own = (torch.zeros(0, dtype=torch.float64) for _ in range(2))
 
     @property
     def observations(self) -> int:
         """Number of observations so far."""
         return len(self._residuals)
 
-    def observe_rows(self, row_indices: Tensor, scores: Tensor) -> None:
-        """Add the exact scores (n,) of rows."""
-        weights = torch.zeros(len(self.prior), len(row_indices), dtype=torch.float64)
-        weights[row_indices, torch.arange(len(row_indices))] = 1.0
-        projected = self._covariance[:, row_indices].double()
-        self._add(weights, projected, scores.double() - self.prior[row_indices])
+    def observe(self, weights: Tensor, residuals: Tensor, own: Tensor) -> None:
+        """Add observations.
 
-    def observe_combinations(self, weights: Tensor, scores: Tensor) -> None:
-        """Add the exact scores (n,) of linear combinations of rows with these weights (rows, n)."""
-        projected = (self._covariance.float() @ weights.float()).double()
-        self._add(weights.double(), projected, scores.double() - weights.double().T @ self.prior)
+        Args:
+            weights (`Tensor`): (n, k) coordinates of what was read exactly.
+            residuals (`Tensor`): (n,) the exact scores less the predicted ones.
+            own (`Tensor`): (n,) prior variances of the parts outside the directions.
+        """
+        self._weights = torch.cat([self._weights, weights.double()])
+        self._residuals = torch.cat([self._residuals, residuals.double()])
+        self._own = torch.cat([self._own, own.double()])
 
     def mean(self) -> Tensor:
-        """Return the posterior mean of every row's score: (rows,), float64."""
+        """Return the posterior mean of what remains along the directions: (k,), float64."""
         factor = self._factor()
         if factor is None:
-            return self.prior.clone()
-        return self.prior + self._projected @ torch.cholesky_solve(self._residuals[:, None], factor)[:, 0]
+            return torch.zeros_like(self._variances)
+        solved = torch.cholesky_solve(self._residuals[:, None], factor)[:, 0]
+        return self._variances * (solved @ self._weights)
 
-    def std(self) -> Tensor:
-        """Return the posterior standard deviation of every row's score: (rows,), float64.
+    def std(self, coordinates: Tensor, own: Tensor) -> Tensor:
+        """Return the posterior standard deviation of scores (n,), float64; infinite without observations.
 
-        Infinite without observations. The covariance is known up to a scale, which is the query's own and follows from
-        the residuals.
+        Args:
+            coordinates (`Tensor`): (n, k).
+            own (`Tensor`): (n,) prior variances of the parts outside the directions.
         """
         factor = self._factor()
         if factor is None:
-            return torch.full_like(self.prior, float("inf"))
-        columns = torch.cat([self._residuals[:, None], self._projected.T], 1)
-        solved = torch.linalg.solve_triangular(factor, columns, upper=False)
-        scale = solved[:, 0].square().mean()
-        variance = self._covariance.diagonal().double() - solved[:, 1:].square().sum(0)
-        return (scale * variance.clamp(min=0.0)).sqrt()
+            return torch.full((len(coordinates),), float("inf"), dtype=torch.float64)
+        projected = coordinates.double() * self._variances
+        known = torch.linalg.solve_triangular(factor, self._weights @ projected.T, upper=False).square().sum(0)
+        variance = (projected * coordinates.double()).sum(1) - known
+        return (self.scale(factor) * (variance.clamp(min=0.0) + own.double())).sqrt()
 
-    def _add(self, weights: Tensor, projected: Tensor, residuals: Tensor) -> None:
-        self._weights = torch.cat([self._weights, weights], 1)
-        self._projected = torch.cat([self._projected, projected], 1)
-        self._residuals = torch.cat([self._residuals, residuals])
+    def scale(self, factor: Tensor | None = None) -> float:
+        """Return this query's scale of the prior variances, from what was observed; 1 where nothing was."""
+        factor = self._factor() if factor is None else factor
+        if factor is None:
+            return 1.0
+        return float(torch.linalg.solve_triangular(factor, self._residuals[:, None], upper=False).square().mean())
 
     def _factor(self) -> Tensor | None:
         """Return the Cholesky factor of the observations' covariance; None if that is empty or zero."""
-        gram = self._weights.T @ self._projected
+        gram = (self._weights * self._variances) @ self._weights.T + torch.diag(self._own)
         if not float(gram.diagonal().sum()) > 0:
             return None
         nugget = _NUGGET * gram.diagonal().mean()
         return torch.linalg.cholesky_ex(gram + nugget * torch.eye(len(gram), dtype=torch.float64))[0]
+
+
+class CandidateScores:
+    """Scores of the rows that may be named, given what was observed so far.
+
+    Args:
+        process (`GaussianProcess`): of this query.
+        predicted (`Tensor`): (n,) predicted scores.
+        coordinates (`Tensor`): (n, k).
+        own (`Tensor`): (n,) prior variances of the rows' parts outside the directions.
+    """
+
+    def __init__(self, process: GaussianProcess, predicted: Tensor, coordinates: Tensor, own: Tensor):
+        self.process, self.predicted = process, predicted.double()
+        self._coordinates, self._own = coordinates.double(), own.double()
+
+    def observe_rows(self, row_indices: Tensor, scores: Tensor) -> None:
+        """Add the exact scores (n,) of candidates."""
+        residuals = scores.double() - self.predicted[row_indices]
+        self.process.observe(self._coordinates[row_indices], residuals, self._own[row_indices])
+
+    def mean(self) -> Tensor:
+        """Return the posterior mean of every candidate's score, (n,), float64."""
+        return self.predicted + self._coordinates @ self.process.mean()
+
+    def std(self) -> Tensor:
+        """Return the posterior standard deviation of every candidate's score, (n,), float64."""
+        return self.process.std(self._coordinates, self._own)

@@ -1,5 +1,6 @@
 """Scores and best rows from directional derivatives and a bank's coordinates, one block of rows at a time."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
@@ -23,12 +24,15 @@ class RankedRows:
     sources: Tensor  # (n,) index of each row's source, -1 for none
     scores: Tensor  # (n,) nats
     token_scores: Tensor  # (n, positions) nats by output token; they add up to `scores`
+    stds: Tensor  # (n,) standard deviation of the scores: of what codes leave out, or of the estimate; NaN if unknown
+    exact: Tensor  # (n,) whether the score was read along the row's own response
 
     @classmethod
     def empty(cls, positions: int = 0) -> "RankedRows":
         """Return no rows, for outputs of so many positions."""
         index = torch.zeros(0, dtype=torch.int64)
-        return cls(index, index, index, torch.zeros(0), torch.zeros(0, positions))
+        none = torch.zeros(0)
+        return cls(index, index, index, none, torch.zeros(0, positions), none, none.bool())
 
     def top(self, count: int, sign: float) -> "RankedRows":
         """Return at most `count` rows whose scores have this sign, largest magnitude first."""
@@ -61,7 +65,9 @@ def source_coordinates(blocks: Iterable[Block], count: int) -> Tensor:
     return torch.zeros(count, 0) if total is None else total
 
 
-def rank(derivatives: Tensor, blocks: Iterable[Block], count: int) -> list[tuple[RankedRows, RankedRows]]:
+def rank(
+    derivatives: Tensor, blocks: Iterable[Block], count: int, exact: bool = False
+) -> list[tuple[RankedRows, RankedRows]]:
     """Return proponents (best first) and opponents (worst first) of each query; memory does not grow with rows.
 
     A row belongs to one list only: proponents have positive scores and opponents negative ones.
@@ -70,6 +76,7 @@ def rank(derivatives: Tensor, blocks: Iterable[Block], count: int) -> list[tuple
         derivatives (`Tensor`): (queries, positions, k) directional derivatives.
         blocks: a bank's coordinates.
         count (`int`): rows on either side.
+        exact (`bool`): whether the directions lose nothing of the rows.
 
     Raises:
         NumericalError: a score is not finite.
@@ -92,7 +99,7 @@ def rank(derivatives: Tensor, blocks: Iterable[Block], count: int) -> list[tuple
                 slot = 2 * query + side
                 best[slot] = _merge(best[slot], part, sign, count)
     return [
-        (_ranked(best[2 * query], per_token[query]), _ranked(best[2 * query + 1], per_token[query]))
+        (_ranked(best[2 * query], per_token[query], exact), _ranked(best[2 * query + 1], per_token[query], exact))
         for query in range(len(summed))
     ]
 
@@ -112,6 +119,9 @@ def _merge(old: dict[str, Tensor], new: dict[str, Tensor], sign: float, count: i
     return {key: value[order] for key, value in joined.items()}
 
 
-def _ranked(best: dict[str, Tensor], per_token: Tensor) -> RankedRows:
-    token_scores = (best["coordinates"] @ per_token.T).float()
-    return RankedRows(best["row_indices"], best["ids"], best["sources"], best["scores"].float(), token_scores)
+def _ranked(best: dict[str, Tensor], per_token: Tensor, exact: bool) -> RankedRows:
+    token_scores, count = (best["coordinates"] @ per_token.T).float(), len(best["ids"])
+    return RankedRows(
+        best["row_indices"], best["ids"], best["sources"], best["scores"].float(), token_scores,
+        torch.full((count,), 0.0 if exact else math.nan), torch.full((count,), exact),
+    )  # fmt: skip

@@ -29,6 +29,7 @@ class Ranking:
     opponents: RankedRows  # rows with negative scores, worst first
     scores: Tensor  # (rows,) nats, float64; exact for the rows that were read, estimated for the others
     passes: int  # forward passes spent
+    stds: Tensor | None = None  # (rows,) standard deviations of `scores`, float64; None where they are not known
 
 
 class RowScore(TypedDict):

@@ -1,4 +1,4 @@
-"""Row codes of a bank, held for queries."""
+"""Row responses of a bank as queries read them: from row codes, or from directions that are the rows themselves."""
 
 from functools import cached_property
 
@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 from ..bank.bank import ResponseBank
+from ..bank.codes import RowCodes
 
 
 __all__ = ["HeldRowCodes"]
 
-_DECODED = 1 << 31  # largest number of bytes of decoded row codes that are held between queries
-_AT_ONCE = 32  # linear combinations made at a time, so that they do not depend on how many were wanted before
+_HELD = 1 << 28  # bytes of decoded row codes that are held between queries, at most
 
 
 class HeldRowCodes:
-    """Row codes of a bank: products with them, decoded rows, and the linear combinations that tell most.
+    """Row codes of a bank: products with them, and decoded rows.
 
-    Few codes are decoded once and held; many are streamed from disk.
+    Few are decoded once and held; of many only those asked for are read.
 
     Args:
         bank (`ResponseBank`): a bank with row codes.
@@ -25,43 +25,23 @@ class HeldRowCodes:
 
     def __init__(self, bank: ResponseBank):
         self.bank = bank
-        self._combinations: list[Tensor] = []  # combined row responses (_AT_ONCE, P), leading ones first
 
-    @cached_property
-    def error_covariance(self) -> Tensor | None:
-        """(rows, rows) covariance of the gradient predictor's errors, float32; None if the bank does not hold it."""
-        covariance = self.bank.error_covariance()
-        return None if covariance is None else covariance.float()
-
-    def products(self, gradients: Tensor) -> Tensor:
-        """Return the products with gradients (queries, P) on the CPU: (queries, rows), float64."""
+    def products(self, gradients: Tensor, row_indices: Tensor | None = None) -> Tensor:
+        """Return the products with gradients (queries, P) on the CPU: (queries, rows or n), float64."""
         if self._fits:
-            return (gradients.float() @ self._decoded.T).double()
+            rows = self._decoded if row_indices is None else self._decoded[row_indices]
+            return (gradients.float() @ rows.T).double()
+        if row_indices is not None:
+            return self.codes(row_indices).products(gradients)
         return torch.cat([block.products(gradients) for block in self.bank.row_codes()], dim=1)
+
+    def codes(self, row_indices: Tensor) -> RowCodes:
+        """Return the codes of rows (n,)."""
+        return self.bank.codes_of(row_indices.tolist())
 
     def rows(self, row_indices: Tensor) -> Tensor:
         """Return decoded row responses (n, P)."""
         return self._decoded[row_indices] if self._fits else self.bank.decode_rows(row_indices.tolist())
-
-    def combinations(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return the linear combinations of rows whose scores tell most about all rows at once.
-
-        Their weights are the leading eigenvectors of the error covariance.
-
-        Returns:
-            Weights (rows, n), and the combined row responses (n, P), with n at most `count`.
-        """
-        vectors = self._eigenvectors
-        count = min(count, len(vectors))
-        while _AT_ONCE * len(self._combinations) < count:
-            weights = vectors[:, _AT_ONCE * len(self._combinations) :][:, :_AT_ONCE]
-            total, start = torch.zeros(weights.shape[1], self.bank.manifest.size), 0
-            blocks = [self._decoded] if self._fits else (block.decode() for block in self.bank.row_codes())
-            for block in blocks:
-                total += weights[start : start + len(block)].T @ block
-                start += len(block)
-            self._combinations.append(total)
-        return vectors[:, :count].double(), torch.cat(self._combinations)[:count]
 
     @cached_property
     def _decoded(self) -> Tensor:
@@ -70,10 +50,4 @@ class HeldRowCodes:
     @property
     def _fits(self) -> bool:
         """Return whether the codes are few enough to be held decoded."""
-        return 4 * self.bank.manifest.row_codes * self.bank.manifest.size <= _DECODED
-
-    @cached_property
-    def _eigenvectors(self) -> Tensor:
-        """(rows, rows), leading ones first; a second's work, as a bank holds the codes of few thousand rows."""
-        assert self.error_covariance is not None
-        return torch.linalg.eigh(self.error_covariance)[1].flip(1)
+        return 4 * self.bank.manifest.row_codes * self.bank.manifest.size <= _HELD

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .gaussian_process import GaussianProcess
+from .gaussian_process import CandidateScores
 
 
 __all__ = ["DEVIATIONS", "MOST", "TURNS", "ReadRows", "RefinedScores", "refine"]
@@ -29,13 +29,13 @@ class RefinedScores:
 
 
 def refine(
-    coarse: Tensor, process: GaussianProcess | None, top_k: int, budget: int | None, read: ReadRows
+    coarse: Tensor, process: CandidateScores | None, top_k: int, budget: int | None, read: ReadRows
 ) -> RefinedScores:
     """Read the rows exactly that are likely to be the best and the worst.
 
     Args:
         coarse (`Tensor`): (rows,) estimated scores.
-        process (`GaussianProcess`, *optional*): posterior of this query so far; rows that are read are added to it.
+        process (`CandidateScores`, *optional*): posterior of this query so far; rows that are read are added to it.
             A turn then reads the rows that may be best or worst, one standard deviation allowed. Without it all rows
             are chosen at once by their coarse scores.
         top_k (`int`): rows to name on either side; so many are read in any case.

@@ -1,12 +1,14 @@
 """Scores of rows in two stages, within a budget of forward passes.
 
-In the first stage one plain forward pass predicts the query's gradient, whose products with the row responses are
-coarse scores of all rows. Exact derivatives along linear combinations of rows (or along a few directions) correct them
-where the prediction errs most for most queries. In the second stage the rows on a shortlist are read exactly, each
-along its own response.
+In the first stage one plain forward pass predicts the query's gradient, where the bank has a predictor, and exact
+derivatives along a few directions say what remains of it. That gives estimates of all rows by their coordinates. The
+rows that may be named are then estimated from their codes, and in the second stage read exactly, in turns: each row is
+read along its own response, and tells of others.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -14,12 +16,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..bank.codes import NOISE
 from ..gradients.predictor import GradientPredictor
 from ..jvp.backend import PreparedBatch
 from ..models.likelihood import CAUSAL_LM
 from .derivatives import QueryDerivatives
 from .direction_scorer import DirectionScorer
-from .gaussian_process import GaussianProcess
+from .gaussian_process import CandidateScores, GaussianProcess
+from .held_rows import HeldRows
 from .inputs import Query
 from .ranking import RankedRows
 from .results import Attribution, Ranking
@@ -30,12 +34,36 @@ from .shortlist import MOST, refine
 __all__ = ["TwoStageScorer"]
 
 _PROGRESS_DELAY = 3.0  # seconds after which a progress bar appears
-_FIRST_STAGE = 4  # one in so many passes goes to linear combinations or directions, the others to rows
-_ADAPTIVE_COMBINATIONS = 16  # linear combinations read in adaptive mode
+_FIRST_STAGE = 4  # one in so many passes goes to directions, the others to rows
+_ADAPTIVE_DIRECTIONS = 16  # read in adaptive mode
+_CANDIDATES = 512  # rows whose codes are read, at least
+_CANDIDATES_PER_ROW = 6  # candidates for every row that is read exactly
+
+
+@dataclass
+class _FirstStage:
+    """What the first stage knows of one query.
+
+    Attributes:
+        prepared (`PreparedBatch`): the query, ready to be differentiated.
+        gradient (`Tensor`, *optional*): (1, P) predicted gradient.
+        along (`Tensor`): (k,) predicted derivatives along the directions, zero where nothing is predicted; float64.
+        process (`GaussianProcess`): what was observed of the rest.
+    """
+
+    prepared: PreparedBatch
+    gradient: Tensor | None
+    along: Tensor
+    process: GaussianProcess
+
+    @property
+    def derivatives(self) -> Tensor:
+        """(k,) estimated derivatives along the directions, float64."""
+        return self.along + self.process.mean()
 
 
 class TwoStageScorer:
-    """Scores queries by coarse scores of all rows, and exact scores of those that matter.
+    """Scores queries by estimates of all rows, and exact scores of those that matter.
 
     Args:
         derivatives (`QueryDerivatives`): differentiates queries.
@@ -45,68 +73,77 @@ class TwoStageScorer:
 
     def __init__(self, derivatives: QueryDerivatives, direction_scorer: DirectionScorer, progress: bool = False):
         self._derivatives, self._direction_scorer, self._progress = derivatives, direction_scorer, progress
-        self._bank = derivatives.bank
+        self._bank, self._held = derivatives.bank, HeldRows(derivatives.bank)
         self._codes = HeldRowCodes(self._bank) if self._bank.manifest.row_codes else None
 
     def attribute(self, query: Query, top_k: int, budget: int | Literal["adaptive"]) -> Attribution:
         """Name rows on either side of one query, and score all sources."""
         manifest = self._bank.manifest
-        ranking = self.rank(query, top_k, budget)
+        ranking, stage = self._rank(query, top_k, budget, all_rows=False)
         if manifest.source_directions:
             sources = self._direction_scorer.source_scores([query], 1)[0]
-        else:
+        elif stage is None:
             sources = torch.zeros(len(manifest.sources), dtype=torch.float64)
-            _, row_sources = self._row_labels
-            has_source = row_sources >= 0
-            sources.index_add_(0, row_sources[has_source].long(), ranking.scores[has_source])
+            has_source = self._held.sources >= 0
+            sources.index_add_(0, self._held.sources[has_source].long(), ranking.scores[has_source])
+        else:
+            sources = self._held.source_coordinates @ stage.derivatives
         passes = ranking.passes + manifest.source_directions
         return Attribution(ranking.proponents, ranking.opponents, sources, passes)
 
     def rank(self, query: Query, top_k: int, budget: int | Literal["adaptive"]) -> Ranking:
         """Name rows on either side of one query, and score all rows.
 
-        The scores of named rows are exact up to the eighth bit of their codes, or, if the bank has no row codes, up to
-        what its directions keep. At least `top_k` rows on either side are read, whatever the budget. With `adaptive`,
-        rows are read until no other is likely to be among them; see `refine`.
+        The scores of named rows are exact up to their codes, or, if the bank has no row codes, up to what its
+        directions keep. At least `top_k` rows on either side are read, whatever the budget. With `adaptive`, rows are
+        read until no other is likely to be among them; see `refine`.
         """
-        after_coarse = None if budget == "adaptive" else budget - 1
-        prepared = self._derivatives.prepare([query], two_stage=True)
-        process = None
-        if self._learns:
-            first_stage = _ADAPTIVE_COMBINATIONS if after_coarse is None else after_coarse // _FIRST_STAGE
-            process = self._posterior(prepared, self.coarse_scores([query])[0], first_stage)
-            estimate = process.mean()
-        else:
-            assert after_coarse is not None
-            first_stage = self._directions_within(after_coarse // _FIRST_STAGE)
-            estimate = self._corrected_by_directions([query], first_stage)[0]
-        rows = None if after_coarse is None else after_coarse - first_stage
-        total = max(MOST if rows is None else rows, 2 * top_k)
-        disable = not self._progress
-        with tqdm(total=total, unit="pass", delay=_PROGRESS_DELAY, disable=disable, leave=False) as bar:
+        return self._rank(query, top_k, budget, all_rows=True)[0]
 
-            def read(row_indices: Tensor) -> Tensor:
-                token_scores = self._exact(prepared, row_indices)
-                bar.update(len(row_indices))
-                return token_scores
+    def _rank(
+        self, query: Query, top_k: int, budget: int | Literal["adaptive"], all_rows: bool
+    ) -> tuple[Ranking, _FirstStage | None]:
+        """Return the ranking, with the scores of `all_rows` or of none but those named, and the first stage."""
+        if not self._bank.manifest.error_variances:
+            assert budget != "adaptive"
+            return self._rank_without_codes(query, top_k, budget), None
+        directions = _ADAPTIVE_DIRECTIONS if budget == "adaptive" else (budget - 1) // _FIRST_STAGE
+        directions = min(directions, self._bank.manifest.directions)
+        stage = self._first_stage(query, directions)
+        rows = None if budget == "adaptive" else budget - 1 - directions
+        candidates = self._candidates(stage, top_k, rows)
+        process = self._candidate_scores(stage, candidates)
+        with self._bar(rows, top_k) as bar:
 
-            refined = refine(estimate, process, top_k, rows, read)
-        ids, sources = self._row_labels
-        index, token_scores = refined.row_indices, refined.token_scores
-        named = RankedRows(index, ids[index], sources[index], token_scores.sum(0).float(), token_scores.T.float())
-        passes = 1 + (first_stage + len(index) if process is None else process.observations)
-        return Ranking(named.top(top_k, 1.0), named.top(top_k, -1.0), refined.scores, passes)
+            def read(places: Tensor) -> Tensor:
+                bar.update(len(places))
+                return self._exact(stage.prepared, candidates[places])
+
+            refined = refine(process.mean(), process, top_k, rows, read)
+        read_rows, token_scores = candidates[refined.row_indices], refined.token_scores
+        ids, sources = self._bank.row_labels(read_rows)
+        noise = self._code_noise(stage, read_rows)
+        named = RankedRows(
+            read_rows, ids, sources, token_scores.sum(0).float(), token_scores.T.float(), noise.float(),
+            torch.ones(len(read_rows), dtype=torch.bool),
+        )  # fmt: skip
+        scores, stds = torch.zeros(0), None
+        if all_rows:  # what was read tells of the rows that are no candidates, too
+            scores, stds = self._estimates(stage), self._standard_deviations(stage)
+            scores[candidates], stds[candidates] = refined.scores, process.std()
+            stds[read_rows] = noise
+        passes = 1 + stage.process.observations
+        return Ranking(named.top(top_k, 1.0), named.top(top_k, -1.0), scores, passes, stds), stage
 
     def scores(self, queries: Sequence[Query], budget: int, batch_size: int | None = None) -> Tensor:
-        """Return scores of all rows (queries, rows), float32: coarse, then corrected along `budget - 1` directions.
+        """Return scores of all rows (queries, rows), float32: predicted, then corrected along `budget - 1` directions.
 
-        Directions are linear combinations of rows where the bank holds an error covariance, else its own. A bank whose
-        directions are its rows (`directions="exact"`) has them read in order of their coarse scores.
+        A bank whose directions are its rows (`directions="exact"`) has them read in order of their coarse scores.
         """
         if self._bank.manifest.exact and budget > 1:
             return torch.stack([self.rank(query, 1, budget).scores for query in queries]).float()
         step = batch_size or 8
-        spent = budget - 1 if self._learns else self._directions_within(budget - 1)
+        spent = 0 if self._bank.manifest.exact else min(budget - 1, self._bank.manifest.directions)
         parts = [self._corrected(queries[at : at + step], spent) for at in range(0, len(queries), step)]
         return torch.cat(parts).float()
 
@@ -130,16 +167,95 @@ class TwoStageScorer:
         projections = {name: table.to(device) for name, table in self._bank.error_projections().items()}
         return GradientPredictor(model, parameters, CAUSAL_LM, projections)
 
-    @cached_property
-    def _row_labels(self) -> tuple[Tensor, Tensor]:
-        """Ids and sources of all rows, (rows,) each: twelve bytes a row, kept between queries."""
-        parts = [(ids.clone(), sources.clone()) for ids, sources, _ in self._bank.coordinates(checked=False)]
-        return torch.cat([ids for ids, _ in parts]), torch.cat([sources for _, sources in parts])
+    def _first_stage(self, query: Query, directions: int) -> _FirstStage:
+        """Predict one query's gradient, and read it exactly along the leading directions."""
+        manifest = self._bank.manifest
+        variances = torch.tensor(manifest.error_variances, dtype=torch.float64)
+        gradient, along = None, torch.zeros_like(variances)
+        if manifest.error_projections:
+            gradient = self.predicted_gradients([query])
+            along = (gradient @ self._row_directions().T).double()[0]
+        prepared, process = self._derivatives.prepare([query], two_stage=True), GaussianProcess(variances)
+        if directions:
+            values = prepared.jvp(self._derivatives.directions(slice(0, directions)))[0].double().sum(0).cpu()
+            process.observe(torch.eye(directions, len(along)), values - along[:directions], torch.zeros(directions))
+        return _FirstStage(prepared, gradient, along, process)
 
-    @property
-    def _learns(self) -> bool:
-        """Return whether exact scores of rows improve the estimates of others, by a Gaussian process."""
-        return self._codes is not None and self._codes.error_covariance is not None
+    def _estimates(self, stage: _FirstStage) -> Tensor:
+        """Return estimates of all rows' scores by their coordinates, (rows,), float64."""
+        derivatives = stage.derivatives.float()
+        return torch.cat([(coordinates @ derivatives).double() for coordinates in self._held.blocks()])
+
+    def _standard_deviations(self, stage: _FirstStage) -> Tensor:
+        """Return the standard deviations of these estimates, (rows,), float64."""
+        none = torch.zeros(1, dtype=torch.float64)
+        along = torch.cat([stage.process.std(coordinates, none) for coordinates in self._held.blocks()])
+        return (along.square() + self._outside_variance(stage)).sqrt()
+
+    def _outside_variance(self, stage: _FirstStage) -> Tensor:
+        """Return the variances (rows,) of what a query's derivatives along the directions cannot tell, float64."""
+        outside = self._bank.manifest.outside_variance * self._magnitude(stage)
+        return outside * self._held.outside.double().square()
+
+    def _magnitude(self, stage: _FirstStage) -> float:
+        """Return a query's squared derivatives along the directions over those of the training rows."""
+        usual = self._bank.manifest.derivative_square
+        return float(stage.derivatives.square().sum()) / usual if usual > 0 else 0.0
+
+    def _candidates(self, stage: _FirstStage, top_k: int, rows: int | None) -> Tensor:
+        """Return the ascending indices of the rows that may have the highest and the lowest scores."""
+        count = max(_CANDIDATES, _CANDIDATES_PER_ROW * (MOST if rows is None else rows), 8 * top_k)
+        if count >= len(self._bank):
+            return torch.arange(len(self._bank))
+        scores, stds = self._estimates(stage), self._outside_variance(stage).sqrt()
+        highest = (scores + stds).topk(2 * count // 3).indices
+        lowest = (stds - scores).topk(count // 3).indices
+        return torch.cat([highest, lowest]).unique()
+
+    def _candidate_scores(self, stage: _FirstStage, candidates: Tensor) -> CandidateScores:
+        manifest, coordinates = self._bank.manifest, self._held.coordinates(candidates)
+        predicted = torch.zeros(len(candidates), dtype=torch.float64)
+        if stage.gradient is not None:
+            assert self._codes is not None
+            predicted = self._codes.products(stage.gradient, candidates)[0]
+        own = manifest.outside_error_variance * self._held.outside[candidates].double().square()
+        return CandidateScores(stage.process, predicted, coordinates, own)
+
+    def _code_noise(self, stage: _FirstStage, row_indices: Tensor) -> Tensor:
+        """Return the standard deviation (n,) that codes leave in scores along them, float64."""
+        assert self._codes is not None
+        manifest = self._bank.manifest
+        if stage.gradient is None:
+            square = manifest.gradient_square * self._magnitude(stage)
+        else:
+            square = float(stage.gradient.double().square().sum())
+        norms = self._codes.codes(row_indices).squares() if len(row_indices) else torch.zeros(0, dtype=torch.float64)
+        return norms.sqrt() * math.sqrt(NOISE[manifest.row_code_bits] * square / manifest.size)
+
+    def _bar(self, rows: int | None, top_k: int) -> tqdm:
+        total = max(MOST if rows is None else rows, 2 * top_k)
+        return tqdm(total=total, unit="pass", delay=_PROGRESS_DELAY, disable=not self._progress, leave=False)
+
+    def _rank_without_codes(self, query: Query, top_k: int, budget: int) -> Ranking:
+        """Rank by coarse scores that directions correct, and read the best rows as far as the directions keep them."""
+        prepared = self._derivatives.prepare([query], two_stage=True)
+        directions = self._directions_within((budget - 1) // _FIRST_STAGE)
+        estimate = self._corrected_by_directions([query], directions)[0]
+        rows = budget - 1 - directions
+        with self._bar(rows, top_k) as bar:
+
+            def read(row_indices: Tensor) -> Tensor:
+                bar.update(len(row_indices))
+                return self._exact(prepared, row_indices)
+
+            refined = refine(estimate, None, top_k, rows, read)
+        index, token_scores = refined.row_indices, refined.token_scores
+        ids, sources = self._bank.row_labels(index)
+        exact = torch.full((len(index),), self._bank.manifest.exact)
+        stds = torch.zeros(len(index)) if self._bank.manifest.exact else torch.full((len(index),), math.nan)
+        named = RankedRows(index, ids, sources, token_scores.sum(0).float(), token_scores.T.float(), stds, exact)
+        passes = 1 + directions + len(index)
+        return Ranking(named.top(top_k, 1.0), named.top(top_k, -1.0), refined.scores, passes, None)
 
     def _directions_within(self, passes: int) -> int:
         """Return the bank's directions read in so many passes; none if they are rows, which are in no order."""
@@ -165,42 +281,21 @@ class TwoStageScorer:
         """Return the responses (n, P) of ascending rows: decoded, or what the directions keep of them."""
         if self._codes is not None:
             return self._codes.rows(row_indices)
-        parts, start = [], 0
-        for _, _, block in self._bank.coordinates():
-            inside = row_indices[(row_indices >= start) & (row_indices < start + len(block))]
-            parts.append(block[inside - start])
-            start += len(block)
-        return torch.cat(parts) @ self._row_directions()
+        return self._held.coordinates(row_indices) @ self._row_directions()
 
     def _exact(self, prepared: PreparedBatch, row_indices: Tensor) -> Tensor:
         """Return the exact token scores of ascending rows: (positions, n), float64, on the CPU."""
         responses = self._responses(row_indices).to(self._derivatives.device)
         return prepared.jvp(responses)[0].double().cpu()
 
-    def _posterior(self, prepared: PreparedBatch, coarse: Tensor, count: int) -> GaussianProcess:
-        """Return the Gaussian process of one query after its coarse scores (rows,) and `count` combinations."""
-        assert self._codes is not None
-        assert self._codes.error_covariance is not None
-        process = GaussianProcess(coarse, self._codes.error_covariance)
-        if count:
-            weights, responses = self._codes.combinations(count)
-            values = prepared.jvp(responses.to(self._derivatives.device))[0].double().sum(0).cpu()
-            process.observe_combinations(weights, values)
-        return process
-
     def _corrected(self, queries: Sequence[Query], spent: int) -> Tensor:
-        """Return coarse scores (queries, rows), float64, corrected by `spent` exact derivatives."""
-        if not self._learns:
+        """Return predicted scores (queries, rows), float64, corrected by `spent` exact derivatives."""
+        if not self._bank.manifest.error_variances:
             return self._corrected_by_directions(queries, spent)
-        coarse = self.coarse_scores(queries)
-        if not spent:
-            return coarse
-        return torch.stack(
-            [
-                self._posterior(self._derivatives.prepare([query], two_stage=True), prior, spent).mean()
-                for query, prior in zip(queries, coarse, strict=True)
-            ]
-        )
+        stages = [self._first_stage(query, spent) for query in queries]
+        corrections = self._by_coordinates(torch.stack([stage.process.mean() for stage in stages]))
+        gradients = [stage.gradient for stage in stages if stage.gradient is not None]
+        return corrections + self._products(torch.cat(gradients)) if gradients else corrections
 
     def _corrected_by_directions(self, queries: Sequence[Query], count: int) -> Tensor:
         """Return coarse scores (queries, rows), float64, corrected along the bank's leading directions."""

@@ -116,6 +116,35 @@ class Ranks:
         result[:, self.columns(size)] = part
         return self.total(result)
 
+    def share_rows(self, part: Tensor, size: int) -> Tensor:
+        """Return this rank's share of the n rows in all columns, from every rank's (n, own columns).
+
+        Shares are contiguous and in the ranks' order, as `columns` would cut range(n).
+        """
+        if self.size == 1:
+            return part
+        counts = [self._width(len(part), rank) for rank in range(self.size)]
+        widths = [self._width(size, rank) for rank in range(self.size)]
+        own = counts[self.rank]
+        received = part.new_empty(own * size)
+        sizes = [own * width for width in widths], [count * part.shape[1] for count in counts]
+        dist.all_to_all_single(received, part.contiguous().view(-1), *sizes, group=self.group)
+        pieces = received.split(sizes[0])
+        return torch.cat([piece.view(own, width) for piece, width in zip(pieces, widths, strict=True)], 1)
+
+    def gather_rows(self, own: Tensor, rows: int) -> Tensor:
+        """Return all `rows` rows on rank 0, and none on the others, from every rank's share as of `share_rows`."""
+        if self.size == 1:
+            return own
+        counts = [self._width(rows, rank) for rank in range(self.size)]
+        padded = own.new_zeros(max(counts), *own.shape[1:])
+        padded[: len(own)] = own
+        gathered = [torch.empty_like(padded) for _ in counts] if self.rank == 0 else None
+        dist.gather(padded, gathered, dist.get_global_rank(self.group, 0), group=self.group)
+        if gathered is None:
+            return own[:0]
+        return torch.cat([piece[:count] for piece, count in zip(gathered, counts, strict=True)])
+
     def gather_columns(self, part: Tensor, size: int) -> Tensor:
         """Return (n, P) on rank 0 and (n, 0) on the others, from every rank's (n, own columns)."""
         if self.size == 1:

@@ -4,6 +4,10 @@ G (m, P) are gradients of sample rows at the end of training, standing in for qu
 G R^T holds the scores of rows against rows. From its singular value decomposition A S B^T come the directions B_k^T R,
 along which a query is read, and the adjoint basis S_k^{-1} A_k^T G, which turns a response into coordinates. Of all
 factorisations into k directions this one keeps most of the squared scores (Eckart and Young 1936).
+
+Where gradients are predicted, the errors E of the predictions are queries as well, below those of G and of equal
+weight: directions then keep what a query shows and what remains to be read of it. Within their span the directions are
+so turned that errors along them are uncorrelated, largest first: they are read in this order.
 """
 
 from dataclasses import dataclass
@@ -16,9 +20,33 @@ from .distributed import SINGLE_PROCESS, Ranks
 from .storage import blocks
 
 
-__all__ = ["LowRankBasis", "combine", "explained_variance", "factorize", "inner_products"]
+__all__ = ["LowRankBasis", "SampleScores", "combine", "explained_variance", "factorize", "inner_products"]
 
 _WIDTH = 1 << 16  # columns held at a time; bounds memory when matrices are mapped from disk
+_FEW = 2  # times k: so few sample rows count themselves among their queries
+
+
+@dataclass
+class SampleScores:
+    """Scores of sample rows as queries, and what a gradient predictor leaves of them; float64.
+
+    Attributes:
+        whole (`Tensor`): (m, m), row i as a query, row j as the scored row.
+        errors (`Tensor`, *optional*): (m, m), `whole` less the predicted scores; None without a predictor.
+    """
+
+    whole: Tensor
+    errors: Tensor | None = None
+
+    @property
+    def remaining(self) -> Tensor:
+        """Scores that remain to be read, (m, m)."""
+        return self.whole if self.errors is None else self.errors
+
+    def without_own(self) -> "SampleScores":
+        """Return the scores without those of rows on themselves: they are the largest, and no query is a training row."""
+        errors = None if self.errors is None else self.errors.clone().fill_diagonal_(0.0)
+        return SampleScores(self.whole.clone().fill_diagonal_(0.0), errors)
 
 
 @dataclass
@@ -28,16 +56,23 @@ class LowRankBasis:
     Attributes:
         directions (`Tensor`): (k, P), the u_j, of equal norm in the preconditioned metric.
         adjoint_basis (`Tensor`): (k, P), the a_j with c_ij = <a_j, r_i>.
-        coordinates (`Tensor`): (m, k) of the sample rows.
+        coordinates (`Tensor`): (m, k) of the sample rows, float64.
         explained_variance (`float`): share of the held-out rows' score variance that k directions explain, 0 to 1.
-        scores (`Tensor`): (m, m) G R^T, scores of sample rows as queries, float64.
+        scores (`SampleScores`): of the sample rows.
+        error_variances (`Tensor`): (k,) mean squares of what remains to be read along the directions, float64.
+        outside_scores (`Tensor`): (2, m) mean squared scores over queries, for every sample row, that are outside the
+            directions: of whole scores, and of what remains; float64.
+        derivative_square (`float`): mean over queries of the squared derivatives along all directions together.
     """
 
     directions: Tensor
     adjoint_basis: Tensor
     coordinates: Tensor
     explained_variance: float
-    scores: Tensor
+    scores: SampleScores
+    error_variances: Tensor
+    outside_scores: Tensor
+    derivative_square: float
 
 
 def inner_products(left: Tensor, right: Tensor) -> Tensor:
@@ -84,39 +119,73 @@ def factorize(
     count_or_variance: int | float,
     seed: int = 0,
     ranks: Ranks = SINGLE_PROCESS,
+    errors: Tensor | None = None,
 ) -> LowRankBasis:
     """Return the best basis of k directions for the sample rows.
 
     Args:
-        gradients (`Tensor`): G, (m, P).
+        gradients (`Tensor`): G, (m, P), of the log-likelihood.
         responses (`Tensor`): R, (m, P).
         diagonal (`Tensor`): (P,) D; directions have norm one in the metric 1 / D.
         count_or_variance (`int` or `float`): k, or the explained variance to reach (a float below 1).
         seed (`int`): of the split into fitted and held-out sample rows.
         ranks (`Ranks`, *optional*): processes that share the P columns of the arguments and of the result.
+        errors (`Tensor`, *optional*): E, (m, P), the gradients less the predicted ones.
 
     Raises:
         NumericalError: scores that are not finite, or all zero.
     """
-    scores = ranks.total(inner_products(gradients, responses))
-    if not bool(torch.isfinite(scores).all()):
+    scores = SampleScores(ranks.total(inner_products(gradients, responses)))
+    if errors is not None:
+        scores.errors = ranks.total(inner_products(errors, responses))
+    if not bool(torch.isfinite(scores.whole).all() and torch.isfinite(scores.remaining).all()):
         raise NumericalError(
             "the scores of the training rows are not finite: the model's loss is NaN or infinite. Check the run"
         )
-    explained = explained_variance(scores, seed)
+    explained = explained_variance(scores.whole, seed)
     ranks.broadcast(explained)
     if isinstance(count_or_variance, float):
         count_or_variance = int((explained < count_or_variance).sum())
-    left, values, right = (part.contiguous() for part in torch.linalg.svd(scores))
+    others = scores if len(responses) <= _FEW * count_or_variance else scores.without_own()
+    weights, coefficients = _subspace(others, count_or_variance, ranks)  # (m, k) each; (queries, k) the second
+    combined = combine(weights.T, responses)
+    squares = ranks.total((combined.double().square() / diagonal.double()).sum(1))
+    norms = squares.sqrt().clamp(min=torch.finfo(combined.dtype).tiny)
+    adjoint_basis = combine(coefficients[: len(responses)].T * norms[:, None], gradients)
+    if errors is not None:
+        adjoint_basis += combine(coefficients[len(responses) :].T * norms[:, None], errors)
+    combined /= norms[:, None].to(combined.dtype)
+    coordinates = weights * norms
+    whole, remaining = (part @ weights / norms for part in (others.whole, others.remaining))
+    outside = [part - part @ weights @ weights.T for part in (others.whole, others.remaining)]
+    return LowRankBasis(
+        combined, adjoint_basis, coordinates, float(explained[min(len(combined), len(explained) - 1)]), scores,
+        remaining.square().mean(0), torch.stack([part.square().mean(0) for part in outside]),
+        float(whole.square().sum(1).mean()),
+    )  # fmt: skip
+
+
+def _subspace(scores: SampleScores, count: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Return the weights of sample rows in the directions, and those of queries in the adjoint basis.
+
+    Returns:
+        (m, k) with orthonormal columns, turned so that what remains to be read is uncorrelated between directions and
+        largest first; and (m or 2 m, k) whose product with the queries' scores gives coordinates.
+    """
+    scales = [1 / part.norm().clamp(min=torch.finfo(part.dtype).tiny) for part in (scores.whole, scores.remaining)]
+    stacked = scores.whole * scales[0]
+    if scores.errors is not None:
+        stacked = torch.cat([stacked, scores.errors * scales[1]])
+    left, values, right = (part.contiguous() for part in torch.linalg.svd(stacked, full_matrices=False))
     ranks.broadcast(left, values, right)
     nonzero = int((values > values[0] * 1e-10).sum()) if values[0] > 0 else 0
     if nonzero == 0:
         raise NumericalError("every response is zero: no row was trained on, or no tracked parameter was trained")
-    k = max(1, min(count_or_variance, nonzero))
-    combined = combine(right[:k], responses)
-    squares = ranks.total((combined.double().square() / diagonal.double()).sum(1))
-    norms = squares.sqrt().clamp(min=torch.finfo(combined.dtype).tiny)
-    adjoint_basis = combine((left[:, :k] / values[:k]).T * norms[:, None], gradients)
-    combined /= norms[:, None].to(combined.dtype)
-    variance = float(explained[min(k, len(explained) - 1)])
-    return LowRankBasis(combined, adjoint_basis, right[:k].T * norms, variance, scores)
+    k = max(1, min(count, nonzero))
+    remaining = scores.remaining @ right[:k].T
+    _, turn = torch.linalg.eigh(remaining.T @ remaining)
+    ranks.broadcast(turn := turn.flip(1).contiguous())
+    coefficients = (left[:, :k] / values[:k]) @ turn
+    coefficients[: len(scores.whole)] *= scales[0]
+    coefficients[len(scores.whole) :] *= scales[1]
+    return right[:k].T @ turn, coefficients

@@ -34,7 +34,7 @@ class PassSettings:
         directions (`int`, `float` or `str`): k, an explained variance below 1, or `exact`.
         curvature_samples (`int`, *optional*): M per segment; by default one per row trained on, at most 4096.
         sample_rows (`int`): m, rows from which the directions are found.
-        code_budget (`int`): bytes that the row codes of all rows may take.
+        code_bits (`int`): bits of a number in row codes; 0 keeps none.
         averaging (`str`): `none` or `trajectory`; see `averaging`.
         smoothing (`float`): label smoothing of the training loss; outputs are always read by their likelihood.
         seed (`int`): of sampled labels and of sample rows.
@@ -43,7 +43,7 @@ class PassSettings:
     directions: int | float | str = 128
     curvature_samples: int | None = None
     sample_rows: int = 2048
-    code_budget: int = 0
+    code_bits: int = 0
     averaging: str = "none"
     smoothing: float = 0.0
     seed: int = 0
@@ -122,15 +122,23 @@ class Passes:
             segment.curvature = Curvature(factor, segment.weight_decay, sampled=True, ranks=self.ranks)
 
     def respond(self, row_indices: Tensor, pushes: Tensor) -> Tensor:
-        """Return the responses (n, own columns) of the rows (n,); `pushes` is scratch memory of the same shape."""
-        responses = self.zeros(len(row_indices))
+        """Return the responses (n, own columns) of the rows (n,); `pushes` is scratch memory of the same shape.
+
+        A row's gradients are taken in the segments that saw it, and in no others.
+        """
+        allocate = self.zeros if len(row_indices) > self.chunk else self._zeros_in_memory
+        responses = allocate(len(row_indices))
         averaged = self.segment_weights[-1] < 1.0
-        mean = self.zeros(len(row_indices)) if averaged else responses
+        mean = allocate(len(row_indices)) if averaged else responses
         for number, segment in enumerate(self.segments):
             weights = segment.row_weights[row_indices].to(pushes.dtype)[:, None]
-            title, smoothing = self._title("responses", number), self.settings.smoothing
-            for at, gradients, _ in self.stream.by_columns(segment.theta, row_indices, title, smoothing=smoothing):
-                pushes[at] = gradients * weights[at]
+            seen, title = weights[:, 0].nonzero().flatten(), self._title("responses", number)
+            if len(seen) < len(row_indices):
+                pushes.zero_()
+            smoothing = self.settings.smoothing
+            stream = self.stream.by_columns(segment.theta, row_indices[seen], title, smoothing=smoothing)
+            for at, gradients, _ in stream:
+                pushes[seen[at]] = gradients * weights[seen[at]]
             for lines in blocks(len(row_indices), self.chunk):
                 earlier = responses[lines] if number else None
                 responses[lines] = segment.propagate(earlier, pushes[lines])
@@ -138,15 +146,18 @@ class Passes:
                     mean[lines] += self.segment_weights[number] * responses[lines]
         return mean
 
+    def _zeros_in_memory(self, rows: int) -> Tensor:
+        return torch.zeros(rows, self.width, dtype=self.theta.dtype)
+
     def read_gradients(self, row_indices: Tensor, result: Tensor) -> None:
-        """Fill `result` (n, own columns) with the gradients of the rows (n,) at the weights for queries."""
+        """Fill `result` (n, own columns) with gradients of the rows' log-likelihood at the weights for queries."""
         for at, gradients, _ in self.stream.by_columns(self.theta, row_indices, "gradients at the end"):
-            result[at] = gradients
+            result[at] = -gradients
 
     def project(self, adjoint_basis: Tensor, row_indices: Tensor, sources: ExactSources) -> tuple[Tensor, Tensor]:
         """Return coordinates (all rows, k), zero but for the rows (n,), and sums (sources, own columns) of responses.
 
-        No (rows, P) matrix is formed: the adjoint basis walks backwards through the segments once; then one pass per
+        No response is formed: the adjoint basis walks backwards through the segments once; then one pass per
         segment streams the rows, and each rank multiplies its own rows in all columns.
         """
         adjoints, basis = [], torch.zeros((), dtype=adjoint_basis.dtype)

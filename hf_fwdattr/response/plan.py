@@ -13,41 +13,39 @@ class Plan:
     Attributes:
         rows (`int`): N, training rows that were trained on.
         size (`int`): P.
-        segments (`int`): S.
+        segment_rows (`list[int]`): rows that each segment saw.
         curvature_samples (`int`): M, sampled-label gradients per segment.
         sample_rows (`int`): m, rows whose responses are held whole, from which the directions are found.
-        query_gradients (`bool`): whether gradients at the end are taken; an exact bank needs none.
+        query_gradients (`int`): rows whose gradients are taken at the end.
         ranks (`int`): processes that share the passes.
-        predictor_rows (`int`): rows that rank 0 reads afterwards to fit and judge the gradient predictor.
+        matrices (`int`): matrices of sample rows times P that are held together.
+        predictor_rows (`int`): rows that rank 0 reads to fit the gradient predictor, and to learn its errors.
         predictor_bytes (`int`): memory that the fit takes.
-        averaged (`bool`): whether responses are averaged over the run, which takes one more matrix.
     """
 
     rows: int
     size: int
-    segments: int
+    segment_rows: list[int]
     curvature_samples: int
     sample_rows: int
-    query_gradients: bool = True
+    query_gradients: int
     ranks: int = 1
+    matrices: int = 2
     predictor_rows: int = 0
     predictor_bytes: int = 0
-    averaged: bool = False
 
     @property
     def row_passes(self) -> int:
         """Rows that go forward and backward over all ranks, without the gradient predictor's.
 
-        At most (2 S + 1) N where M is at most N.
+        A row passes through the segments that saw it: once, if the run took one epoch.
         """
-        others = max(self.rows - self.sample_rows, 0)
-        once = self.sample_rows if self.query_gradients else 0
-        return self.segments * (self.curvature_samples + self.sample_rows + others) + once
+        return len(self.segment_rows) * self.curvature_samples + sum(self.segment_rows) + self.query_gradients
 
     @property
     def bytes(self) -> int:
         """Size of the large float32 matrices over all ranks: curvature samples, responses and pushes."""
-        return 4 * self.size * (self.segments * self.curvature_samples + (2 + self.averaged) * self.sample_rows)
+        return 4 * self.size * (len(self.segment_rows) * self.curvature_samples + self.matrices * self.sample_rows)
 
     def summary(self, budget: int, seconds_per_row: float | None = None) -> str:
         """Return the plan in one line.

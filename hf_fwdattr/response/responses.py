@@ -1,5 +1,6 @@
 """The result of the passes: directions, coordinates of every row, exact responses of sources."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -7,7 +8,30 @@ from torch import Tensor
 from ..bank.codes import RowCodes
 
 
-__all__ = ["Responses"]
+__all__ = ["CodeSink", "Estimation", "Responses"]
+
+CodeSink = Callable[[RowCodes], None]  # takes the codes of the next rows, in order; on rank 0
+
+
+@dataclass
+class Estimation:
+    """What is needed to estimate scores from few exact ones.
+
+    Attributes:
+        outside (`Tensor`): (rows,) norm of every response's part outside the directions, in the metric 1 / D.
+        error_variances (`Tensor`): (k,) mean squares of what remains to be read of a query along the directions.
+        outside_variance, outside_error_variance (`float`): mean squared derivative along what is outside, for a unit
+            of its squared norm: whole, and as far as a gradient predictor leaves it.
+        derivative_square (`float`): mean over queries of the squared derivatives along all directions together.
+        gradient_square (`float`): mean squared norm of a query's gradient.
+    """
+
+    outside: Tensor
+    error_variances: Tensor
+    outside_variance: float
+    outside_error_variance: float
+    derivative_square: float
+    gradient_square: float
 
 
 @dataclass
@@ -16,15 +40,16 @@ class Responses:
 
     Attributes:
         directions (`Tensor`): (k, P).
-        coordinates (`Tensor`): (rows, k), zero for rows that were never trained on.
+        coordinates (`Tensor`): (rows, k), zero for rows that were never trained on; (rows, 1), the rows' norms, where
+            the directions are the rows' own responses.
         sources (`Tensor`): (sources, P) exact responses of whole sources, scaled to equal norm; empty where there are
             too many sources.
         source_scales (`Tensor`): (sources,) factors of their scores.
         explained_variance (`float`): share of held-out score variance that the directions explain.
         exact (`bool`): whether the directions are the responses themselves.
         curvature_samples (`int`): M, per segment.
-        row_codes (`RowCodes`, *optional*): the responses of all rows in 8 bits, if the bank keeps them.
-        sample_scores (`Tensor`, *optional*): (rows, rows) scores of rows as queries, with the row codes; float64.
+        estimation (`Estimation`, *optional*): where row codes are kept.
+        predictor_explained_variance (`float`): share of the sample rows' score variance that is predicted.
     """
 
     directions: Tensor
@@ -34,11 +59,12 @@ class Responses:
     explained_variance: float
     exact: bool
     curvature_samples: int
-    row_codes: RowCodes | None = None
-    sample_scores: Tensor | None = None
+    estimation: Estimation | None = None
+    predictor_explained_variance: float | None = None
 
     def products(self, gradients: Tensor) -> Tensor:
-        """Return inner products (queries, rows) of gradients (queries, P) with the rows' responses, float64."""
-        if self.row_codes is not None:
-            return self.row_codes.products(gradients)
-        return (gradients.to(self.directions.dtype) @ self.directions.T).double() @ self.coordinates.double().T
+        """Return inner products (queries, rows) of gradients (queries, P) with the rows as their directions keep them."""
+        along = (gradients.to(self.directions.dtype) @ self.directions.T).double()
+        if self.coordinates.shape[1] < along.shape[1]:
+            return along * self.coordinates[:, 0].double()
+        return along @ self.coordinates.double().T

@@ -17,7 +17,7 @@ from ..response.responses import Responses
 from ..response.segment import Segment
 from .build_context import BuildContext
 from .columns import row_ids_of, texts_of
-from .fit_predictor import fit_predictor
+from .fit_predictor import PredictorFit
 from .record import Record
 
 
@@ -25,18 +25,25 @@ __all__ = ["bank_contents"]
 
 
 def bank_contents(
-    context: BuildContext, record: Record, passes: Passes, responses: Responses, fingerprint: str
+    context: BuildContext,
+    record: Record,
+    passes: Passes,
+    responses: Responses,
+    fingerprint: str,
+    predictor: PredictorFit | None,
 ) -> BankContents:
-    """Fit the gradient predictor and return the contents of the bank; on rank 0.
+    """Return the contents of the bank, but for the row codes; on rank 0.
 
     Args:
-        context (`BuildContext`): what the bank is built from; its model at the weights that queries are read at.
+        context (`BuildContext`): what the bank is built from.
         record (`Record`): the run.
         passes, responses: the passes and their result.
         fingerprint (`str`): of the trained weights.
+        predictor (`PredictorFit`, *optional*): the gradient predictor, after the passes.
     """
     config, salt = context.config, secrets.token_bytes(16)
     description = _description(context, record, passes.segments, responses)
+    description |= _estimation(responses)
     description |= {"weights": fingerprint, "salt": salt.hex()}
     if config.private_rows:
         tables = _source_tables(responses.coordinates, context.sources.source_of_row, len(context.sources.names))
@@ -47,14 +54,13 @@ def bank_contents(
     contents.texts = texts_of(context.original, config.include_text, context.tokenizer)
     if config.averaging == "trajectory":
         contents.averaged_weights = passes.theta
-    predictor = fit_predictor(context, responses) if context.keeps_predictor else None
-    if isinstance(predictor, str):
-        description["predictor_missing"] = predictor
+    if predictor is not None and predictor.missing:
+        description["predictor_missing"] = predictor.missing
     elif predictor is not None:
-        description["predictor_explained_variance"] = predictor.explained_variance
-        contents.row_codes = responses.row_codes
+        description["predictor_explained_variance"] = responses.predictor_explained_variance
         contents.error_projections = predictor.error_projections
-        contents.error_covariance = predictor.error_covariance
+    if responses.estimation is not None:
+        contents.outside = responses.estimation.outside
     return contents
 
 
@@ -86,11 +92,34 @@ def _description(
         "source_scales": responses.source_scales.tolist(),
         "exact": responses.exact,
         "explained_variance": max(0.0, responses.explained_variance),
-        "dtype": config.dtype,
+        "row_code_bits": context.code_bits or 8,
+        "dtype": _number_type(config.dtype, responses, responses.directions.numel() + responses.sources.numel(), 32),
+        "coordinates_dtype": _number_type(config.dtype, responses, responses.coordinates.numel(), 1),
         "dataset": dataset_identity(context.original) | dataset,
         "sources": sources.names,
         "privacy": {"rows": "sources" if config.private_rows else "identified", "text": bool(config.include_text)},
     }
+
+
+def _estimation(responses: Responses) -> dict[str, Any]:
+    """Return the manifest's fields that scores are estimated with."""
+    estimation = responses.estimation
+    if estimation is None:
+        return {}
+    return {
+        "error_variances": estimation.error_variances.tolist(),
+        "outside_variance": estimation.outside_variance,
+        "outside_error_variance": estimation.outside_error_variance,
+        "derivative_square": estimation.derivative_square,
+        "gradient_square": estimation.gradient_square,
+    }
+
+
+def _number_type(wanted: str, responses: Responses, numbers: int, few: int) -> str:
+    """Return the number type of a matrix: as wanted, or float32 up to `few` MiB and 8 bits beyond; exact is exact."""
+    if wanted != "auto":
+        return wanted
+    return "float32" if responses.exact or 4 * numbers <= few << 20 else "int8"
 
 
 def _segment_fields(segment: Segment) -> dict[str, float]:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import default_data_collator
 
 from ..bank.bank import ResponseBank
-from ..bank.writing import temporary_bank_folder, write_bank
+from ..bank.writing import BankWriter, temporary_bank_folder
 from ..config import ResponseConfig
 from ..errors import MismatchError, NumericalError, UnsupportedError
 from ..gradients.per_sample import refuse_unhooked_shards
@@ -34,7 +34,7 @@ from ..response.storage import Storage
 from .bank_contents import bank_contents
 from .build_context import BuildContext
 from .columns import column_of, row_ids_of, sources_of
-from .fit_predictor import PREDICTOR_MISSING, missing_predictor, predictor_cost
+from .fit_predictor import PREDICTOR_MISSING, PredictorFit, missing_predictor, predictor_bytes
 from .record import Record, Snapshot
 from .trial_batch import refuse_failing_batch
 
@@ -158,17 +158,16 @@ def respond(context: BuildContext, record: Record, end: Snapshot, folder: Path) 
     try:
         with frozen(model), Storage(context.config.memory_budget) as storage:
             passes = _passes(context, record, end, storage)
-            assembly = Assembly(passes, exact_sources)
+            predictor = PredictorFit(context, storage) if context.keeps_predictor else None
+            assembly = Assembly(passes, exact_sources, predictor is not None)
             _log_plan(context, assembly.plan)
-            responses = assembly.run()
-            if context.config.averaging == "none":
+            with BankWriter(folder) as writer:
+                responses = assembly.run(predictor, writer.add_codes if context.code_bits else None)
                 _restore(model, parameters, weights)
-            else:  # queries are read there, and so the gradient predictor is fitted there
-                parameters.write(model, passes.theta)
-            with ranks.raise_on_all_ranks():
-                if ranks.rank == 0:
-                    _warn_of_little_variance(responses)
-                    write_bank(folder, bank_contents(context, record, passes, responses, fingerprint))
+                with ranks.raise_on_all_ranks():
+                    if ranks.rank == 0:
+                        _warn_of_little_variance(responses)
+                        writer.finish(bank_contents(context, record, passes, responses, fingerprint, predictor))
             return ResponseBank(folder, verify=False)
     finally:
         _restore(model, parameters, weights)
@@ -185,7 +184,7 @@ def _passes(context: BuildContext, record: Record, end: Snapshot, storage: Stora
         directions=config.directions,
         curvature_samples=config.curvature_samples,
         sample_rows=config.sample_rows,
-        code_budget=context.code_budget,
+        code_bits=context.code_bits,
         averaging=config.averaging,
         smoothing=record.smoothing,
         seed=config.seed,
@@ -195,16 +194,21 @@ def _passes(context: BuildContext, record: Record, end: Snapshot, storage: Stora
 
 def _log_plan(context: BuildContext, plan: Plan) -> None:
     """Write the plan to stderr, with the fit of the gradient predictor that follows on rank 0."""
-    config, total = context.config, len(context.rows)
+    config = context.config
     if config.quiet or context.ranks.rank > 0:
         return
-    if context.keeps_predictor:
-        encoded = plan.sample_rows == total and total * plan.size <= context.code_budget
-        predictor_rows, predictor_bytes = predictor_cost(context, encoded and plan.query_gradients)
-        plan = replace(plan, predictor_rows=predictor_rows, predictor_bytes=predictor_bytes)
+    missing = missing_predictor(context) if context.keeps_predictor else ""
+    if missing:
+        plan = replace(plan, predictor_rows=0)
+    elif context.keeps_predictor:
+        plan = replace(plan, predictor_bytes=predictor_bytes(context))
     summary = plan.summary(config.memory_budget, context.seconds_per_row)
-    if context.keeps_predictor and not plan.predictor_rows:
-        summary += f"; no gradient predictor: {missing_predictor(context)}. {PREDICTOR_MISSING}"
+    if context.code_bits:
+        summary += f"; row codes of {context.code_bits} bits"
+    elif config.directions != "exact" and not config.private_rows:
+        summary += "; no row codes, as responses_budget has no room for them, so scores come from the directions alone"
+    if missing:
+        summary += f"; no gradient predictor: {missing}. {PREDICTOR_MISSING}"
     tqdm.write(f"response bank: {summary}", file=sys.stderr)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..bank.schema import BITS, code_blocks
 from ..config import ResponseConfig
-from ..models.fsdp import is_sharded
 from ..models.likelihood import Objective, resolve_objective
 from ..models.parameters import TrackedParameters
 from ..models.positions import context_length
@@ -20,6 +20,8 @@ from .columns import Sources, sources_of
 
 
 __all__ = ["BuildContext"]
+
+_FEW = 16 << 20  # bytes of row codes that a bank takes without a thought for their size
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,17 @@ class BuildContext:
         """True if the bank gets a gradient predictor: the settings want one and do not keep rows private."""
         return self.config.gradient_predictor and not self.config.private_rows
 
-    @property
-    def code_budget(self) -> int:
-        """Bytes that the row codes may take; 0 where the bank cannot have them."""
-        return self.config.responses_budget if self.keeps_predictor and not is_sharded(self.model) else 0
+    @cached_property
+    def code_bits(self) -> int:
+        """Bits of a number in row codes: as many as the settings want, or fit; 0 where there are to be none."""
+        config = self.config
+        if config.private_rows or config.directions == "exact" or config.responses_budget == 0:
+            return 0
+        if config.row_code_bits != "auto":
+            return config.row_code_bits
+        count, block = code_blocks(self.parameters.size)
+        for bits in sorted(BITS, reverse=True):
+            size = len(self.rows) * count * (block * bits // 8 + 4)
+            if size <= (_FEW if bits == max(BITS) else config.responses_budget):
+                return bits
+        return 0

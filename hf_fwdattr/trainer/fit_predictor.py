@@ -1,47 +1,26 @@
-"""The fit of the gradient predictor: error projections, their explained variance, and the covariance of errors."""
+"""The fit of the gradient predictor on some training rows, and the gradients that it predicts of others."""
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import UnsupportedError
-from ..gradients.per_sample import PerSampleGradients
 from ..gradients.predictor import GradientPredictor
 from ..models.fsdp import is_sharded
 from ..models.likelihood import Batch
-from ..query.gaussian_process import error_covariance
-from ..response.dataset import TrainingRows
-from ..response.responses import Responses
+from ..response.storage import Storage, blocks
 from .build_context import BuildContext
 
 
-__all__ = ["PREDICTOR_MISSING", "FittedPredictor", "fit_predictor", "missing_predictor", "predictor_cost"]
+__all__ = ["PREDICTOR_MISSING", "PredictorFit", "missing_predictor", "predictor_bytes"]
 
-_FIT_ROWS = 512  # rows to fit on, at most: some dozens of tokens a row against d^2 numbers a projection
-_HELD_OUT_ROWS = 32  # rows to judge the fit on, at most
-_CHUNK = 128  # predicted gradients that are multiplied with the responses together
-PREDICTOR_MISSING = "Without one rows are not scored in two stages: a query takes a forward pass for each direction"
+PREDICTOR_MISSING = "Without one a query's first estimate knows nothing of the query, so it takes more passes"
+_CHUNK = 256  # rows whose columns the ranks share together
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class FittedPredictor:
-    """A gradient predictor as a bank keeps it.
-
-    Attributes:
-        error_projections (`dict[str, Tensor]`): by canonical path of the layer; see `gradients.predictor`.
-        explained_variance (`float`): share of the score variance of held-out rows that it explains, 1 at best; may be
-            negative.
-        error_covariance (`Tensor`, *optional*): (rows, rows) covariance of its errors; see `query.gaussian_process`.
-    """
-
-    error_projections: dict[str, Tensor]
-    explained_variance: float
-    error_covariance: Tensor | None
 
 
 def missing_predictor(context: BuildContext) -> str:
@@ -53,72 +32,71 @@ def missing_predictor(context: BuildContext) -> str:
     return ""
 
 
-def predictor_cost(context: BuildContext, all_rows: bool) -> tuple[int, int]:
-    """Return the rows that `fit_predictor` will read, and the bytes that the fit takes; zeros if it is not supported.
-
-    Args:
-        context (`BuildContext`): what the bank is built from.
-        all_rows (`bool`): whether scores of all rows will be known, so that all are predicted.
-    """
+def predictor_bytes(context: BuildContext) -> int:
+    """Return the bytes that the fit takes; 0 if no predictor is supported."""
     try:
-        predictor = _unfitted(context)
+        return _unfitted(context).fitting_bytes
     except UnsupportedError:
-        return 0, 0
-    total = len(context.rows)
-    fit_rows, held_out = _split(total)
-    return len(fit_rows) + (total if all_rows else 2 * len(held_out)), predictor.fitting_bytes
+        return 0
 
 
-def fit_predictor(context: BuildContext, responses: Responses) -> FittedPredictor | str:
-    """Fit a gradient predictor at the model's weights and judge it; return why there is none if that is impossible.
+@dataclass
+class PredictorFit:
+    """Fits a gradient predictor when it is called; see `response.assembly.Predict`.
 
-    A few hundred rows are read; all rows where `responses` has their scores, for the covariance of errors.
+    Attributes:
+        context (`BuildContext`): what the bank is built from.
+        storage (`Storage`): where predicted gradients go.
+        error_projections (`dict[str, Tensor]`): on rank 0, by canonical path of the layer; see `gradients.predictor`.
+        missing (`str`): why there is none; empty where there is one.
     """
-    rows, quiet, scores = context.rows, context.config.quiet, responses.sample_scores
-    fit_rows, held_out = _split(len(rows))
-    try:
-        predictor = _unfitted(context)
+
+    context: BuildContext
+    storage: Storage
+    error_projections: dict[str, Tensor] = field(default_factory=dict)
+    missing: str = ""
+
+    def __call__(self, fit_rows: list[int], rows: list[int]) -> Tensor | None:
+        """Fit on rows, and return the predicted gradients (n, own columns) of ascending `rows`; None if impossible."""
+        ranks, size = self.context.ranks, self.context.parameters.size
+        predicted = torch.zeros(0, size)
+        with ranks.raise_on_all_ranks():
+            if ranks.rank == 0:
+                try:
+                    predicted = self._fit(fit_rows, rows)
+                except UnsupportedError as error:  # the responses, which took longer, are not lost with it
+                    self.missing = str(error)
+                    logger.warning(
+                        "the bank has no gradient predictor: %s. %s", self.missing.rstrip("."), PREDICTOR_MISSING
+                    )
+        self.missing = ranks.objects(self.missing)[0]
+        if self.missing:
+            return None
+        if ranks.size == 1:
+            return predicted
+        columns = ranks.columns(size)
+        own = self.storage.zeros(len(rows), columns.stop - columns.start)
+        for lines in blocks(len(rows), _CHUNK):
+            positions, block = torch.arange(len(rows))[lines], predicted[lines]
+            given = (positions, block) if ranks.rank == 0 else (positions[:0], predicted[:0])
+            at, part = ranks.exchange(*given, _CHUNK)
+            own[at] = part
+        return own
+
+    def _fit(self, fit_rows: list[int], rows: list[int]) -> Tensor:
+        """Return the predicted gradients (n, P) of `rows`."""
+        source, quiet = self.context.rows, self.context.config.quiet
+        predictor = _unfitted(self.context)
         with tqdm(total=len(fit_rows), desc="gradient predictor", unit="row", disable=quiet, leave=False) as bar:
-            projections = predictor.fit(_counted(rows, fit_rows, bar))
-        if scores is None:
-            covariance, exact = None, _exact_scores(context, responses, held_out)
-            predicted = _coarse_scores(predictor, rows, held_out, responses, quiet=True)
-        else:
-            predicted = _coarse_scores(predictor, rows, list(range(len(rows))), responses, quiet)
-            covariance, exact, predicted = error_covariance(scores - predicted), scores[held_out], predicted[held_out]
-    except UnsupportedError as error:  # the responses, which took longer, are not lost with it
-        logger.warning("the bank has no gradient predictor: %s. %s", str(error).rstrip("."), PREDICTOR_MISSING)
-        return str(error)
-    unexplained = float((exact - predicted).square().sum() / exact.square().sum().clamp(min=1e-30))
-    return FittedPredictor(projections, 1.0 - unexplained, covariance)
-
-
-def _exact_scores(context: BuildContext, responses: Responses, row_indices: list[int]) -> Tensor:
-    """Return the scores (n, rows) of these ascending rows as queries, from their own gradients."""
-    gradients = PerSampleGradients(context.model, context.parameters, context.objective)
-    scores, order = [], []
-    for indices, batch in context.rows.batches(row_indices):
-        scores.append(responses.products(-gradients(batch)[0].cpu()))
-        order.append(indices)
-    return torch.cat(scores)[torch.cat(order).argsort()]
-
-
-def _coarse_scores(
-    predictor: GradientPredictor, rows: TrainingRows, row_indices: list[int], responses: Responses, quiet: bool
-) -> Tensor:
-    """Return the scores (n, rows) of these ascending rows as queries, from their predicted gradients."""
-    scores: list[Tensor] = []
-    waiting: list[Tensor] = []
-    order: list[Tensor] = []
-    batches, total = rows.batches(row_indices), rows.count(len(row_indices))
-    for indices, batch in tqdm(batches, "coarse scores", total, unit="batch", disable=quiet, leave=False):
-        order.append(indices)
-        waiting.append(predictor(batch).cpu())
-        if sum(map(len, waiting)) >= _CHUNK:
-            scores.append(responses.products(torch.cat(waiting)))
-            waiting = []
-    scores += [responses.products(torch.cat(waiting))] if waiting else []
-    return torch.cat(scores)[torch.cat(order).argsort()]
+            self.error_projections = predictor.fit(_counted(source.batches(fit_rows), bar))
+        place = torch.full((len(source),), -1)
+        place[torch.tensor(rows)] = torch.arange(len(rows))
+        predicted = self.storage.zeros(len(rows), self.context.parameters.size)
+        with tqdm(total=len(rows), desc="predicted gradients", unit="row", disable=quiet, leave=False) as bar:
+            for indices, batch in source.batches(rows):
+                predicted[place[indices]] = predictor(batch).cpu()
+                bar.update(len(indices))
+        return predicted
 
 
 def _unfitted(context: BuildContext) -> GradientPredictor:
@@ -138,20 +116,8 @@ def _unfitted(context: BuildContext) -> GradientPredictor:
     return predictor
 
 
-def _split(total: int) -> tuple[list[int], list[int]]:
-    """Return rows to fit on and rows to judge the fit on; the same where there are no more."""
-    held_out = _spread(total, _HELD_OUT_ROWS)
-    fit_rows = [index for index in _spread(total, _FIT_ROWS + _HELD_OUT_ROWS) if index not in set(held_out)]
-    return fit_rows or held_out, held_out
-
-
-def _counted(rows: TrainingRows, row_indices: list[int], bar: tqdm) -> Iterator[Batch]:
-    """Yield the batches of these rows, counted on a progress bar."""
-    for indices, batch in rows.batches(row_indices):
+def _counted(batches: Iterator[tuple[Tensor, Batch]], bar: tqdm) -> Iterator[Batch]:
+    """Yield the batches, counted on a progress bar."""
+    for indices, batch in batches:
         yield batch
         bar.update(len(indices))
-
-
-def _spread(total: int, count: int) -> list[int]:
-    """Return at most `count` indices, evenly spread over `total`."""
-    return sorted({round(at * (total - 1) / max(count - 1, 1)) for at in range(min(count, total))})

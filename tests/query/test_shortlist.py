@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hf_fwdattr.query.gaussian_process import GaussianProcess
+from hf_fwdattr.query.gaussian_process import CandidateScores, GaussianProcess
 from hf_fwdattr.query.shortlist import MOST, TURNS, refine
 
 
@@ -16,12 +16,15 @@ class World:
     def __init__(self, seed: int, spread: float = 1.0):
         generator = torch.Generator().manual_seed(seed)
         factor = torch.randn(ROWS, 12, generator=generator, dtype=torch.float64)
-        self.covariance = factor @ factor.T / 12 + 0.05 * torch.eye(ROWS, dtype=torch.float64)
-        root = torch.linalg.cholesky(self.covariance)
+        self.coordinates, self.own = factor / 12**0.5, torch.full((ROWS,), 0.05, dtype=torch.float64)
         self.coarse = 2 * torch.randn(ROWS, generator=generator, dtype=torch.float64)
-        errors = root @ torch.randn(ROWS, generator=generator, dtype=torch.float64)
+        errors = self.coordinates @ torch.randn(12, generator=generator, dtype=torch.float64)
+        errors += self.own.sqrt() * torch.randn(ROWS, generator=generator, dtype=torch.float64)
         self.exact = self.coarse + spread * errors
         self.turns: list[int] = []
+
+    def process(self) -> CandidateScores:
+        return CandidateScores(GaussianProcess(torch.ones(12)), self.coarse, self.coordinates, self.own)
 
     def read(self, row_indices: Tensor) -> Tensor:
         assert bool((row_indices.diff() > 0).all())
@@ -30,9 +33,10 @@ class World:
         return torch.stack([half, half])  # two output tokens
 
 
-def refined(world: World, covariance: Tensor | None, budget: int | None, top_k: int = 10) -> tuple[float, Tensor]:
+def refined(
+    world: World, process: CandidateScores | None, budget: int | None, top_k: int = 10
+) -> tuple[float, Tensor]:
     """Return the share of the best rows that are read, and the refined scores."""
-    process = None if covariance is None else GaussianProcess(world.coarse, covariance)
     result = refine(world.coarse, process, top_k, budget, world.read)
     assert result.token_scores.shape == (2, len(result.row_indices))
     assert bool((result.row_indices.diff() > 0).all())
@@ -43,7 +47,7 @@ def refined(world: World, covariance: Tensor | None, budget: int | None, top_k: 
 
 def test_budget_is_spent_in_turns() -> None:
     world = World(0)
-    refined(world, world.covariance, 36)
+    refined(world, world.process(), 36)
     assert world.turns == [9] * TURNS
     world = World(0)
     refined(world, None, 36)
@@ -52,10 +56,10 @@ def test_budget_is_spent_in_turns() -> None:
 
 def test_top_k_rows_are_read_on_either_side_whatever_the_budget() -> None:
     world = World(0)
-    refined(world, world.covariance, 3, top_k=10)
+    refined(world, world.process(), 3, top_k=10)
     assert sum(world.turns) == 20
     world = World(0)
-    refined(world, world.covariance, 5000, top_k=10)
+    refined(world, world.process(), 5000, top_k=10)
     assert sum(world.turns) == ROWS
 
 
@@ -63,7 +67,7 @@ def test_exact_scores_improve_the_others() -> None:
     informed, blind = [], []
     for seed in range(8):
         world = World(seed)
-        informed.append(refined(world, world.covariance, 45))
+        informed.append(refined(world, world.process(), 45))
         blind.append(refined(World(seed), None, 45))
         assert float((informed[-1][1] - world.exact).norm()) < 0.5 * float((blind[-1][1] - world.exact).norm())
     assert sum(share for share, _ in informed) > sum(share for share, _ in blind)
@@ -74,15 +78,16 @@ def test_adaptive_budget_stops_when_the_best_rows_are_certain() -> None:
     shares, costs = [], []
     for seed in range(20):
         world = World(seed)
-        shares.append(refined(world, world.covariance, None, top_k=5)[0])
+        shares.append(refined(world, world.process(), None, top_k=5)[0])
         costs.append(sum(world.turns))
     assert sum(shares) / len(shares) >= 0.98
     assert sum(costs) / len(costs) < 120
     certain = World(0, spread=0.0)  # coarse scores without errors take one turn
-    refined(certain, certain.covariance, None, top_k=5)
+    refined(certain, certain.process(), None, top_k=5)
     assert len(certain.turns) == 1
     uncertain = World(0)
-    refined(uncertain, torch.eye(ROWS, dtype=torch.float64), None, top_k=5)  # uncorrelated rows
+    uncertain.coordinates, uncertain.own = torch.zeros(ROWS, 12).double(), torch.ones(ROWS)
+    refined(uncertain, uncertain.process(), None, top_k=5)  # uncorrelated rows
     assert sum(costs[:1]) < sum(uncertain.turns) <= MOST
 
 
@@ -90,7 +95,8 @@ def test_no_row_is_read_twice() -> None:
     def read(row_indices: Tensor) -> Tensor:
         return torch.zeros(1, len(row_indices), dtype=torch.float64)
 
-    result = refine(torch.zeros(7), GaussianProcess(torch.zeros(7), torch.eye(7)), 2, 40, read)
+    process = CandidateScores(GaussianProcess(torch.ones(1)), torch.zeros(7), torch.zeros(7, 1), torch.ones(7))
+    result = refine(torch.zeros(7), process, 2, 40, read)
     assert result.row_indices.tolist() == list(range(7))
     for rows in (None, 40):
         assert len(refine(torch.zeros(0), None, 2, rows, read).row_indices) == 0
@@ -110,7 +116,8 @@ def test_uncertain_rows_are_read_first() -> None:
         turns.append(row_indices)
         return world.read(row_indices)
 
-    refine(world.coarse, GaussianProcess(world.coarse, variance.diag()), 4, 48, read)
+    process = CandidateScores(GaussianProcess(torch.ones(1)), world.coarse, torch.zeros(300, 1), variance)
+    refine(world.coarse, process, 4, 48, read)
     assert bool(((turns[0] < 100) | (turns[0] >= 200)).all())  # before any observation
     later = torch.cat(turns[1:])
     assert bool(((later >= 100) & (later < 200)).all())

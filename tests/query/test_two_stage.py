@@ -96,7 +96,7 @@ def test_more_passes_reduce_the_error(tuned: Tuned) -> None:
 def test_streamed_row_codes_give_the_same_scores(tuned: Tuned, monkeypatch: pytest.MonkeyPatch) -> None:
     _, model, bank = tuned
     held = Scorer(bank, model).scores(queries(), budget=3)
-    monkeypatch.setattr("hf_fwdattr.query.row_codes._DECODED", 0)
+    monkeypatch.setattr("hf_fwdattr.query.row_codes._HELD", 0)
     monkeypatch.setattr("hf_fwdattr.bank.bank._BLOCK", 3 * bank.manifest.size)  # three rows at a time
     agree(Scorer(bank, model).scores(queries(), budget=3), held, 1e-5)
 
@@ -153,17 +153,17 @@ def test_budget_that_the_bank_cannot_serve_is_refused(tuned: Tuned, tmp_path: Pa
         with pytest.raises(QueryError, match="budget='adaptive': it chooses rows to name, and here all are scored"):
             scorer.scores(queries(), budget="adaptive")
         return
-    with pytest.raises(QueryError, match="budget='adaptive': the bank does not hold row codes and the error cov"):
+    with pytest.raises(QueryError, match="budget='adaptive': the bank does not hold row codes, so"):
         ask(model, bank)(ASKED, budget="adaptive")
 
 
-def test_bank_without_predictor_reads_all_directions(tmp_path: Path) -> None:
+def test_exact_bank_without_predictor_reads_all_directions(tmp_path: Path) -> None:
     model, bank = tune(tmp_path, gradient_predictor=False)
     scorer = Scorer(bank, model)
     assert not bank.manifest.error_projections
     assert bank.manifest.predictor_explained_variance is None
     assert scorer.resolve_budget(None) == scorer.resolve_budget(ROWS + 1) == "all"
-    with pytest.raises(QueryError, match="budget=5: the bank holds no gradient predictor"):
+    with pytest.raises(QueryError, match="budget=5: the bank holds neither row codes nor a gradient predictor"):
         scorer.scores(queries(), budget=5)
     with pytest.raises(QueryError, match="the bank holds no gradient predictor; build it with"):
         scorer.predicted_gradients(queries())
@@ -172,6 +172,41 @@ def test_bank_without_predictor_reads_all_directions(tmp_path: Path) -> None:
     assert ranking.passes == ROWS + 1
     agree(ranking.scores, scorer.scores(queries(1))[0].double(), 1e-6)
     agree(scorer.row_scores(queries()[0], range(ROWS)), ranking.scores, 1e-6)
+
+
+def test_bank_without_predictor_is_read_in_two_stages(tmp_path: Path) -> None:
+    """Row codes suffice: nothing is predicted, and directions that were read tell of the rows."""
+    model, bank = tune(tmp_path, gradient_predictor=False, directions=4)
+    scorer, truth = Scorer(bank, model), gradients(model, bank) @ responses(bank).T
+    errors = [float((scorer.scores(queries(), budget=budget).double() - truth).norm()) for budget in (1, 3, 5)]
+    assert errors[0] == pytest.approx(float(truth.norm()))
+    assert errors[2] < errors[1] < errors[0]
+    ranking = scorer.rank(queries()[0], 2, 9)
+    expected = truth[0]
+    for side in (ranking.proponents, ranking.opponents):
+        assert bool(side.exact.all())
+        agree(side.scores.double(), expected[side.row_indices], 1e-3)
+    assert ranking.passes == 9
+    agree(scorer.rank(queries()[0], 2, 100).scores, expected, 1e-3)
+
+
+@pytest.mark.parametrize("predictor", [True, False])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_stated_deviations_hold(tmp_path: Path, predictor: bool, bits: int) -> None:
+    """Rows beyond the sample are coded in few bits; scores are off by as much as is said."""
+    settings = {"gradient_predictor": predictor, "row_code_bits": bits, "sample_rows": 8}
+    model, bank = tune(tmp_path, directions=4, **settings)
+    exact = tune(tmp_path / "exact", directions="exact")[1]
+    truth = gradients(model, bank) @ responses(exact).T
+    ratios = []
+    for query, expected in zip(queries(), truth, strict=True):
+        ranking = Scorer(bank, model).rank(query, 1, 7)
+        assert ranking.stds is not None
+        ratios.append((ranking.scores - expected) / ranking.stds)
+    joined = torch.cat(ratios)
+    assert bool(joined.isfinite().all())
+    assert 0.3 < float((joined.abs() < 1).double().mean())
+    assert 0.8 < float((joined.abs() < 3).double().mean())
 
 
 def test_bank_of_sources_only_holds_no_row_codes(tmp_path: Path) -> None:
@@ -188,24 +223,9 @@ def test_adaptive_budget_names_the_rows_of_a_full_read(tuned: Tuned) -> None:
         assert named[0] == named[1]
 
 
-def test_combinations_have_the_leading_eigenvectors_as_weights(tmp_path: Path) -> None:
-    _, bank = tune(tmp_path, directions=3)
-    codes = HeldRowCodes(bank)
-    assert codes.error_covariance is not None
-    values, vectors = torch.linalg.eigh(codes.error_covariance.double())
-    weights, directions = codes.combinations(4)
-    agree((weights * vectors.flip(1)[:, :4]).sum(0).abs(), torch.ones(4).double(), 1e-4)
-    assert bool((values.diff() >= 0).all())
-    agree(directions, weights.T @ responses(bank), 1e-5)
-    more_weights, more_directions = codes.combinations(6)
-    assert torch.equal(more_weights[:, :4], weights)
-    assert torch.equal(more_directions[:4], directions)
-    assert codes.combinations(1000)[0].shape == (ROWS, ROWS)
-
-
-@pytest.mark.parametrize(("budget", "combinations", "rows"), [(13, 3, 9), (17, 4, ROWS), ("adaptive", ROWS, None)])
-def test_a_quarter_of_the_passes_goes_to_combinations(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: Any, combinations: int, rows: int | None
+@pytest.mark.parametrize(("budget", "directions", "rows"), [(9, 2, 6), (17, 3, ROWS), ("adaptive", 3, None)])
+def test_a_quarter_of_the_passes_goes_to_directions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: Any, directions: int, rows: int | None
 ) -> None:
     model, bank = tune(tmp_path, directions=3)
     prepare, counts = Backend.prepare, list[int]()
@@ -221,7 +241,7 @@ def test_a_quarter_of_the_passes_goes_to_combinations(
     monkeypatch.setattr(Backend, "prepare", lambda *args: Counting(prepare(*args)))
     passes = Scorer(bank, model).rank(queries()[0], 2, budget).passes
     assert passes == 1 + sum(counts)
-    assert counts[0] == combinations
+    assert counts[0] == directions
     assert sum(counts[1:]) == rows or (rows is None and sum(counts[1:]) <= ROWS)
 
 

@@ -28,12 +28,16 @@ def world(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("k", [1, 2, 7, 19, 20])
 def test_basis_error_is_the_omitted_singular_values(k: int) -> None:
-    """No factorisation into k directions is better (Eckart and Young)."""
+    """No factorisation into k directions is better (Eckart and Young); own scores count where rows are few."""
     gradients, responses, diagonal = world()
     basis = factorize(gradients, responses, diagonal, k)
     assert basis.directions.shape == basis.adjoint_basis.shape == (k, SIZE)
     scores = gradients @ responses.T
-    error = scores - gradients @ basis.directions.T @ basis.coordinates.T
+    agree(basis.scores.whole, scores, 1e-12)
+    if 2 * k < ROWS:
+        scores = scores.fill_diagonal_(0.0)
+    weights = torch.linalg.lstsq(responses.T, basis.directions.T).solution  # of rows in the directions
+    error = scores - scores @ weights @ basis.coordinates.T
     values = np.linalg.svd(scores.numpy(), compute_uv=False)
     assert float(error.norm()) == pytest.approx(math.sqrt((values[k:] ** 2).sum()), rel=1e-8, abs=1e-10)
 
@@ -49,9 +53,34 @@ def test_as_many_directions_as_rows_lose_nothing() -> None:
 
 def test_adjoint_basis_turns_responses_into_coordinates() -> None:
     gradients, responses, diagonal = world()
-    basis = factorize(gradients, responses, diagonal, 6)
+    basis = factorize(gradients, responses, diagonal, 12)
     agree(responses @ basis.adjoint_basis.T, basis.coordinates, 1e-9)
-    agree(basis.directions @ basis.adjoint_basis.T, torch.eye(6, dtype=torch.float64), 1e-9)
+    agree(basis.directions @ basis.adjoint_basis.T, torch.eye(12, dtype=torch.float64), 1e-9)
+
+
+@pytest.mark.parametrize("k", [3, 12])
+def test_errors_of_predictions_are_queries_of_equal_weight(k: int) -> None:
+    """Coordinates are those of least squares over both kinds; errors along the directions are uncorrelated."""
+    gradients, responses, diagonal = world()
+    errors = 0.1 * torch.randn(ROWS, SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    basis = factorize(gradients, responses, diagonal, k, errors=errors)
+    kinds = [gradients @ responses.T, errors @ responses.T]
+    agree(basis.scores.remaining, kinds[1], 1e-9)
+    if 2 * k < ROWS:
+        kinds = [kind.fill_diagonal_(0.0) for kind in kinds]
+    weights = torch.linalg.lstsq(responses.T, basis.directions.T).solution
+    stacked = torch.cat([kind / kind.norm() for kind in kinds])
+    agree(torch.linalg.lstsq(stacked @ weights, stacked).solution.T, basis.coordinates, 1e-8)
+    along = kinds[1] @ weights
+    covariance = along.T @ along / ROWS
+    agree(covariance, covariance.diagonal().diag(), 1e-8)
+    agree(covariance.diagonal(), basis.error_variances, 1e-8)
+    information = covariance.diagonal() * basis.coordinates.square().sum(0)
+    assert bool((information.diff() <= 1e-12).all())
+    for variance, kind in zip(basis.outside_scores, kinds, strict=True):
+        outside = kind - kind @ weights @ basis.coordinates.T
+        agree(variance, outside.square().mean(0), 1e-8)
+    assert basis.derivative_square == pytest.approx(float((kinds[0] @ weights).square().sum(1).mean()))
 
 
 def test_directions_have_unit_norm_in_the_preconditioned_metric() -> None:
