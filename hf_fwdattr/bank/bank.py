@@ -233,7 +233,8 @@ class ResponseBank(BankFiles):
         for file in manifest.files_of("row_codes"):
             path = self.path(file)
             for codes, scales in zip(slices(path, "codes", width), slices(path, "scales", width), strict=True):
-                yield RowCodes(codes, finite(scales, file.name), manifest.row_code_bits, manifest.size)
+                scales = finite(scales, file.name)
+                yield RowCodes(codes, scales, manifest.row_code_bits, manifest.size, self.code_weights)
 
     def codes_of(self, row_indices: Sequence[int]) -> RowCodes:
         """Return the codes of these rows, in this order.
@@ -258,7 +259,7 @@ class ResponseBank(BankFiles):
             )
         ordered = [parts[at] for at in range(len(row_indices))]
         codes, scales = (torch.cat([getattr(part, name) for part in ordered]) for name in ("codes", "scales"))
-        return RowCodes(codes, scales, self.manifest.row_code_bits, self.manifest.size)
+        return RowCodes(codes, scales, self.manifest.row_code_bits, self.manifest.size, self.code_weights)
 
     def decode_rows(self, row_indices: Sequence[int]) -> Tensor:
         """(rows, P), float32: the responses of these rows, decoded from their codes, in this order.
@@ -281,6 +282,11 @@ class ResponseBank(BankFiles):
             with open_shard(self.path(file)) as shard:
                 result |= {name: finite(shard.get_tensor(name).float(), file.name) for name in shard.keys()}  # noqa: SIM118
         return result
+
+    @cached_property
+    def code_weights(self) -> Tensor | None:
+        """(P,) that the numbers of row codes were multiplied with; None without codes."""
+        return self._single("code_weights")
 
     @cached_property
     def _averaged_weights(self) -> Tensor | None:

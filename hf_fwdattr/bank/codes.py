@@ -5,6 +5,9 @@ numbers were, afterwards they look like draws from a normal distribution of thei
 of them. Numbers are rounded to 2^b levels that are evenly spaced at the best distance for a normal distribution (Max
 1960, "Quantizing for minimum distortion"). Each block has a scale, so chosen that the code's inner product with the
 vector itself is the vector's squared norm: no inner product is too small on average.
+
+Parameters may be weighed before. The noise of an inner product of a code of w * r with g / w grows with the product of
+both norms, which is least where w^2 is the usual size of a gradient's number over that of a response's.
 """
 
 import math
@@ -24,7 +27,8 @@ __all__ = ["NOISE", "RowCodes", "rotate", "unrotate"]
 _CHUNK = 1 << 24  # numbers that are coded or decoded together
 _SIGNS = 0x5EED  # of the sign flips; part of the format
 _STEPS = {1: 1.5958, 2: 0.9957, 4: 0.3352, 8: 0.0308}  # best distance of levels for a standard normal distribution
-# Variance of an inner product with a code: NOISE * |code|^2 * |vector|^2 / P for a vector in no relation to the error.
+# Variance of an inner product with a code, for a vector in no relation to its error: this, times |w code|^2 over P,
+# times |vector / w|^2.
 NOISE = {1: 0.363, 2: 0.1188, 4: 0.0116, 8: 0.000104}
 
 
@@ -51,25 +55,27 @@ class RowCodes:
         scales (`Tensor`): (rows, blocks), float32; level k of 0 ... 2^b - 1 stands for 2 k + 1 - 2^b times the scale.
         bits (`int`): b.
         size (`int`): P.
+        weights (`Tensor`, *optional*): (P,) that numbers were multiplied with before they were rotated.
     """
 
     codes: Tensor
     scales: Tensor
     bits: int
     size: int
+    weights: Tensor | None = None
 
     @classmethod
-    def of(cls, matrix: Tensor, bits: int) -> "RowCodes":
+    def of(cls, matrix: Tensor, bits: int, weights: Tensor | None = None) -> "RowCodes":
         """Encode a matrix (rows, P), which may be mapped from disk and is read by blocks of rows."""
         rows, size = matrix.shape
         count, block = code_blocks(size)
-        result = cls(
-            torch.empty(rows, count * block * bits // 8, dtype=torch.uint8), torch.empty(rows, count), bits, size
-        )
+        codes = torch.empty(rows, count * block * bits // 8, dtype=torch.uint8)
+        result = cls(codes, torch.empty(rows, count), bits, size, weights)
         width = max(1, _CHUNK // max(size, 1))
         for start in range(0, rows, width):
+            part = matrix[start : start + width].float()
             result.codes[start : start + width], result.scales[start : start + width] = _encode(
-                rotate(matrix[start : start + width]), bits
+                rotate(part if weights is None else part * weights), bits
             )
         return result
 
@@ -78,19 +84,20 @@ class RowCodes:
 
     def __getitem__(self, lines: slice | Tensor) -> "RowCodes":
         """Return some of the rows."""
-        return RowCodes(self.codes[lines], self.scales[lines], self.bits, self.size)
+        return RowCodes(self.codes[lines], self.scales[lines], self.bits, self.size, self.weights)
 
     def decode(self) -> Tensor:
         """(rows, P), float32."""
         parts = [unrotate(torch.cat(list(part._levels()), -1), self.size) for part in self._parts()]
-        return torch.cat(parts) if parts else torch.zeros(0, self.size)
+        rows = torch.cat(parts) if parts else torch.zeros(0, self.size)
+        return rows if self.weights is None else rows.div_(self.weights)
 
     def products(self, vectors: Tensor) -> Tensor:
         """(queries, rows), float64: inner products with vectors (queries, P), by blocks of rows.
 
         The vectors are rotated in place of the rows.
         """
-        rotated = rotate(vectors)
+        rotated = rotate(vectors if self.weights is None else vectors / self.weights)
         pieces = rotated.split(max(1, rotated.shape[2] * self.bits // 8), dim=2)
         result = torch.zeros(len(vectors), len(self), dtype=torch.float64)
         start = 0
@@ -99,13 +106,6 @@ class RowCodes:
                 result[:, start : start + len(part)] += (piece.flatten(1) @ levels.flatten(1).T).double()
             start += len(part)
         return result
-
-    def squares(self) -> Tensor:
-        """(rows,), float64: squared norms of what the codes stand for, with what fills up the last block."""
-        return torch.cat([
-            torch.stack([levels.square().flatten(1).sum(1).double() for levels in part._levels()]).sum(0)
-            for part in self._parts()
-        ])  # fmt: skip
 
     def _parts(self) -> Iterator["RowCodes"]:
         width = max(1, _CHUNK // max(self.size, 1))

@@ -174,7 +174,7 @@ class Manifest(_Document):
         outside_variance, outside_error_variance (`float`): the same of derivatives along what is outside the
             directions, for each unit of its squared norm in the metric 1 / D: whole, and as the predictor leaves them.
         derivative_square (`float`): mean over queries of the squared derivatives along all directions together.
-        gradient_square (`float`): mean squared norm of a query's gradient.
+        gradient_square (`float`): mean squared norm of a query's gradient over the weights of row codes.
         dtype (`str`): number type of the directions; `int8` means codes of 8 bits.
         coordinates_dtype (`str`): number type of the coordinates; `int8` means whole multiples of a scale for each
             row times one for each direction.
@@ -359,6 +359,12 @@ SHARD_KINDS = {
         lambda manifest, lines: _codes(manifest.size, manifest.row_code_bits, lines),
         lambda manifest: manifest.row_codes,
         per_row=True,
+    ),
+    # What the numbers of row codes were multiplied with.
+    "code_weights": ShardKind(
+        lambda manifest, lines: {"code_weights": ("F32", (manifest.size,))},
+        lambda manifest: int(manifest.row_codes > 0),
+        count=len,
     ),
     # All matrices of the gradient predictor in one shard: every query needs all.
     "error_projections": ShardKind(

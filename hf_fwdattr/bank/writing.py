@@ -196,6 +196,9 @@ class BankWriter:
         if self._codes:
             first = self._codes[0]
             codes, scales = (torch.cat([getattr(part, name) for part in self._codes]) for name in ("codes", "scales"))
+            if not any(file.kind == "code_weights" for file in self._written):
+                weights = torch.ones(first.size) if first.weights is None else first.weights
+                self._write("code_weights", {"code_weights": finite(weights.float(), "a weight of row codes")})
             self._write("row_codes", _tensors_of(RowCodes(codes, scales, first.bits, first.size)))
             self._codes = []
 

@@ -35,6 +35,16 @@ class HeldRowCodes:
             return self.codes(row_indices).products(gradients)
         return torch.cat([block.products(gradients) for block in self.bank.row_codes()], dim=1)
 
+    def square(self, gradient: Tensor) -> float:
+        """Return the squared norm of a gradient (1, P) as the noise of codes sees it, over their weights."""
+        weights = self.bank.code_weights
+        return float((gradient if weights is None else gradient / weights).double().square().sum())
+
+    def squares(self, rows: Tensor) -> Tensor:
+        """Return the squared norms (n,) of decoded rows (n, P) as the noise of codes sees them, float64."""
+        weights = self.bank.code_weights
+        return (rows if weights is None else rows * weights).square().sum(1).double()
+
     def codes(self, row_indices: Tensor) -> RowCodes:
         """Return the codes of rows (n,)."""
         return self.bank.codes_of(row_indices.tolist())

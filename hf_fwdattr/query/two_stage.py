@@ -113,16 +113,19 @@ class TwoStageScorer:
         rows = None if budget == "adaptive" else budget - 1 - directions
         candidates = self._candidates(stage, top_k, rows)
         process = self._candidate_scores(stage, candidates)
+        squares = torch.zeros(int(candidates[-1]) + 1, dtype=torch.float64)
         with self._bar(rows, top_k) as bar:
 
             def read(places: Tensor) -> Tensor:
                 bar.update(len(places))
-                return self._exact(stage.prepared, candidates[places])
+                rows = self._responses(candidates[places])
+                squares[candidates[places]] = self._codes_of_rows.squares(rows)
+                return stage.prepared.jvp(rows.to(self._derivatives.device))[0].double().cpu()
 
             refined = refine(process.mean(), process, top_k, rows, read)
         read_rows, token_scores = candidates[refined.row_indices], refined.token_scores
         ids, sources = self._bank.row_labels(read_rows)
-        noise = self._code_noise(stage, read_rows)
+        noise = self._code_noise(stage, squares[read_rows])
         named = RankedRows(
             read_rows, ids, sources, token_scores.sum(0).float(), token_scores.T.float(), noise.float(),
             torch.ones(len(read_rows), dtype=torch.bool),
@@ -216,21 +219,23 @@ class TwoStageScorer:
         manifest, coordinates = self._bank.manifest, self._held.coordinates(candidates)
         predicted = torch.zeros(len(candidates), dtype=torch.float64)
         if stage.gradient is not None:
-            assert self._codes is not None
-            predicted = self._codes.products(stage.gradient, candidates)[0]
+            predicted = self._codes_of_rows.products(stage.gradient, candidates)[0]
         own = manifest.outside_error_variance * self._held.outside[candidates].double().square()
         return CandidateScores(stage.process, predicted, coordinates, own)
 
-    def _code_noise(self, stage: _FirstStage, row_indices: Tensor) -> Tensor:
-        """Return the standard deviation (n,) that codes leave in scores along them, float64."""
-        assert self._codes is not None
+    def _code_noise(self, stage: _FirstStage, squares: Tensor) -> Tensor:
+        """Return the standard deviation (n,) that codes leave in scores along rows of these squared norms, float64."""
         manifest = self._bank.manifest
         if stage.gradient is None:
             square = manifest.gradient_square * self._magnitude(stage)
         else:
-            square = float(stage.gradient.double().square().sum())
-        norms = self._codes.codes(row_indices).squares() if len(row_indices) else torch.zeros(0, dtype=torch.float64)
-        return norms.sqrt() * math.sqrt(NOISE[manifest.row_code_bits] * square / manifest.size)
+            square = self._codes_of_rows.square(stage.gradient)
+        return (squares * (NOISE[manifest.row_code_bits] * square / manifest.size)).sqrt()
+
+    @property
+    def _codes_of_rows(self) -> HeldRowCodes:
+        assert self._codes is not None, "only where the bank keeps row codes"
+        return self._codes
 
     def _bar(self, rows: int | None, top_k: int) -> tqdm:
         total = max(MOST if rows is None else rows, 2 * top_k)

@@ -25,6 +25,7 @@ _MAX_CURVATURE = 4096  # samples per segment unless more are asked for
 _MAX_EXACT = 16384  # directions of an exact bank
 _FIT_ROWS = 512  # rows to fit a predictor on, at most: some dozens of tokens a row against d^2 numbers a projection
 _HELD_OUT_ROWS = 32  # rows to judge the fit on, at most
+_LEAST_SQUARE = 1e-4  # of the mean over parameters: below it, a parameter counts as if it were so large
 _NEGLIGIBLE = 1e-10  # of a response's squared norm: rounding
 
 
@@ -131,9 +132,8 @@ class Assembly:
         explained = None
         if basis.scores.errors is not None:
             explained = _explained(*(part[self._held_out] for part in (basis.scores.whole, basis.scores.errors)))
-        squares = sum(float(gradients[lines].double().square().sum()) for lines in blocks(len(rows), passes.chunk))
-        square = float(passes.ranks.total(torch.tensor(squares / len(rows), dtype=torch.float64)))
-        stream = _RowStream(passes, self.sources, rows, responses, basis)
+        weights, square = _code_weights(passes, gradients, responses)
+        stream = _RowStream(passes, self.sources, rows, responses, basis, weights)
         if codes is None and len(rows) < len(passes.trained):
             stream.project()
         else:
@@ -155,6 +155,7 @@ class _RowStream:
         sample_rows (`Tensor`): (m,) ascending.
         responses (`Tensor`): (m, own columns).
         basis (`LowRankBasis`): directions in the own columns.
+        code_weights (`Tensor`): (P,) of row codes.
 
     Attributes:
         coordinates (`Tensor`): (rows, k).
@@ -162,8 +163,10 @@ class _RowStream:
     """
 
     def __init__(
-        self, passes: Passes, sources: ExactSources, sample_rows: Tensor, responses: Tensor, basis: LowRankBasis
-    ):
+        self, passes: Passes, sources: ExactSources, sample_rows: Tensor, responses: Tensor, basis: LowRankBasis,
+        code_weights: Tensor,
+    ):  # fmt: skip
+        self._code_weights = code_weights
         self.passes, self.basis, self._sources = passes, basis, sources
         self._sample_rows, self._responses = sample_rows, responses
         total = len(passes.trained)
@@ -229,11 +232,27 @@ class _RowStream:
     def _encode(self, responses: Tensor, sink: CodeSink) -> None:
         """Encode a block of rows, each rank its share, and give the codes to the sink on rank 0."""
         ranks, bits = self.passes.ranks, self.passes.settings.code_bits
-        share = RowCodes.of(ranks.share_rows(responses, self.passes.size), bits)
+        share = RowCodes.of(ranks.share_rows(responses, self.passes.size), bits, self._code_weights)
         codes, scales = (ranks.gather_rows(part, len(responses)) for part in (share.codes, share.scales))
         with ranks.raise_on_all_ranks():
             if ranks.rank == 0:
-                sink(RowCodes(codes, scales, bits, self.passes.size))
+                sink(RowCodes(codes, scales, bits, self.passes.size, self._code_weights))
+
+
+def _code_weights(passes: Passes, gradients: Tensor, responses: Tensor) -> tuple[Tensor, float]:
+    """Return the weights (P,) of row codes, and the mean squared norm of a weighed gradient.
+
+    The square of a weight is the usual size of a gradient's number over that of a response's, about one on average.
+    """
+    squares = torch.zeros(2, passes.width, dtype=torch.float64)
+    for lines in blocks(len(gradients), passes.chunk):
+        squares += torch.stack([part[lines].double().square().sum(0) for part in (gradients, responses)])
+    squares = passes.ranks.spread_columns(squares / max(len(gradients), 1), passes.size)
+    floor = _LEAST_SQUARE * squares.mean(1, keepdim=True)
+    gradient, response = (squares + floor).clamp(min=torch.finfo(torch.float32).tiny)
+    weights = (gradient / response).sqrt().sqrt()
+    weights = (weights / weights.log().mean().exp()).float()
+    return weights, float((squares[0] / weights.double().square()).sum())
 
 
 def _explained(whole: Tensor, errors: Tensor) -> float:

@@ -44,7 +44,7 @@ class SampleScores:
         return self.whole if self.errors is None else self.errors
 
     def without_own(self) -> "SampleScores":
-        """Return the scores without those of rows on themselves: they are the largest, and no query is a training row."""
+        """Return the scores without those of rows on themselves, the largest of all: no query is a training row."""
         errors = None if self.errors is None else self.errors.clone().fill_diagonal_(0.0)
         return SampleScores(self.whole.clone().fill_diagonal_(0.0), errors)
 
@@ -61,7 +61,7 @@ class LowRankBasis:
         scores (`SampleScores`): of the sample rows.
         error_variances (`Tensor`): (k,) mean squares of what remains to be read along the directions, float64.
         outside_scores (`Tensor`): (2, m) mean squared scores over queries, for every sample row, that are outside the
-            directions: of whole scores, and of what remains; float64.
+            directions: of whole scores, and of what remains, as for queries that were left out; float64.
         derivative_square (`float`): mean over queries of the squared derivatives along all directions together.
     """
 
@@ -157,12 +157,37 @@ def factorize(
     combined /= norms[:, None].to(combined.dtype)
     coordinates = weights * norms
     whole, remaining = (part @ weights / norms for part in (others.whole, others.remaining))
+    growth = _growth_for_new_queries(others, len(combined), seed, ranks)
     outside = [part - part @ weights @ weights.T for part in (others.whole, others.remaining)]
     return LowRankBasis(
         combined, adjoint_basis, coordinates, float(explained[min(len(combined), len(explained) - 1)]), scores,
-        remaining.square().mean(0), torch.stack([part.square().mean(0) for part in outside]),
+        remaining.square().mean(0), torch.stack([part.square().mean(0) for part in outside]) * growth[:, None],
         float(whole.square().sum(1).mean()),
     )  # fmt: skip
+
+
+def _growth_for_new_queries(scores: SampleScores, k: int, seed: int, ranks: Ranks) -> Tensor:
+    """Return how much more of the scores of queries that were left out is outside k directions than of the others.
+
+    Returns:
+        (2,), at least 1: of whole scores, and of what remains.
+    """
+    count = len(scores.whole)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    held, fitted = order[: count // 5], order[count // 5 :]
+    if k >= len(fitted) or not len(held):
+        return torch.ones(2, dtype=torch.float64)
+    kinds = [scores.whole] if scores.errors is None else [scores.whole, scores.errors]
+    fit = torch.cat([kind[fitted] / kind.norm().clamp(min=torch.finfo(kind.dtype).tiny) for kind in kinds])
+    vectors = torch.linalg.eigh(fit.T @ fit)[1][:, -k:]
+    result = torch.ones(2, dtype=torch.float64)
+    for at, kind in enumerate((scores.whole, scores.remaining)):
+        outside = (kind - kind @ vectors @ vectors.T).square().sum(1)
+        inside = outside[fitted].mean()
+        if float(inside) > 0:
+            result[at] = (outside[held].mean() / inside).clamp(min=1.0)
+    ranks.broadcast(result)
+    return result
 
 
 def _subspace(scores: SampleScores, count: int, ranks: Ranks) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ class Estimation:
         outside_variance, outside_error_variance (`float`): mean squared derivative along what is outside, for a unit
             of its squared norm: whole, and as far as a gradient predictor leaves it.
         derivative_square (`float`): mean over queries of the squared derivatives along all directions together.
-        gradient_square (`float`): mean squared norm of a query's gradient.
+        gradient_square (`float`): mean squared norm of a query's gradient over the weights of row codes.
     """
 
     outside: Tensor
@@ -63,7 +63,7 @@ class Responses:
     predictor_explained_variance: float | None = None
 
     def products(self, gradients: Tensor) -> Tensor:
-        """Return inner products (queries, rows) of gradients (queries, P) with the rows as their directions keep them."""
+        """Return products (queries, rows) of gradients (queries, P) with the rows as the directions keep them."""
         along = (gradients.to(self.directions.dtype) @ self.directions.T).double()
         if self.coordinates.shape[1] < along.shape[1]:
             return along * self.coordinates[:, 0].double()

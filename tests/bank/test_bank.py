@@ -14,6 +14,7 @@ import hf_fwdattr.bank.bank
 import hf_fwdattr.bank.tensors
 from hf_fwdattr.bank.bank import ResponseBank
 from hf_fwdattr.bank.codes import RowCodes
+from hf_fwdattr.bank.files import read_header
 from hf_fwdattr.bank.verification import read_manifest
 from hf_fwdattr.bank.writing import BankContents, write_bank
 from hf_fwdattr.errors import BankError, MismatchError
@@ -61,15 +62,16 @@ def written_with_text(folder: Path, shard_size: int = 1 << 30, **changes: Any) -
 
 
 RESPONSES = torch.randn(ROWS, P, generator=torch.Generator().manual_seed(5))
+BITS = 4
 PROJECTIONS = {"model.layers.0.mlp.down_proj": torch.eye(3), "lm.head": torch.tensor([[0.5, -0.25]])}
 
 
 def written_whole(folder: Path, shard_size: int = 1 << 30) -> ResponseBank:
     """Write a bank that keeps everything that a bank may keep."""
+    fields = described(privacy={"text": True}, averaging="trajectory", error_variances=[1.0] * K, row_code_bits=BITS)
     contents = BankContents(
-        described(privacy={"text": True}, averaging="trajectory"), **parts(), texts=TEXTS,
-        row_codes=RowCodes.of(RESPONSES), error_projections=PROJECTIONS, averaged_weights=torch.arange(P) / 8,
-        error_covariance=torch.eye(ROWS),
+        fields, **parts(), texts=TEXTS, row_codes=RowCodes.of(RESPONSES, BITS), error_projections=PROJECTIONS,
+        averaged_weights=torch.arange(P) / 8, outside=torch.arange(ROWS),
     )  # fmt: skip
     return write_bank(folder, contents, shard_size)
 
@@ -108,14 +110,17 @@ def test_row_codes_and_error_projections_are_read(
     monkeypatch.setattr(hf_fwdattr.bank.bank, "_BLOCK", 2 * P)
     written_whole(tmp_path, shard_size)
     bank = ResponseBank.from_pretrained(tmp_path)
-    expected = RowCodes.of(RESPONSES).decode()
+    expected = RowCodes.of(RESPONSES, BITS).decode()
     assert torch.equal(torch.cat([block.decode() for block in bank.row_codes()]), expected)
     assert torch.equal(bank.decode_rows([9, 0, 9, 3]), expected[[9, 0, 9, 3]])
     assert {name: table.tolist() for name, table in bank.error_projections().items()} == {
         n: t.tolist() for n, t in PROJECTIONS.items()
     }
     assert bank.manifest.row_codes == ROWS
-    torch.testing.assert_close(bank.error_covariance(), torch.eye(ROWS, dtype=torch.float16))
+    assert bank.outside().tolist() == list(range(ROWS))
+    ids, sources = bank.row_labels(torch.tensor([7, 0]))
+    assert ids.tolist() == [107, 100]
+    assert sources.tolist() == [0, -1]
     with pytest.raises(BankError, match="keeps no code of row 10"):
         bank.decode_rows([0, 10])
     copied = ResponseBank(bank.save_pretrained(tmp_path / "copy"))
@@ -123,12 +128,35 @@ def test_row_codes_and_error_projections_are_read(
     without = written(tmp_path / "without")
     assert not list(without.row_codes())
     assert without.error_projections() == {}
-    assert without.error_covariance() is None
+    assert without.outside().tolist() == []
+
+
+@pytest.mark.parametrize("shard_size", [1 << 30, 3 * P, 1])
+def test_numbers_in_8_bits_are_off_by_little(tmp_path: Path, shard_size: int) -> None:
+    bank = written(tmp_path, shard_size=shard_size, dtype="int8", coordinates_dtype="int8")
+    found, expected = contents(bank), parts()
+    expected["directions"] = torch.cat(expected["directions"])
+    off = found["coordinates"] - expected["coordinates"]
+    steps = torch.tensor(bank.manifest.coordinate_scales) * off.abs().amax(1, keepdim=True)
+    assert 0 < float(off.abs().max()) < 0.02
+    assert float((off.abs() / steps).max()) < 127
+    assert 0 < float((found["directions"] - expected["directions"]).norm() / expected["directions"].norm()) < 0.02
+    assert torch.equal(bank.directions(lines=slice(1, 4)), found["directions"][1:4])
+    header = read_header(bank.path(bank.manifest.files_of("coordinates")[0]))
+    assert header["coordinates"][0] == "I8"
+
+
+def test_directions_that_are_rows_take_one_coordinate_each(tmp_path: Path) -> None:
+    changed = parts() | {"coordinates": torch.arange(1.0, K + 1)[:, None]}
+    changed |= {name: changed[name][:K] for name in ("row_ids", "row_hashes", "sources")}
+    fields = described(exact=True, dataset={"rows": K})
+    bank = write_bank(tmp_path, BankContents(fields, **changed), 1)
+    assert torch.equal(contents(bank)["coordinates"], torch.arange(1.0, K + 1).diag())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_stored_as_such_and_read_as_float32(tmp_path: Path, dtype: str) -> None:
-    bank = written(tmp_path, dtype=dtype)
+    bank = written(tmp_path, dtype=dtype, coordinates_dtype=dtype)
     found = contents(bank)
     assert found["coordinates"].dtype == found["directions"].dtype == torch.float32
     assert torch.equal(found["coordinates"], parts()["coordinates"].to(getattr(torch, dtype)).float())
@@ -295,7 +323,7 @@ def test_nan_is_not_written(tmp_path: Path) -> None:
             write_bank(tmp_path, BankContents(described(), **bad))
     huge = parts() | {"coordinates": torch.full((ROWS, K), 1e6)}
     with pytest.raises(BankError, match="a coordinate in float16 holds NaN or infinity"):
-        write_bank(tmp_path, BankContents(described(dtype="float16"), **huge))
+        write_bank(tmp_path, BankContents(described(coordinates_dtype="float16"), **huge))
     assert is_seed(ResponseBank(tmp_path), 1)
     assert len(list(tmp_path.iterdir())) == FILES
 

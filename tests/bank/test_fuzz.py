@@ -35,7 +35,7 @@ VALUES = st.recursive(
 )
 POINTER = {"schema_version": 2, "bank_repo": "me/bank", "repo_type": "dataset", "revision": "0" * 40}
 # Fields that the shards must agree with; the rest of bank.json is description.
-STRUCTURE = ("directions", "source_directions", "dtype", "privacy", "files")
+STRUCTURE = ("directions", "source_directions", "dtype", "coordinates_dtype", "error_variances", "privacy", "files")
 
 
 def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -136,11 +136,11 @@ def test_damaged_bytes_are_never_accepted(folder: Path, tmp_path: Path, kind: st
 
 READS: dict[str, Callable[[ResponseBank], object]] = {
     "directions": lambda bank: bank.directions(),
-    "coordinates": lambda bank: (list(bank.coordinates()), list(bank.row_hashes())),
+    "coordinates": lambda bank: (list(bank.coordinates()), list(bank.row_hashes()), bank.outside()),
     "text": lambda bank: bank.texts(range(len(bank))),
     "row_codes": lambda bank: (list(bank.row_codes()), bank.decode_rows([1])),
+    "code_weights": lambda bank: bank.code_weights,
     "error_projections": lambda bank: bank.error_projections(),
-    "error_covariance": lambda bank: bank.error_covariance(),
     "averaged_weights": lambda bank: bank._averaged_weights,
 }
 

@@ -11,7 +11,6 @@ from hf_fwdattr.errors import MismatchError, QueryError, UnsupportedError
 from hf_fwdattr.gradients.predictor import GradientPredictor
 from hf_fwdattr.jvp.backend import Backend, PreparedBatch
 from hf_fwdattr.models.likelihood import CAUSAL_LM
-from hf_fwdattr.query.row_codes import HeldRowCodes
 from hf_fwdattr.query.scorer import Scorer
 from tests.helpers.cases import adapted, padded
 from tests.helpers.reference import agree, row_gradient
@@ -205,8 +204,8 @@ def test_stated_deviations_hold(tmp_path: Path, predictor: bool, bits: int) -> N
         ratios.append((ranking.scores - expected) / ranking.stds)
     joined = torch.cat(ratios)
     assert bool(joined.isfinite().all())
-    assert 0.3 < float((joined.abs() < 1).double().mean())
-    assert 0.8 < float((joined.abs() < 3).double().mean())
+    assert float((joined.abs() < 1).double().mean()) > 0.3
+    assert float((joined.abs() < 3).double().mean()) > 0.8
 
 
 def test_bank_of_sources_only_holds_no_row_codes(tmp_path: Path) -> None:
