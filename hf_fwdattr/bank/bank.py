@@ -16,7 +16,7 @@ from .files import copy_atomically, write_atomically
 from .identity import check_model, check_rows, check_tokenizer
 from .inspection import BankFiles
 from .push import PushOptions, push
-from .tensors import finite, open_shard, slices
+from .tensors import finite, from_lines, open_shard, slices
 from .text import read_texts
 from .verification import MANIFEST, remove_stale
 
@@ -184,6 +184,8 @@ class ResponseBank(BankFiles):
     def decode_rows(self, row_indices: Sequence[int]) -> Tensor:
         """(rows, P), float32: the responses of these rows, decoded from their codes, in this order.
 
+        From the Hub only the parts of shards that hold these rows are downloaded, unless all rows are asked for.
+
         Raises:
             BankError: the bank keeps no code of one of them.
         """
@@ -193,12 +195,13 @@ class ResponseBank(BankFiles):
             in_shard = {at: row - file.first for at, row in missing.items() if 0 <= row - file.first < file.lines}
             if not in_shard:
                 continue
-            with open_shard(self.path(file)) as shard:
-                codes, scales = shard.get_slice("codes"), shard.get_slice("scales")
-                for at, line in in_shard.items():
-                    row = RowCodes(codes[line : line + 1], finite(scales[line : line + 1], file.name))
-                    result[at] = row.decode()[0]
-                    del missing[at]
+            indices, width = list(in_shard), max(1, _BLOCK // max(self.manifest.size, 1))
+            stored = self.read_lines(file, list(in_shard.values()))
+            codes, scales = (from_lines(*stored[name]) for name in ("codes", "scales"))
+            for start in range(0, len(indices), width):
+                block = slice(start, start + width)
+                result[indices[block]] = RowCodes(codes[block], finite(scales[block], file.name)).decode()
+            missing = {at: row for at, row in missing.items() if at not in in_shard}
         if missing:
             raise BankError(
                 f"the bank keeps no code of row {next(iter(missing.values()))}. Build it with a larger "

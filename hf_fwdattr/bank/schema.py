@@ -15,11 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 
 __all__ = [
-    "GROUP", "SCHEMA_VERSION", "SHARD_KINDS", "SHARD_PATTERN", "DatasetIdentity", "ForwardPass", "Manifest",
-    "Parameter", "Pointer", "Privacy", "Run", "SegmentInfo", "ShardFile", "ShardKind", "checksum", "sealed",
+    "GROUP", "LARGEST_PAGE", "LONGEST_NOTE", "MOST_NOTES", "SCHEMA_VERSION", "SHARD_KINDS", "SHARD_PATTERN",
+    "SMALLEST_PAGE", "DatasetIdentity", "ForwardPass", "Manifest", "Parameter", "Pointer", "Privacy", "Run",
+    "SegmentInfo", "ShardFile", "ShardKind", "checksum", "sealed",
 ]  # fmt: skip
 SCHEMA_VERSION = 2
 GROUP = 128  # numbers of a row code that share a scale
+SMALLEST_PAGE, LARGEST_PAGE = 1 << 12, 1 << 20  # bytes
+LONGEST_NOTE, MOST_NOTES = 500, 16  # characters of a note, and notes
 Count = Annotated[int, Field(ge=0, le=1 << 48)]
 AtLeastOne = Annotated[int, Field(ge=1, le=1 << 48)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -150,6 +153,8 @@ class Manifest(_Document):
         error_projections (`list[Parameter]`): matrices of the gradient predictor, from the error at the end of the
             model to that at a layer's output.
         error_covariance (`bool`): whether the covariance of the gradient predictor's errors is kept.
+        page_size (`int`): bytes of a page of the shards whose lines are read singly; see `pages`.
+        notes (`list[str]`): what the training showed after its first step that may make scores wrong.
     """
 
     schema_version: Literal[2] = 2
@@ -159,7 +164,7 @@ class Manifest(_Document):
     weights: Sha256
     parameters: list[Parameter]
     forward_pass: ForwardPass | None = None
-    objective: str
+    objective: Literal["causal-lm", "causal-lm-unshifted", "sequence-classification", "custom"]
     optimizer: str
     segments: list[SegmentInfo]
     config: dict[str, Any]
@@ -175,6 +180,7 @@ class Manifest(_Document):
     predictor_missing: str | None = None
     error_projections: list[Parameter] = []
     error_covariance: bool = False
+    page_size: Annotated[int, Field(ge=SMALLEST_PAGE, le=LARGEST_PAGE)] = LARGEST_PAGE
     dtype: Literal["float32", "bfloat16", "float16"]
     dataset: DatasetIdentity
     sources: list[str]
@@ -182,6 +188,7 @@ class Manifest(_Document):
     quality: dict[str, Any] = {}
     privacy: Privacy = Privacy()
     run: Run = Run()
+    notes: Annotated[list[Annotated[str, Field(max_length=LONGEST_NOTE)]], Field(max_length=MOST_NOTES)] = []
     files: list[ShardFile]
 
     @model_validator(mode="after")
@@ -240,6 +247,12 @@ class Manifest(_Document):
         """Return the shards of a kind, in order."""
         return [file for file in self.files if file.kind == kind]
 
+    def pages_of(self, file: ShardFile | None = None) -> range:
+        """Return the numbers of a shard's pages among all that have a hash, or of all of them."""
+        counts = [-(-other.size // self.page_size) * SHARD_KINDS[other.kind].paged for other in self.files]
+        at = len(counts) if file is None else self.files.index(file)
+        return range(0 if file is None else sum(counts[:at]), sum(counts[: at + 1]))
+
 
 class Pointer(_Document):
     """A `bank.json` beside a model whose bank lies elsewhere on the Hub, at a fixed commit."""
@@ -263,12 +276,14 @@ class ShardKind:
         lines: manifest -> lines in all shards of this kind together; 0 where there are none.
         count: shapes of a shard's tensors, in the order of `tensors` -> its lines.
         per_row (`bool`): whether its size grows with the number of rows.
+        paged (`bool`): whether its lines are read singly, so that its pages are hashed; see `pages`.
     """
 
     tensors: Callable[[Manifest, int], dict[str, tuple[str, Shape]]]
     lines: Callable[[Manifest], int]
     count: Callable[[list[tuple[int, ...]]], int] = lambda shapes: shapes[0][0]
     per_row: bool = False
+    paged: bool = False
 
 
 SHARD_KINDS = {
@@ -299,6 +314,13 @@ SHARD_KINDS = {
             "codes": ("I8", (lines, manifest.size)), "scales": ("F32", (lines, -(-manifest.size // GROUP))),
         },
         lambda manifest: manifest.row_codes,
+        per_row=True,
+        paged=True,
+    ),
+    # sha256 of every page of the shards above whose lines are read singly, in the order of `files`.
+    "page_hashes": ShardKind(
+        lambda manifest, lines: {"page_hashes": ("U8", (lines, 32))},
+        lambda manifest: len(manifest.pages_of()),
         per_row=True,
     ),
     # All matrices of the gradient predictor in one shard: every query needs all.

@@ -15,6 +15,7 @@ from torch import Tensor
 from .bank import ResponseBank
 from .codes import RowCodes
 from .files import sha256_of, write_atomically
+from .pages import hash_pages, page_size
 from .schema import SHARD_KINDS, Manifest, ShardFile
 from .tensors import finite, write_tensors
 from .text import text_shards
@@ -63,7 +64,7 @@ class BankContents:
         matrices = [{"name": name, "shape": list(table.shape)} for name, table in self.error_projections.items()]
         derived = {
             "row_codes": 0 if self.row_codes is None else len(self.row_codes), "error_projections": matrices,
-            "error_covariance": self.error_covariance is not None, "files": files,
+            "error_covariance": self.error_covariance is not None, "page_size": _page_size(files), "files": files,
         }  # fmt: skip
         return Manifest.model_validate(self.description | derived)
 
@@ -137,6 +138,7 @@ def write_bank(folder: Path, contents: BankContents, shard_size: int = _SHARD) -
             for number, tensors in enumerate(parts):
                 written.append(_write_shard(folder / f"{kind}-{tag}-{number:05d}.safetensors", kind, first, tensors))
                 first += written[-1].lines
+        written += _write_page_hashes(folder, tag, written)
         manifest = contents.manifest(written)
         write_atomically(folder / MANIFEST, manifest.to_json())
     except BaseException:
@@ -155,6 +157,20 @@ def _write_shard(path: Path, kind: str, first: int, tensors: dict[str, Tensor]) 
     lines = SHARD_KINDS[kind].count([tuple(tensor.shape) for tensor in tensors.values()])
     size = path.stat().st_size
     return ShardFile(name=path.name, kind=kind, size=size, sha256=sha256_of(path), first=first, lines=lines)
+
+
+def _page_size(files: list[ShardFile]) -> int:
+    return page_size(sum(file.size for file in files if SHARD_KINDS[file.kind].paged))
+
+
+def _write_page_hashes(folder: Path, tag: str, files: list[ShardFile]) -> list[ShardFile]:
+    """Write the hashes of all pages of the shards whose lines are read singly, if there are any."""
+    paths = [folder / file.name for file in files if SHARD_KINDS[file.kind].paged]
+    hashes = b"".join(hash_pages(path, _page_size(files)) for path in paths)
+    if not hashes:
+        return []
+    table = torch.frombuffer(bytearray(hashes), dtype=torch.uint8).view(-1, 32)
+    return [_write_shard(folder / f"page_hashes-{tag}-00000.safetensors", "page_hashes", 0, {"page_hashes": table})]
 
 
 def _lines(parts: Sequence[Tensor], start: int, end: int) -> Tensor:

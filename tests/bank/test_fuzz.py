@@ -139,6 +139,7 @@ READS: dict[str, Callable[[ResponseBank], object]] = {
     "coordinates": lambda bank: (list(bank.coordinates()), list(bank.row_hashes())),
     "text": lambda bank: bank.texts(range(len(bank))),
     "row_codes": lambda bank: (list(bank.row_codes()), bank.decode_rows([1])),
+    "page_hashes": lambda bank: bank.page_hashes(bank.manifest.files_of("row_codes")[0]),
     "error_projections": lambda bank: bank.error_projections(),
     "error_covariance": lambda bank: bank.error_covariance(),
     "averaged_weights": lambda bank: bank._averaged_weights,
