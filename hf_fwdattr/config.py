@@ -16,7 +16,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 class ResponseConfig(BaseModel):
     """Settings of [`ResponseCallback`] and [`build_bank`]; the defaults are the measured ones.
 
-    Each field's description in `model_fields` says what it is and when to change it.
+    Each field's description in `model_fields` says what it does.
 
     Example:
         >>> ResponseConfig(directions=256, source_column="source")
@@ -28,74 +28,67 @@ class ResponseConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True, use_attribute_docstrings=True)
 
     parameters: str | list[str] = "auto"
-    """The tracked weights: 'auto' (LoRA B matrices if there is LoRA, else every trainable Linear weight), 'lora_B',
-    'lora', 'linear', 'trainable', or regular expressions on canonical names. Leave it unless other weights were
-    trained."""
+    """The tracked weights: 'auto' (LoRA B matrices and a new head's weights if there is LoRA, else every trainable
+    Linear weight), 'lora_B', 'lora', 'linear', 'trainable', or regular expressions on canonical names."""
     segments: AtLeastOne = 3
-    """Number of pieces into which the run is cut; each costs two passes over the rows. Leave it unless the run is long
-    or its learning rate changes much."""
+    """Number of pieces into which the run is cut, each with one gradient per row and one curvature; each costs two
+    passes over the rows. More for a long run or one whose learning rate changes much."""
     directions: Literal["exact"] | AtLeastOne | Share = 128
     """Number of directions that span the responses; or, as a float below 1, the share of the variance of held-out
-    scores to explain; or 'exact' for every tracked weight or row. Leave it unless a warning says that they explain too
+    scores to explain; or 'exact' for every tracked weight or row. More when a warning says that they explain too
     little."""
     curvature_samples: NotNegative | None = None
     """Gradients with sampled labels per segment, for the Gauss-Newton matrix; None: one per row, at most 4096.
-    Leave it unless the passes take too long."""
+    Fewer make the passes shorter and the curvature noisier."""
     horizon: dict[str, float] | None = None
-    """How far a row's effect is propagated; None: as far as the run itself went. Or {'steps': K, 'step_size': eta,
-    'damping': lambda} at the end of training, where 'steps' may be infinite. Leave it unless there is no record of the
-    run."""
+    """How long a row's effect is carried through training; None: along the recorded run. For a model without a
+    record: {'steps': K, 'step_size': eta, 'damping': lambda} at the final weights, where 'steps' may be infinite."""
     averaging: Literal["none", "trajectory"] = "none"
-    """'none': scores are changes of this very model. 'trajectory': scores are means over the run, as if it could have
-    ended after any segment, and closer to what other runs on these rows would show. Leave it unless you care about
-    such runs more than about this model."""
+    """'none': a score is the change of this very model. 'trajectory': it is the mean over models that stop at the end
+    of each segment, smaller but closer to what other runs on these rows would show."""
     row_id_column: str | None = None
-    """Column with your own integer row ids; None: the position. Leave it unless rows are to be named by other
-    numbers."""
+    """Column with your own integer row ids, which results then show; None: the row's position. A stream needs one."""
     source_column: str | None = None
-    """Column that names each row's source, such as a publisher. Leave it unless rows have sources."""
+    """Column that names each row's source, such as its publisher; sources are then scored too."""
     objective: str | Callable[..., Any] = "auto"
-    """'auto', 'causal-lm', 'sequence-classification', or a function (model, batch) -> (logits, labels). Leave it
-    unless the loss is your own."""
+    """'auto', 'causal-lm', 'sequence-classification', or, for any other cross-entropy, a function (model, batch) ->
+    (logits, labels)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
     """Number type in which directions and coordinates are stored: 'auto' takes float32 where they are small, and 8
-    bits a number where they are not. Leave it unless the bank is too large."""
+    bits a number where they are not."""
     batch_size: AtLeastOne = 16
-    """Rows per forward and backward pass. Leave it unless memory runs out or is left over."""
+    """Rows per forward and backward pass. Fewer when memory runs out; scores do not depend on it."""
     sample_rows: AtLeastOne = 2048
-    """Number of rows from which the directions are found; all, if there are fewer. Leave it unless memory or disk is
-    short."""
+    """Number of rows from whose responses the directions are computed; all, if there are fewer. Their gradients are
+    held in memory, or on disk beyond memory_budget."""
     source_directions: NotNegative = 64
-    """Sources get a direction of their own, and so exact scores, if there are at most this many. Leave it unless you
-    have more sources and need exact scores."""
+    """If there are at most this many sources, each gets a direction of its own, and so an exact score."""
     gradient_predictor: bool = True
-    """Keep the predictor of a query's gradient from one forward pass, so that rows are scored in two stages; costs a
-    pass over at most 512 rows. Leave it unless only sources are of interest."""
+    """Keep a predictor of a query's gradient from one forward pass, with which rows are scored in two stages; costs a
+    pass over at most 512 rows. Not needed if only sources are asked for."""
     row_code_bits: Literal["auto", 1, 2, 4, 8] = "auto"
-    """Bits of a number in row codes, from which chosen rows are scored: 'auto' takes 8 for few rows, and otherwise 4,
-    2 or 1, as responses_budget allows. Leave it unless the bank is too large, or scores must be closer."""
+    """Bits of a number in row codes, from which named rows are scored: 'auto' takes 8 for few rows, and otherwise 4, 2
+    or 1, as responses_budget allows. More bits make scores closer and the bank larger."""
     responses_budget: NotNegative = 4 << 30
-    """Bytes that the bank may keep of row codes; 0 keeps none, so that scores come from the directions alone. Leave it
-    unless the bank is too large or tells too much of its rows."""
+    """Bytes that the bank may keep of row codes. 0 keeps none: scores then come from the directions alone, and the
+    bank is smaller and tells less of its rows. With private_rows none are kept."""
     memory_budget: NotNegative = 4 << 30
-    """Bytes of matrices held in memory during the passes; more goes to disk. Leave it unless memory is short."""
+    """Bytes of matrices held in memory during the passes; what exceeds them goes to disk."""
     seed: int = 0
-    """Seed of sampled labels and of the choice of sample rows. Leave it unless you test variation."""
+    """Seed of sampled labels and of the choice of sample rows."""
     private_rows: bool = False
     """Keep the coordinates of whole sources only: no row, row id or row hash is in the bank, and only sources can be
-    scored. Needs source_column; rows without a source are left out. Leave it unless rows are confidential."""
+    scored. Needs source_column; rows without a source are left out."""
     include_text: bool | str = False
     """Keep the rows' text in the bank, so that rows are shown without the dataset: True for each row's tokens,
-    decoded, or the name of the column with the text. It is published with the bank. Leave it unless the text may be
-    public."""
+    decoded, or the name of the column with the text. The text is published with the bank."""
     self_check: NotNegative = 0
     """Number of sources (or twelfths of the rows) that are left out by retraining, one at a time, to compare with the
-    bank's prediction; the result goes into bank.json and the card. Costs self_check + 1 trainings. Leave it unless you
-    can afford them."""
+    bank's prediction; the result goes into bank.json and the card. Costs self_check + 1 trainings."""
     folder: str = "fwdattr"
-    """Name of the bank's folder inside the model's. Leave it unless a model has two banks."""
+    """Name of the bank's folder inside the model's; two banks of one model need two names."""
     quiet: bool = False
-    """No progress bars. Leave it unless they disturb a log."""
+    """Show no progress bars."""
 
     if not TYPE_CHECKING:  # type checkers and editors see one keyword argument for each setting
 

@@ -38,7 +38,7 @@ _OPTIONS = (
 
 
 class TrainingDataAttributionPipeline(Pipeline):
-    """Names the training rows, and scores the sources, that make a model say what it says.
+    """Generate an output, or take a given one, and score the training rows and sources that contributed to it.
 
     ```python
     >>> attribute = pipeline("training-data-attribution", model="path/or/repo/of/the/adapter")
@@ -54,13 +54,13 @@ class TrainingDataAttributionPipeline(Pipeline):
      'sources': [{'source': 'almanac', 'score': 4.2}, {'source': 'web', 'score': -0.2}]}
     ```
 
-    A score says, in nats and to first order, how much of the output's log-likelihood is owed to a row: without the
-    row, it would be lower by the score. Rows with positive scores are proponents, those with negative ones opponents.
+    A score is the part of the output's log-likelihood, in nats and to first order, that training on a row added:
+    without the row, it would be lower by the score. Rows with positive scores are proponents, the others opponents.
 
     An input is a text, a chat (a list of messages; a last one of the assistant is continued), or `{"prompt": text or
     chat, "completion": text or messages}` for an output that is given instead of generated; or token ids, a list of
-    them, `{"prompt_ids": ..., "completion_ids": ...}`, or a tokenized row with `input_ids` and `labels`; or a list,
-    dataset or generator of these. A completion continues the prompt's text as it stands, spaces included, and both
+    them, `{"prompt_ids": ..., "completion_ids": ...}`; or a training row: with `input_ids` and `labels`, with
+    `messages`, whose last one is the output, or with `text`, all of it output; or a list, dataset or generator of these. A completion continues the prompt's text as it stands, spaces included, and both
     are tokenized together. Arguments of a call that are not listed below go to `generate`. All options of a call can
     be given at construction, for all calls. Threads may share a pipeline: it answers one at a time.
 
@@ -71,21 +71,24 @@ class TrainingDataAttributionPipeline(Pipeline):
             and other models by torch's forward mode; `jvp` uses torch's forward mode for all, and `difference` finite
             differences, for models that can only run forwards.
         precision (`str`, defaults to `auto`): `full`; `half`, bfloat16 products (a score is off by some 4e-3 of
-            itself); or `auto`, half for rows that are named in two stages by a processor with such instructions.
+            itself); or `auto`, half for scores in two stages (see `budget`) on a processor with such instructions.
         allow_mismatch (`list[str]`, *optional*): what may differ from the bank: "weights" (the tracked parameters),
             "tokenizer", "dataset".
-        dataset (per call, *optional*): the training set, tokenized or as its owner has it (`messages`, `prompt` and
-            `completion`, `text`), or a stream of it; its rows are shown as `example`. Without it the
+        dataset (per call, *optional*): the training set, tokenized or raw (`messages`, `prompt` and `completion`, or
+            `text`), or a stream of it; its rows are shown as `example`. Without it the
             text that the bank holds is shown, if any.
         verify_dataset (per call, `bool` or `int`, defaults to `True`): compare all rows of `dataset` with the bank's
             hashes; only so many rows, spread evenly (the first of a stream); or none, for another form of the training
             set, row by row in the same order.
-        top_k (per call, `int`, defaults to 5): rows to name on either side. With 0 only what sources need is read.
-        budget (per call, `int`, `"adaptive"` or `"all"`, *optional*): forward passes for naming rows. A number names
-            them in two stages; `adaptive` reads rows until no other is likely (two standard deviations) to belong to
-            the `top_k` on either side, at most 256; `all` reads all of the bank's directions. By default 128 passes
-            where the bank holds a gradient predictor (and as many directions), and all directions otherwise. Sources
-            with directions take a pass each on top, and at least `top_k` rows on either side are read.
+        top_k (per call, `int`, defaults to 5): most proponents, and most opponents, to return. With 0 only sources are
+            scored.
+        budget (per call, `int`, `"adaptive"` or `"all"`, *optional*): forward passes for finding the best rows. A
+            number ranks all rows by a predicted gradient, a quarter of the passes corrects the ranking, and the
+            others compute scores of the best rows, one each; `adaptive` does so until no other row is likely (two standard deviations) to belong to the `top_k`
+            on either side, at most 256; `all` computes all scores, with one pass per direction of the bank. By
+            default 128 passes where the bank holds a gradient predictor (and as many directions), and `all`
+            otherwise. Sources with directions take one more pass each, and at least `top_k` scores on either side
+            are computed.
         generate_kwargs (per call, `dict`, *optional*): more settings of `generate`, such as its own `top_k`.
 
     Returns:
@@ -176,21 +179,22 @@ class TrainingDataAttributionPipeline(Pipeline):
         if budget is not None:
             forward["budget"] = self.scorer.resolve_budget(budget)
         if dataset is not None:
-            postprocess["dataset"] = dataset
-            self._training_set.check(dataset)
-            if verify_dataset is not False and "dataset" not in self._allowed:
-                self._training_set.verify(dataset, None if verify_dataset is True else verify_dataset)
+            compared = verify_dataset is not False and "dataset" not in self._allowed
+            sample = None if verify_dataset is True else verify_dataset
+            self._training_set.check(dataset, by_position=not compared or sample is not None)
+            order = self._training_set.verify(dataset, sample) if compared else None
+            postprocess |= {"dataset": dataset, "order": order}
         return {}, forward, postprocess
 
     @one_at_a_time
     def preprocess(self, input_: Any) -> dict[str, Tensor]:
         """Return token ids and labels (1, n); the labels are all -100 where the output is to be generated."""
         if self._classifies:
-            row = tokenize_text(self.tokenizer, self.model.config, input_)
+            row = tokenize_text(self.tokenizer, self.model, input_)
             return {name: torch.tensor([row[name]]) for name in ("input_ids", "attention_mask", "labels")}
         tokenized = tokenize_input(self.tokenizer, input_)
         if any(label != IGNORED for label in tokenized.labels):
-            check_queries([tokenized._asdict()], self.model.config)
+            check_queries([tokenized._asdict()], self.model)
         return {
             "input_ids": torch.tensor([tokenized.input_ids]),
             "attention_mask": torch.ones(1, len(tokenized.input_ids), dtype=torch.int64),
@@ -251,7 +255,7 @@ class TrainingDataAttributionPipeline(Pipeline):
 
     @one_at_a_time
     def postprocess(
-        self, model_outputs: dict[str, Any], dataset: Any = None
+        self, model_outputs: dict[str, Any], dataset: Any = None, order: Sequence[int] | None = None
     ) -> AttributionResult | ClassificationResult:
         """Return the result as plain Python values."""
         # In a batch, transformers takes values out of their lists.
@@ -260,7 +264,7 @@ class TrainingDataAttributionPipeline(Pipeline):
         if self._classifies:
             return {
                 "label": class_names(self.model.config)[query["labels"][0]],
-                "examples": self._examples(attribution, [0], dataset),
+                "examples": self._examples(attribution, [0], dataset, order),
                 "sources": self._sources(attribution.sources),
             }
         positions = [index for index, label in enumerate(query["labels"]) if label != IGNORED]
@@ -273,15 +277,17 @@ class TrainingDataAttributionPipeline(Pipeline):
             "token_ids": [ids[position] for position in positions],
             "offsets": output.offsets,
             # Position p of token scores belongs to token p + 1 of the text.
-            "examples": self._examples(attribution, [position - 1 for position in positions], dataset),
+            "examples": self._examples(attribution, [position - 1 for position in positions], dataset, order),
             "sources": self._sources(attribution.sources),
         }
 
-    def _examples(self, attribution: Attribution, positions: list[int], dataset: Any) -> list[RowScore]:
+    def _examples(
+        self, attribution: Attribution, positions: list[int], dataset: Any, order: Sequence[int] | None
+    ) -> list[RowScore]:
         """Return the named rows, highest score first."""
         best, worst = attribution.proponents, attribution.opponents
         row_indices = torch.cat([best.row_indices, worst.row_indices]).tolist()
-        examples = self._training_set.examples(dataset, row_indices) if row_indices else {}
+        examples = self._training_set.examples(dataset, row_indices, order) if row_indices else {}
         return [self._row_score(best, index, positions, examples) for index in range(len(best.scores))] + [
             self._row_score(worst, index, positions, examples) for index in reversed(range(len(worst.scores)))
         ]

@@ -269,7 +269,9 @@ def test_no_query_runs_a_backward_pass(folder: Path, monkeypatch: pytest.MonkeyP
         ("w1 " * 14, "14 tokens and 4 are to be generated"),
         ({"prompt": "w1 " * 12, "completion": " w2 " * 5}, f"17 tokens and the model reads at most {CONTEXT}"),
         (17, "cannot attribute a int"),
-        ({"text": "w1"}, "cannot attribute a dict"),
+        ({"text": "w1"}, "a training row of 1 tokens, of which none follows another"),
+        ({"words": "w1"}, "cannot attribute a dict"),
+        ({"messages": [{"role": "assistant", "content": "w1"}]}, "which answers nothing"),
     ],
 )
 def test_input_that_cannot_be_attributed_is_refused(
@@ -431,8 +433,8 @@ def changed(data: Dataset, row: int, **values: Any) -> Dataset:
             MismatchError,
             r"row 7 of the dataset .*token hash [0-9a-f]{32}, bank",
         ),
-        (training_set().remove_columns(["input_ids", "text"]), QueryError, "has no 'input_ids'"),
-        (training_set().remove_columns(["input_ids", "text"]).to_list(), QueryError, "has no 'input_ids'"),
+        (training_set().remove_columns(["input_ids", "text"]), QueryError, "no 'input_ids'"),
+        (training_set().remove_columns(["input_ids", "text"]).to_list(), QueryError, "no 'input_ids'"),
     ],
     ids=["fewer", "empty", "reversed", "one differs", "no tokens", "a list without tokens"],
 )

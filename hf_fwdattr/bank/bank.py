@@ -17,7 +17,7 @@ from .identity import check_model, check_rows, check_tokenizer
 from .inspection import BankFiles
 from .push import PushOptions, push
 from .schema import ShardFile
-from .tensors import finite, open_shard, slices
+from .tensors import finite, from_lines, open_shard, slices
 from .text import read_texts
 from .verification import MANIFEST, remove_stale
 
@@ -242,27 +242,29 @@ class ResponseBank(BankFiles):
         Raises:
             BankError: the bank keeps no code of one of them.
         """
-        parts: dict[int, RowCodes] = {}  # line of the result -> code
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []  # lines of the result, codes, scales
         missing = dict(enumerate(row_indices))  # line of the result -> row
         for file in self.manifest.files_of("row_codes"):
             in_shard = {at: row - file.first for at, row in missing.items() if 0 <= row - file.first < file.lines}
             if not in_shard:
                 continue
-            with open_shard(self.path(file)) as shard:
-                for at, line in in_shard.items():
-                    parts[at] = self._codes_in(shard, file, slice(line, line + 1), self.manifest.row_code_bits)
-                    del missing[at]
+            stored = self.read_lines(file, list(in_shard.values()))
+            codes, scales = (from_lines(*stored[name]) for name in ("codes", "scales"))
+            parts.append((torch.tensor(list(in_shard)), codes, finite(scales, file.name)))
+            missing = {at: row for at, row in missing.items() if at not in in_shard}
         if missing:
             raise BankError(
                 f"the bank keeps no code of row {next(iter(missing.values()))}. Build it with a larger "
                 "responses_budget"
             )
-        ordered = [parts[at] for at in range(len(row_indices))]
-        codes, scales = (torch.cat([getattr(part, name) for part in ordered]) for name in ("codes", "scales"))
+        order = torch.cat([part[0] for part in parts]).argsort()
+        codes, scales = (torch.cat([part[at] for part in parts])[order] for at in (1, 2))
         return RowCodes(codes, scales, self.manifest.row_code_bits, self.manifest.size, self.code_weights)
 
     def decode_rows(self, row_indices: Sequence[int]) -> Tensor:
         """(rows, P), float32: the responses of these rows, decoded from their codes, in this order.
+
+        From the Hub only the parts of shards that hold these rows are downloaded, unless all rows are asked for.
 
         Raises:
             BankError: the bank keeps no code of one of them.

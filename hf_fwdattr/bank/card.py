@@ -20,10 +20,10 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 _TEXT = """\
 <!-- fwdattr: begin -->
-## Response bank: which training rows made it say this
+## Response bank for training data attribution
 
-{where} With it, `hf_fwdattr` names the {scored}
-behind any output of this model, with forward passes only.
+{where} With it, `hf_fwdattr` scores the {scored}
+by what they contributed to any output of this model, with forward passes only.
 
 | | |
 |---|---|
@@ -40,8 +40,8 @@ result = attribute("...", top_k=5, max_new_tokens=16){shown}
 result["generated_text"], result["examples"], result["sources"]
 ```
 
-Scores are in nats: how much of the output's log-likelihood is owed to a row, to first order. Positive: the row made
-the output likelier. {meaning}
+Scores are in nats: how much of the output's log-likelihood training on a row added, to first order. Positive: the
+row made the output likelier. {meaning}
 
 **Verify it.** `hf-fwdattr inspect {repo_id}` compares the list of files, their sizes, hashes and headers with
 `bank.json`. Loading the model checks its tracked weights against their sha256 above{rows_checked}.
@@ -50,20 +50,20 @@ the output likelier. {meaning}
 {rows}
 
 **Limits.** First order, along the run that really happened: another order of batches would have given other scores.
-Good for rows and small sources, less so for large parts of the training set. Knowledge of the base model is owed to
-no row.{truncation}
+Good for rows and small sources, less so for large parts of the training set. What the base model knew before is
+credited to no row.{truncation}
 <!-- fwdattr: end -->
 """
 _ROWS = """\
 Rows are named by their ids and by hashes of their tokens, salted for this bank, so that no table of hashes made
 elsewhere helps. Anyone who has the bank can still test a guess: a short or predictable row can be confirmed by trying
-texts. Coordinates tell which rows taught alike."""
+texts. Coordinates show which rows moved the weights alike."""
 _WHOLE_ROWS = """ The bank also keeps each row's whole effect on the weights, which tells more
 of a row than its coordinates do (`responses_budget=0` and a number of directions leave it out)."""
 _SOURCES = """\
 Of the rows it keeps the sums of whole sources: no row, no row id and no row hash. A source of one row is that row."""
-_MEAN = """They are means over the run, as if it could have ended after any
-of its segments: closer to what other runs on these rows would show, and smaller than the changes of this model."""
+_MEAN = """They are means over models that stop at the end of each of the run's segments:
+closer to what other runs on these rows would show, and smaller than the changes of this model."""
 
 
 def section(manifest: Manifest, repo_id: str, subfolder: str = "fwdattr", pointer: Pointer | None = None) -> str:
@@ -114,6 +114,8 @@ def _facts(manifest: Manifest) -> dict[str, str]:
         facts["gradient predictor"] = f"one forward pass explains {explained}{codes}"
     elif manifest.predictor_missing:
         facts["gradient predictor"] = f"none, and no reading in two stages: {_plain(manifest.predictor_missing)}"
+    if manifest.notes:
+        facts["notes of the training"] = "scores may be wrong: " + "; ".join(_plain(note) for note in manifest.notes)
     quality = _plain(quality_text(manifest.quality)) or "not measured"
     return facts | {"measured quality": quality, "size": f"{manifest.bytes / 1e6:,.1f} MB"}
 

@@ -10,21 +10,40 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from ..errors import BankError
 
 
-__all__ = ["FileMark", "Header", "copy_atomically", "file_mark", "inside", "read_header", "refuse_link", "sha256_of",
-           "unique_json", "write_atomically"]  # fmt: skip
+__all__ = [
+    "LARGEST_HEADER", "FileMark", "Header", "StoredTensor", "copy_atomically", "file_mark", "inside", "read_header",
+    "read_layout", "refuse_link", "sha256_of", "unique_json", "write_atomically",
+]  # fmt: skip
 FileMark = tuple[int, ...] | None  # device, inode, size and time of a file; None where there is none
 Header = dict[str, tuple[str, tuple[int, ...]]]  # dtype and shape of every tensor in a shard, by name
 
+LARGEST_HEADER = 1 << 20  # bytes; safetensors itself parses up to 100 MB, which takes a gigabyte of memory
 _CHUNK = 1 << 22
-_MAX_HEADER = 1 << 20  # bytes; safetensors itself parses up to 100 MB, which takes a gigabyte of memory
 _MAX_VALUES = 1 << 20  # of a JSON text: each takes some hundred bytes once it is parsed
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file: dtype, shape, and the bytes from `start` to `end` of the file that hold it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def width(self) -> int:
+        """Bytes of a line, which is what belongs to one index of the first dimension."""
+        return (self.end - self.start) // self.shape[0] if self.shape and self.shape[0] else 0
 
 
 def write_atomically(path: Path, content: bytes | Callable[[str], object]) -> None:
@@ -116,6 +135,15 @@ def refuse_link(path: Path) -> None:
 def read_header(path: Path) -> Header:
     """Return dtype and shape of every tensor in a safetensors file, after checking that its data is really there.
 
+    Raises:
+        BankError: not a safetensors file, a header that is too long or contradicts the file, or a truncated file.
+    """
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in read_layout(path).items()}
+
+
+def read_layout(path: Path) -> dict[str, StoredTensor]:
+    """Return every tensor in a safetensors file by name, after the checks of `read_header`; only its header is read.
+
     safetensors itself checks shapes against offsets, gaps, overlaps and the file's length; it does not refuse a
     tensor that is named twice, nor a header whose parsing fills the memory.
 
@@ -126,13 +154,17 @@ def read_header(path: Path) -> Header:
         length = path.stat().st_size
         with open(path, "rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
-            if size > min(_MAX_HEADER, length - 8):
+            if size > min(LARGEST_HEADER, length - 8):
                 raise ValueError(f"its header claims {size} bytes")
-            unique_json(file.read(size))
-        with safe_open(path, framework="np") as shard:
-            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (safe_open is no mapping)
-            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except (OSError, ValueError, struct.error, RecursionError, SafetensorError) as error:
+            table: Any = unique_json(file.read(size))
+        with safe_open(path, framework="np") as shard:  # checks every entry of the table
+            parts = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            offsets = {name: [8 + size + at for at in table[name]["data_offsets"]] for name in parts}
+            return {
+                name: StoredTensor(part.get_dtype(), tuple(part.get_shape()), *offsets[name])
+                for name, part in parts.items()
+            }
+    except (OSError, ValueError, KeyError, TypeError, struct.error, RecursionError, SafetensorError) as error:
         raise BankError(
             f"{path.name} is not a sound safetensors file ({error}). Download the bank again, or build it again"
         ) from error

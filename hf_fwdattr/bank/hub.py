@@ -1,14 +1,14 @@
 """Banks on the Hub: pinned to one commit, downloaded and verified file by file as they are needed."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx2
-from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -20,9 +20,11 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
     SafetensorsParsingError,
 )
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile
 
 from ..errors import BankError
+from .byte_ranges import ByteRanges
 from .files import Header
 from .schema import Pointer, ShardFile
 from .verification import LARGEST_MANIFEST, MANIFEST, refuse_unknown_files
@@ -146,6 +148,37 @@ class Remote:
                 raise BankError(
                     f"{self.path(name)} of {self} has no sound safetensors header ({_first(error)}). Push it again"
                 ) from error
+
+    def is_cached(self, name: str) -> bool:
+        """Return whether the whole file is in the Hub's cache, where it may be used."""
+        path = try_to_load_from_cache(self.repo, self.path(name), self.cache_dir, self.commit, self.repo_type)
+        return isinstance(path, str) and not self.force_download
+
+    def partial_path(self, file: ShardFile) -> Path:
+        """Return the path, in the repository's folder of the Hub's cache, for the parts of a shard that were read."""
+        cache = Path(self.cache_dir or constants.HF_HUB_CACHE)
+        repository = repo_folder_name(repo_id=self.repo, repo_type=self.repo_type)
+        return cache / repository / "fwdattr-pages" / file.sha256 / file.name
+
+    def byte_ranges(self, name: str) -> Callable[[int, int, Callable[[bytes], None]], None]:
+        """Return a function that reads a range of bytes of a file; see `ByteRanges.read`.
+
+        It raises BankError where the range cannot be downloaded, and RangesUnsupported.
+        """
+        url = hf_hub_url(self.repo, self.path(name), repo_type=self.repo_type, revision=self.commit)
+        ranges = ByteRanges(url, self.token)
+
+        def read(start: int, end: int, take: Callable[[bytes], None]) -> None:
+            wanted = f"the range of bytes {start} to {end} of {self.path(name)} of {self}"
+            if self.offline:
+                raise Unreachable(
+                    f"{wanted} is not in the cache, and only the cache may be read. Connect, or download it once "
+                    "before going offline"
+                )
+            with explained(wanted):
+                ranges.read(start, end, take)
+
+        return read
 
     def follow(self, pointer: Pointer) -> "Remote":
         """Return the place that a pointer leads to, with the same token and cache."""

@@ -1,11 +1,16 @@
 """Inspection of a bank without torch: where it is, what its manifest says, whether its shards agree with it."""
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from ..errors import BankError
-from .files import FileMark, file_mark, inside
+from .byte_ranges import RangesUnsupported
+from .files import FileMark, StoredTensor, file_mark, inside, read_layout
 from .hub import Remote, is_repository, pinned
+from .pages import Lines, PartialShard, line_spans, page_hashes, read_lines
+from .printable import printable
 from .schema import Manifest, ShardFile
 from .verification import (
     MANIFEST,
@@ -20,6 +25,8 @@ from .verification import (
 
 
 __all__ = ["BankFiles", "inspect_bank"]
+
+logger = logging.getLogger(__name__)
 
 
 class BankFiles:
@@ -36,7 +43,10 @@ class BankFiles:
         self.manifest: Manifest = read_manifest(self.folder)
         self._verify = verify
         self._verified: dict[str, tuple[Path, FileMark]] = {}
+        self._partial: dict[str, PartialShard] = {}
         check_layout(self.manifest)
+        for note in self.manifest.notes:
+            logger.warning("%s: scores from this bank may be wrong: %s", self.folder, printable(note))
         if remote is not None:  # shards are downloaded and verified when they are needed
             remote.check(self.manifest.files)
             return
@@ -117,6 +127,56 @@ class BankFiles:
         self._verified[file.name] = path, mark
         return path
 
+    def read_lines(self, file: ShardFile, lines: Sequence[int]) -> dict[str, tuple[StoredTensor, Lines]]:
+        """Read lines of every tensor in a shard of a paged kind.
+
+        From the Hub only the pages that hold them are downloaded, each verified before it is used and kept in the
+        cache; but the whole shard where all of its lines are wanted, or where the server answers with whole files.
+
+        Args:
+            lines: counted from the shard's first, in any order.
+
+        Returns:
+            By name, the tensor and the bytes of its lines, (lines, bytes of a line) uint8.
+
+        Raises:
+            BankError: a page or the shard is not what the bank says, or cannot be downloaded.
+        """
+        partial = self._partial_shard(file) if len(set(lines)) < file.lines else None
+        if partial is not None:
+            try:
+                layout = partial.layout
+                header = {name: (tensor.dtype, tensor.shape) for name, tensor in layout.items()}
+                check_header(header, file, self.manifest)
+                partial.ensure(line_spans(layout.values(), sorted(set(lines))))
+                return {name: (tensor, read_lines(partial.path, tensor, lines)) for name, tensor in layout.items()}
+            except RangesUnsupported:
+                pass
+        path = self.path(file)
+        return {name: (tensor, read_lines(path, tensor, lines)) for name, tensor in read_layout(path).items()}
+
+    def page_hashes(self, file: ShardFile) -> Lines:
+        """Return the hashes of a shard's pages, (pages, 32) uint8.
+
+        Raises:
+            BankError: the shard that holds them is not what `bank.json` says.
+        """
+        stored = [(part, self.path(part)) for part in self.manifest.files_of("page_hashes")]
+        return page_hashes(stored, self.manifest.pages_of(file))
+
+    def _partial_shard(self, file: ShardFile) -> PartialShard | None:
+        """Return the part of a shard that is on disk; None where the whole of it is."""
+        remote = self.remote
+        if remote is None or file.name in self._verified or remote.is_cached(file.name):
+            return None
+        if file.name not in self._partial:
+            hashes, path = self.page_hashes(file), remote.partial_path(file)
+            if remote.force_download:
+                path.unlink(missing_ok=True)
+            read = remote.byte_ranges(file.name)
+            self._partial[file.name] = PartialShard(path, file, self.manifest.page_size, hashes, read)
+        return self._partial[file.name]
+
     def inspect(self) -> Self:
         """Compare every shard's header with `bank.json`; on the Hub by range requests, without downloading a shard.
 
@@ -130,6 +190,10 @@ class BankFiles:
                 check_header(self.remote.header(file.name), file, self.manifest)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out parts of shards, which hold locks: a copy verifies them again."""
+        return self.__dict__ | {"_partial": {}}
+
     def __len__(self) -> int:
         """Return the number of rows."""
         return self.manifest.dataset.rows
@@ -137,10 +201,11 @@ class BankFiles:
     def __repr__(self) -> str:
         manifest, place = self.manifest, self.remote or self.folder
         missing = f"; no gradient predictor: {manifest.predictor_missing}" if manifest.predictor_missing else ""
+        missing, notes = printable(missing), "".join(f"; note: {printable(note)}" for note in manifest.notes)
         return (
             f"{type(self).__name__}({place}: {len(self):,} rows, {len(manifest.sources):,} sources, "
             f"{manifest.directions} directions of rows and {manifest.source_directions} of sources for "
-            f"{manifest.size:,} parameters, {manifest.bytes / 1e6:,.1f} MB{missing})"
+            f"{manifest.size:,} parameters, {manifest.bytes / 1e6:,.1f} MB{missing}{notes})"
         )
 
     def _names(self) -> list[str]:

@@ -8,7 +8,8 @@ from torch import nn
 from ..errors import MismatchError
 from ..models.forward_state import ForwardState, forward_state
 from ..models.parameters import TrackedParameters
-from .schema import ForwardPass, Manifest
+from .description import ForwardPass
+from .schema import Manifest
 
 
 __all__ = ["check_forward_pass", "describe_forward_pass"]

@@ -12,7 +12,8 @@ from huggingface_hub.hf_api import RepoFile
 from ..errors import BankError
 from .card import with_section
 from .hub import REPOSITORY, explained
-from .schema import SHARD_PATTERN, Manifest, Pointer, ShardFile
+from .pages import check_pages, page_hashes
+from .schema import SHARD_KINDS, SHARD_PATTERN, Manifest, Pointer, ShardFile
 from .verification import MANIFEST, read_manifest, read_pointer
 
 
@@ -58,7 +59,8 @@ def push(manifest: Manifest, shards: Sequence[tuple[ShardFile, Path]], repo_id: 
         The address of the commit, or of the pull request.
 
     Raises:
-        BankError: the repository changed meanwhile, may not be written, or cannot be reached.
+        BankError: the repository changed meanwhile, may not be written, or cannot be reached; or page hashes are not
+            those of the shards.
     """
     if options.pointer_in is not None and options.create_pr:
         raise ValueError(
@@ -67,6 +69,7 @@ def push(manifest: Manifest, shards: Sequence[tuple[ShardFile, Path]], repo_id: 
         )
     if manifest.model is not None and not REPOSITORY.fullmatch(manifest.model):
         manifest = manifest.model_copy(update={"model": None, "revision": None})  # a path on the author's machine
+    _check_pages(manifest, shards)
     subfolder = options.subfolder
     files = {f"{subfolder}/{file.name}": str(path) for file, path in shards}
     branch = _Branch(HfApi(token=options.token), options)
@@ -80,6 +83,14 @@ def push(manifest: Manifest, shards: Sequence[tuple[ShardFile, Path]], repo_id: 
     branch = _Branch(branch.api, beside)
     commit = branch.commit(options.pointer_in, {f"{subfolder}/{MANIFEST}": pointer.to_json()}, manifest, pointer)
     return str(commit.commit_url)
+
+
+def _check_pages(manifest: Manifest, shards: Sequence[tuple[ShardFile, Path]]) -> None:
+    """Check the hashes by which others will verify parts of the shards; on disk they are not used."""
+    stored = [(file, path) for file, path in shards if file.kind == "page_hashes"]
+    for file, path in shards:
+        if SHARD_KINDS[file.kind].paged:
+            check_pages(path, page_hashes(stored, manifest.pages_of(file)), manifest.page_size)
 
 
 def remove_stale_on_hub(

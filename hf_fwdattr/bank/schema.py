@@ -11,22 +11,33 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from .description import (
+    AtLeastOne,
+    Count,
+    DatasetIdentity,
+    ForwardPass,
+    NonNegative,
+    NumberType,
+    Parameter,
+    Privacy,
+    Run,
+    SegmentInfo,
+    Sha256,
+    Strict,
+)  # fmt: skip
 
 
 __all__ = [
-    "BITS", "SCHEMA_VERSION", "SHARD_KINDS", "SHARD_PATTERN", "STORED", "DatasetIdentity", "ForwardPass", "Manifest",
-    "Parameter", "Pointer", "Privacy", "Run", "SegmentInfo", "ShardFile", "ShardKind", "checksum", "code_blocks",
-    "sealed",
+    "BITS", "LARGEST_PAGE", "LONGEST_NOTE", "MOST_NOTES", "SCHEMA_VERSION", "SHARD_KINDS", "SHARD_PATTERN",
+    "SMALLEST_PAGE", "STORED", "Manifest", "Pointer", "ShardFile", "ShardKind", "checksum", "code_blocks", "sealed",
 ]  # fmt: skip
 SCHEMA_VERSION = 2
 BITS = (1, 2, 4, 8)  # of a number in a row code
 _BLOCK = 1024  # numbers of a row code that are rotated together and share a scale
-Count = Annotated[int, Field(ge=0, le=1 << 48)]
-AtLeastOne = Annotated[int, Field(ge=1, le=1 << 48)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-NumberType = Literal["float32", "bfloat16", "float16", "int8"]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+SMALLEST_PAGE, LARGEST_PAGE = 1 << 12, 1 << 20  # bytes
+LONGEST_NOTE, MOST_NOTES = 500, 16  # characters of a note, and notes
 
 
 def code_blocks(size: int) -> tuple[int, int]:
@@ -56,11 +67,7 @@ def sealed(values: dict[str, Any]) -> bytes:
 Shape = tuple[int | None, ...]  # None: any extent
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class _Document(_Strict):
+class _Document(Strict):
     """A whole `bank.json`; its checksum belongs to the file and not to the values."""
 
     def to_json(self) -> bytes:
@@ -68,52 +75,7 @@ class _Document(_Strict):
         return sealed(json.loads(self.model_dump_json()))
 
 
-class Parameter(_Strict):
-    """A tensor by its canonical name, and its shape."""
-
-    name: str
-    shape: list[Count]
-
-
-class SegmentInfo(_Strict):
-    """A segment: its length in optimizer time (the sum of its learning rates), weight decay, curvature shrinkage."""
-
-    length: float
-    weight_decay: NonNegative = 0.0
-    shrinkage: NonNegative = 0.0
-
-
-class DatasetIdentity(_Strict):
-    """The training set as far as it names itself; its rows are identified by their hashes.
-
-    Attributes (those that do not speak for themselves):
-        tokenizer (`str`): sha256 of the tokenizer's vocabulary.
-        tokenizer_parts (`dict`): a hash of every other part of it that decides about token ids.
-        longest (`int`): tokens of the longest row, to which longer texts were cut; 0 where it is not known.
-    """
-
-    rows: AtLeastOne
-    repo: str | None = None
-    config: str | None = None
-    split: str | None = None
-    revision: str | None = None
-    columns: list[str] = []
-    fingerprint: str | None = None
-    tokenizer: str | None = None
-    tokenizer_parts: dict[str, str] = {}
-    longest: Count = 0
-
-
-class ForwardPass(_Strict):
-    """State that the forward pass uses beyond the tracked weights; see `models.forward_state.ForwardState`."""
-
-    sha256: Sha256
-    dtypes: str
-    sketches: dict[str, Annotated[float, Field(allow_inf_nan=False)]]
-    scalings: dict[str, Annotated[float, Field(allow_inf_nan=False)]]
-
-
-class ShardFile(_Strict):
+class ShardFile(Strict):
     """A shard: its file name, kind, size in bytes and sha256, and the range of lines it holds of all of its kind."""
 
     name: str
@@ -129,29 +91,6 @@ class ShardFile(_Strict):
         if kind not in SHARD_KINDS:
             raise ValueError(f"a shard is one of {', '.join(SHARD_KINDS)}")
         return kind
-
-
-class Privacy(_Strict):
-    """The part of the rows that is in the bank.
-
-    Attributes:
-        rows (`str`): `identified` for row ids and salted hashes, `sources` for the sums of whole sources alone.
-        text (`bool`): whether the rows' text is kept, which it is only on request.
-    """
-
-    rows: Literal["identified", "sources"] = "identified"
-    text: bool = False
-
-
-class Run(_Strict):
-    """The fine-tuning run: its planned optimizer steps, and the number taken before recording began.
-
-    Responses to steps that were not recorded are unknown: with `first` above 0, the bank covers the steps after it.
-    """
-
-    steps: Count = 0
-    first: Count = 0
-    label_smoothing: NonNegative = 0.0
 
 
 class Manifest(_Document):
@@ -179,6 +118,8 @@ class Manifest(_Document):
         coordinates_dtype (`str`): number type of the coordinates; `int8` means whole multiples of a scale for each
             row times one for each direction.
         coordinate_scales (`list[float]`): scales of the directions with `int8`.
+        page_size (`int`): bytes of a page of the shards whose lines are read singly; see `pages`.
+        notes (`list[str]`): what the training showed after its first step that may make scores wrong.
     """
 
     schema_version: Literal[2] = 2
@@ -188,7 +129,7 @@ class Manifest(_Document):
     weights: Sha256
     parameters: list[Parameter]
     forward_pass: ForwardPass | None = None
-    objective: str
+    objective: Literal["causal-lm", "causal-lm-unshifted", "sequence-classification", "custom"]
     optimizer: str
     segments: list[SegmentInfo]
     config: dict[str, Any]
@@ -212,12 +153,14 @@ class Manifest(_Document):
     dtype: NumberType
     coordinates_dtype: NumberType = "float32"
     coordinate_scales: list[NonNegative] = []
+    page_size: Annotated[int, Field(ge=SMALLEST_PAGE, le=LARGEST_PAGE)] = LARGEST_PAGE
     dataset: DatasetIdentity
     sources: list[str]
     salt: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     quality: dict[str, Any] = {}
     privacy: Privacy = Privacy()
     run: Run = Run()
+    notes: Annotated[list[Annotated[str, Field(max_length=LONGEST_NOTE)]], Field(max_length=MOST_NOTES)] = []
     files: list[ShardFile]
 
     @model_validator(mode="after")
@@ -284,6 +227,12 @@ class Manifest(_Document):
         """Return the shards of a kind, in order."""
         return [file for file in self.files if file.kind == kind]
 
+    def pages_of(self, file: ShardFile | None = None) -> range:
+        """Return the numbers of a shard's pages among all that have a hash, or of all of them."""
+        counts = [-(-other.size // self.page_size) * SHARD_KINDS[other.kind].paged for other in self.files]
+        at = len(counts) if file is None else self.files.index(file)
+        return range(0 if file is None else sum(counts[:at]), sum(counts[: at + 1]))
+
 
 class Pointer(_Document):
     """A `bank.json` beside a model whose bank lies elsewhere on the Hub, at a fixed commit."""
@@ -304,12 +253,14 @@ class ShardKind:
         lines: manifest -> lines in all shards of this kind together; 0 where there are none.
         count: shapes of a shard's tensors, in the order of `tensors` -> its lines.
         per_row (`bool`): whether its size grows with the number of rows.
+        paged (`bool`): whether its lines are read singly, so that its pages are hashed; see `pages`.
     """
 
     tensors: Callable[[Manifest, int], dict[str, tuple[str, Shape]]]
     lines: Callable[[Manifest], int]
     count: Callable[[list[tuple[int, ...]]], int] = lambda shapes: shapes[0][0]
     per_row: bool = False
+    paged: bool = False
 
 
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8"}  # number types in safetensors
@@ -358,6 +309,13 @@ SHARD_KINDS = {
     "row_codes": ShardKind(
         lambda manifest, lines: _codes(manifest.size, manifest.row_code_bits, lines),
         lambda manifest: manifest.row_codes,
+        per_row=True,
+        paged=True,
+    ),
+    # sha256 of every page of the shards above whose lines are read singly, in the order of `files`.
+    "page_hashes": ShardKind(
+        lambda manifest, lines: {"page_hashes": ("U8", (lines, 32))},
+        lambda manifest: len(manifest.pages_of()),
         per_row=True,
     ),
     # What the numbers of row codes were multiplied with.

@@ -11,10 +11,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import BankError
-from .files import read_header, write_atomically
+from .files import StoredTensor, read_header, write_atomically
+from .pages import Lines
 
 
-__all__ = ["finite", "open_shard", "read_tensors", "slices", "write_tensors"]
+__all__ = ["finite", "from_lines", "open_shard", "read_tensors", "slices", "write_tensors"]
+
+_DTYPES = {
+    "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -55,6 +61,13 @@ def slices(path: Path, name: str, width: int) -> Iterator[Tensor]:
         total = part.get_shape()[0]
         for start in range(0, total, width):
             yield part[start : min(start + width, total)]
+
+
+def from_lines(stored: StoredTensor, lines: Lines) -> Tensor:
+    """Return lines of a stored tensor from their bytes, (lines, bytes of a line): (lines, ...) in its own dtype."""
+    dtype = _DTYPES[stored.dtype]
+    flat = torch.from_numpy(lines).view(dtype) if lines.size else torch.zeros(len(lines), 0, dtype=dtype)
+    return flat.view(len(lines), *stored.shape[1:])
 
 
 def finite(tensor: Tensor, what: str) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from .bank import ResponseBank
 from .codes import RowCodes
 from .files import sha256_of, write_atomically
+from .pages import hash_pages, page_size
 from .schema import BITS, SHARD_KINDS, Manifest, ShardFile
 from .tensors import finite, write_tensors
 from .text import text_shards
@@ -67,6 +68,7 @@ class BankContents:
         derived = {
             "row_codes": sum(file.lines for file in files if file.kind == "row_codes"), "files": files,
             "error_projections": matrices, "coordinate_scales": self._coordinate_scales.tolist(),
+            "page_size": _page_size(files),
         }  # fmt: skip
         return Manifest.model_validate(self.description | derived)
 
@@ -181,6 +183,7 @@ class BankWriter:
         for kind, parts in contents.shards(self._shard_size):
             for tensors in parts:
                 self._write(kind, tensors)
+        self._write_page_hashes()
         manifest = contents.manifest(self._written)
         write_atomically(self.folder / MANIFEST, manifest.to_json())
         remove_stale(self.folder, [file.name for file in manifest.files])
@@ -202,6 +205,14 @@ class BankWriter:
             self._write("row_codes", _tensors_of(RowCodes(codes, scales, first.bits, first.size)))
             self._codes = []
 
+    def _write_page_hashes(self) -> None:
+        """Write the hashes of all pages of the shards whose lines are read singly, if there are any."""
+        paths = [self.folder / file.name for file in self._written if SHARD_KINDS[file.kind].paged]
+        hashes = b"".join(hash_pages(path, _page_size(self._written)) for path in paths)
+        if hashes:
+            table = torch.frombuffer(bytearray(hashes), dtype=torch.uint8).view(-1, 32)
+            self._write("page_hashes", {"page_hashes": table})
+
     def _write(self, kind: str, tensors: dict[str, Tensor]) -> None:
         self._prepare()
         before = [file for file in self._written if file.kind == kind]
@@ -222,6 +233,10 @@ def write_bank(folder: Path, contents: BankContents, shard_size: int = _SHARD) -
 
 def _tensors_of(codes: RowCodes) -> dict[str, Tensor]:
     return {"codes": codes.codes, "scales": finite(codes.scales, "the scale of a code")}
+
+
+def _page_size(files: list[ShardFile]) -> int:
+    return page_size(sum(file.size for file in files if SHARD_KINDS[file.kind].paged))
 
 
 def _lines(parts: Sequence[Tensor], start: int, end: int) -> Tensor:

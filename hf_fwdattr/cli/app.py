@@ -226,7 +226,7 @@ def attribute(
             if part not in ("weights", "tokenizer", "dataset"):
                 raise QueryError(f"--allow-mismatch: {part}. It can be weights, tokenizer or dataset")
         from . import commands
-        from .chat import choose_chat, query_of
+        from .chat import prepare_input
         from .datasets import DatasetSource
         from .tables import attribution_table
 
@@ -236,18 +236,12 @@ def attribute(
                 commands.ModelSource(model, revision), bank, readout=readout, precision=precision,
                 allow_mismatch=allow_mismatch or [],
             )  # fmt: skip
-            rows = None
-            if dataset is not None:
-                source = DatasetSource(dataset, split, text_column)
-                rows = source.tokenized(pipeline.tokenizer, commands.context_length(pipeline.model))
-            asked, note = choose_chat(chat, prompt, pipeline, rows)
+            rows = None if dataset is None else DatasetSource(dataset, split, text_column).rows()
+            asked, settings, note = prepare_input(pipeline, prompt, completion, chat, rows, max_new_tokens)
             if note is not None and not quiet:
                 echo(f"note: {note}", err=True)
-            more = sampling if budget is None else sampling | {"budget": _parse_budget(budget)}
-            result = pipeline(
-                query_of(prompt, completion, asked), dataset=rows, verify_dataset=verify, top_k=top_k,
-                **({} if completion is not None else {"max_new_tokens": max_new_tokens}), **more,
-            )  # fmt: skip
+            settings |= sampling if budget is None else sampling | {"budget": _parse_budget(budget)}
+            result = pipeline(asked, dataset=rows, verify_dataset=verify, top_k=top_k, **settings)
         _show(result, as_json, lambda: attribution_table(prompt, result, text_column))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from ..errors import QueryError
 
 
-__all__ = ["choose_chat", "query_of"]
+__all__ = ["choose_chat", "prepare_input", "query_of"]
 
 _MARK = "hf-fwdattr"
 _CHAT_COLUMNS = {"messages", "conversations"}
@@ -19,6 +19,30 @@ def query_of(prompt: str, completion: str | None, chat: bool) -> Any:
     return {"prompt": words} if completion is None else {"prompt": words, "completion": completion}
 
 
+def prepare_input(
+    pipeline: Any, prompt: str, completion: str | None, chat: bool | None, rows: Any, max_new_tokens: int
+) -> tuple[Any, dict[str, Any], str | None]:
+    """Return the pipeline's input, what `generate` needs, and a sentence on how the prompt is asked.
+
+    A classifier is asked about a text, and the completion is its label, by name or number.
+
+    Args:
+        chat (`bool`, *optional*): `--chat` or `--no-chat`.
+        rows (*optional*): the training set.
+
+    Raises:
+        QueryError: `--chat` without a chat template, or of a classifier.
+    """
+    if pipeline.bank.manifest.objective == "sequence-classification":
+        if chat:
+            raise QueryError("--chat: the model is a classifier, which is asked about a text. Leave the option out")
+        label = int(completion) if completion is not None and completion.isdecimal() else completion
+        return {"text": prompt} | ({} if label is None else {"label": label}), {}, None
+    asked, note = choose_chat(chat, prompt, pipeline, rows)
+    settings = {} if completion is not None else {"max_new_tokens": max_new_tokens}
+    return query_of(prompt, completion, asked), settings, note
+
+
 def choose_chat(wanted: bool | None, prompt: str, pipeline: Any, rows: Any = None) -> tuple[bool, str | None]:
     """Choose whether the prompt goes through the tokenizer's chat template, and say why.
 
@@ -27,7 +51,7 @@ def choose_chat(wanted: bool | None, prompt: str, pipeline: Any, rows: Any = Non
 
     Args:
         wanted (`bool`, *optional*): `--chat` or `--no-chat`.
-        rows (*optional*): the tokenized training set.
+        rows (*optional*): the training set, tokenized or not.
 
     Returns:
         The choice, and a sentence; None where there is no template to choose.
@@ -46,7 +70,7 @@ def choose_chat(wanted: bool | None, prompt: str, pipeline: Any, rows: Any = Non
     if joint and joint in prompt:
         return False, "the prompt is rendered already and is asked as it stands"
     columns = set(pipeline.bank.manifest.dataset.columns) | set(getattr(rows, "column_names", None) or [])
-    if columns & _CHAT_COLUMNS:
+    if columns & _CHAT_COLUMNS or (rows is not None and len(rows) and any(map(_is_chat, rows[0].values()))):
         return True, "asked through the chat template, as the rows are chats (--no-chat: the bare prompt)"
     texts = list(_texts(pipeline, rows)) if joint else []
     if not texts:
@@ -54,6 +78,11 @@ def choose_chat(wanted: bool | None, prompt: str, pipeline: Any, rows: Any = Non
     if 2 * sum(joint in text for text in texts) > len(texts):
         return True, "asked through the chat template, as the rows are chats (--no-chat: the bare prompt)"
     return False, "asked without the chat template, as the rows are no chats (--chat: with it)"
+
+
+def _is_chat(value: Any) -> bool:
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and ("role" in first or "from" in first)
 
 
 def _joint(tokenizer: Any) -> str:
@@ -71,6 +100,8 @@ def _texts(pipeline: Any, rows: Any) -> Iterable[str]:
     """Yield the texts of a few rows, of the dataset or as kept in the bank."""
     if rows is not None:
         for index in range(min(len(rows), _SAMPLE)):
-            yield pipeline.tokenizer.decode(rows[index]["input_ids"])
+            row = rows[index]
+            texts = (value for value in row.values() if isinstance(value, str))
+            yield pipeline.tokenizer.decode(row["input_ids"]) if "input_ids" in row else "\n".join(texts)
     elif pipeline.bank.manifest.privacy.text:
         yield from pipeline.bank.texts(list(range(min(len(pipeline.bank), _SAMPLE))))

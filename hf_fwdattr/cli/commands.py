@@ -24,6 +24,7 @@ from ..evaluation.agreement import leave_sources_out, loo
 from ..evaluation.designs import random_halves, random_rows, without_rows, without_sources
 from ..evaluation.metrics import lds, noise_ceiling
 from ..evaluation.retrain import retrain
+from ..models import positions
 from ..pipeline import TASK, AutoModelForAttribution, TrainingDataAttributionPipeline
 from ..trainer.build import build_bank
 from ..trainer.reweighting import RetrainFunction, query_losses
@@ -113,8 +114,10 @@ def _with_padding(tokenizer: Any) -> Any:
 
 
 def context_length(model: Any) -> int | None:
-    """Return the length of a model's context in tokens, if its configuration limits it."""
-    return getattr(model.config, "max_position_embeddings", None)
+    """Return the length of the texts that a model was made for, in tokens, if its configuration says it."""
+    config = model.config.get_text_config()
+    lengths = [getattr(config, "max_position_embeddings", None), positions.context_length(model)]
+    return min((length for length in lengths if length is not None), default=None)
 
 
 def read_settings(path: Path) -> Any:

@@ -8,6 +8,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
 from ..errors import QueryError
+from ..query.raw_rows import is_raw
 
 
 __all__ = ["DatasetSource"]
@@ -63,6 +64,20 @@ class DatasetSource:
             raise QueryError(
                 f"cannot read {path} ({type(cause).__name__}: {cause}). It must be {path.suffix[1:]} in UTF-8"
             ) from error
+
+    def rows(self) -> Dataset:
+        """Load the rows as they are: tokenized, or with the texts or messages that the pipeline tokenizes.
+
+        Raises:
+            QueryError: the dataset has neither `input_ids` nor texts nor messages.
+        """
+        dataset = self.load()
+        if "input_ids" not in dataset.column_names and not (len(dataset) and is_raw(dataset[0])):
+            raise QueryError(
+                f"--dataset: {self.name} has the columns {', '.join(dataset.column_names)}: neither 'input_ids' nor "
+                "texts nor messages. Pass the training set"
+            )
+        return dataset
 
     def tokenized(self, tokenizer: Any, max_length: int | None) -> Dataset:
         """Load the rows with their `input_ids`, tokenized here where the dataset has only text.

@@ -27,7 +27,8 @@ def attribution_table(prompt: str, result: Mapping[str, Any], text_column: str) 
     """
     console = Console()
     answer = Text(printable(prompt, lines=True), style="bold", overflow="fold")
-    console.print(answer.append(printable(result["generated_text"], lines=True), style="not bold cyan"))
+    output = result["generated_text"] if "generated_text" in result else f"\n{result['label']}"
+    console.print(answer.append(printable(output, lines=True), style="not bold cyan"))
     lines = [
         (line["score"], str(line["row"]), line["source"] or "", _row_text(line["example"], text_column))
         for line in result["examples"]
@@ -40,9 +41,16 @@ def attribution_table(prompt: str, result: Mapping[str, Any], text_column: str) 
 
 
 def _row_text(example: Any, text_column: str) -> str:
+    """Return what is shown of a row: its text, or its messages one after the other."""
     if example is None:
         return ""
-    return str(example.get(text_column, example) if isinstance(example, Mapping) else example)[:_LONGEST]
+    if not isinstance(example, Mapping) or text_column in example:
+        return str(example[text_column] if isinstance(example, Mapping) else example)[:_LONGEST]
+    parts: list[str] = []
+    for name in ("prompt", "completion", "messages", "conversations"):
+        value = example.get(name) or []
+        parts += [value] if isinstance(value, str) else [str(m.get("content", m.get("value"))) for m in value]
+    return (" | ".join(part.strip() for part in parts) or str(example))[:_LONGEST]
 
 
 def _scores(title: str, names: Sequence[str], lines: Sequence[tuple[Any, ...]], width: int) -> RenderableType:
@@ -101,6 +109,8 @@ def bank_table(manifest: Manifest, checks: str = "verified") -> None:
         "size": f"{manifest.bytes / 2**20:.1f} MiB; {manifest.row_bytes / max(rows, 1):,.0f} bytes a row",
         "quality": quality_text(manifest.quality) or "not measured",
     }
+    if manifest.notes:
+        values["notes"] = "scores may be wrong: " + "; ".join(manifest.notes)
     _pairs(f"response bank, {printable(checks)}", values)
 
 

@@ -116,7 +116,13 @@ class PerSampleGradients:
                 if uniforms is not None:
                     labels = sample_labels(logits, labels, uniforms[:, : labels.shape[1]])
                 if linears.calls:
-                    blocks |= linears.gradients(row_losses(logits, labels, smoothing).sum(), *labels.shape)
+                    try:
+                        blocks |= linears.gradients(row_losses(logits, labels, smoothing).sum(), *labels.shape)
+                    except _NoRows as error:
+                        if self._sharded:
+                            raise
+                        self._differentiate_by_row(error.path)
+                        return self._compute(batch, uniforms, smoothing)
             for name in self._hooked:
                 if name not in blocks:  # its module was not called, so the loss does not depend on it
                     shape = self.parameters.shapes[self.parameters.live.index(name)]
@@ -127,6 +133,12 @@ class PerSampleGradients:
         self._dtypes |= {logits.dtype, *linears.dtypes}
         gradients = self.parameters.join({name: _wide(block) for name, block in blocks.items()}).detach()
         return gradients, labels.detach(), linears.rows_are_separate
+
+    def _differentiate_by_row(self, path: str) -> None:
+        """Give up hooks on a layer that all rows share a call of, as the encoder of a prompt (p-tuning)."""
+        moved = tuple(name for name in self._hooked if name.rpartition(".")[0] == path)
+        self._hooked = tuple(name for name in self._hooked if name not in moved)
+        self._others += moved
 
     def _by_row(self, batch: Batch, labels: Tensor, smoothing: float) -> dict[str, Tensor]:
         """Differentiate weights without hooks, by vmap over rows, or row after row where vmap is not supported."""
@@ -207,6 +219,14 @@ class PerSampleGradients:
                 handle.remove()
 
 
+class _NoRows(UnsupportedError):
+    """A layer's activation has no dimension for the rows."""
+
+    def __init__(self, message: str, path: str):
+        super().__init__(message)
+        self.path = path
+
+
 class _LinearCalls:
     """Calls of the hooked Linears in one forward pass: inputs, and outputs in the graph.
 
@@ -262,9 +282,10 @@ def _rows_first(tensor: Tensor, rows: int, path: str) -> Tensor:
     if tensor.ndim == 2 and tensor.shape[0] != rows and tensor.shape[0] % rows == 0:
         tensor = tensor.unflatten(0, (rows, -1))  # some models flatten (rows, positions) into one dimension
     if tensor.shape[0] != rows:
-        raise UnsupportedError(
+        raise _NoRows(
             f"{path} has an activation of shape {tuple(tensor.shape)} in a batch of {rows} rows. None of its "
-            "dimensions is the rows, so that rows have no gradient of their own. Track other parameters"
+            "dimensions is the rows, so that rows have no gradient of their own. Track other parameters",
+            path,
         )
     return _wide(tensor).reshape(rows, -1, tensor.shape[-1])
 

@@ -13,7 +13,7 @@ from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import UnsupportedError
-from ..models.compat import fused_activations, refuse_inactive_adapters, refuse_silent_jvp
+from ..models.compat import differentiable_layers, refuse_inactive_adapters, refuse_silent_jvp
 from ..models.likelihood import Batch, Likelihood, Objective, log_probabilities
 from ..models.output_head import HeadlessModel, hidden_state_gradients, hidden_states, output_layer
 from ..models.parameters import TrackedParameters
@@ -44,7 +44,7 @@ class TorchFuncJVP:
         refuse_inactive_adapters(model, parameters.live)
         self._model, self._parameters, self._batch = model, parameters, batch
         self._likelihood = Likelihood(model, objective)
-        with sdpa_kernel(SDPBackend.MATH), fused_activations(model):
+        with sdpa_kernel(SDPBackend.MATH), differentiable_layers(model):
             self._value = self._differentiated_function(objective)
 
     @cached_property
@@ -73,7 +73,7 @@ class TorchFuncJVP:
             tangents = {n: t.to(weights[n].dtype) for n, t in zip(weights, pieces, strict=True)}
             return jvp(self._value, (weights,), (tangents,))[1]
 
-        with sdpa_kernel(SDPBackend.MATH), fused_activations(self._model):
+        with sdpa_kernel(SDPBackend.MATH), differentiable_layers(self._model):
             chunk = chunk or chunk_size(self._widest, directions.device)
             try:
                 return in_chunks(vmap(derivative), directions, chunk)

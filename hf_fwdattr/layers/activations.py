@@ -57,7 +57,15 @@ class ActivationRecorder:
         self._head, self._targets = head, targets
 
     def __enter__(self) -> "ActivationRecorder":
-        self._handles = []
+        self._handles: list[Any] = []
+        try:
+            self._register()
+        except BaseException:  # Ctrl-C too: no hook may stay
+            self.__exit__()
+            raise
+        return self
+
+    def _register(self) -> None:
         for path in self._paths:
             hook = self._layer_hook(path)
             self._handles.append(self._model.get_submodule(path).register_forward_hook(hook, with_kwargs=True))
@@ -66,9 +74,8 @@ class ActivationRecorder:
             self._handles.append(self._model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
         if self._head is not None:
             self._handles.append(self._head.register_forward_hook(self._record_head, prepend=True))
-            norms = [module for module in self._model.modules() if norm_gain(module) is not None]
-            self._handles += [norm.register_forward_hook(self._record_norm) for norm in norms]
-        return self
+            for norm in [module for module in self._model.modules() if norm_gain(module) is not None]:
+                self._handles.append(norm.register_forward_hook(self._record_norm))
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:

@@ -1,4 +1,4 @@
-"""Layers that need care: kernels whose derivatives are silently zero, inactive adapters, unfused activations."""
+"""Layers that need care: kernels without a derivative or with one of zero, inactive adapters, unfused activations."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ from .names import adapter_parts
 
 __all__ = [
     "detached_layer",
+    "differentiable_layers",
     "fused_activations",
     "refuse_inactive_adapters",
     "refuse_silent_backward",
@@ -108,6 +109,29 @@ def refuse_inactive_adapters(model: nn.Module, names: Iterable[str]) -> None:
         f"all tracked parameters, {name} among them, belong to adapters that are merged or disabled, and "
         "every score would be zero; call model.unmerge_adapter(), or enable the adapter that was trained"
     )
+
+
+@contextmanager
+def differentiable_layers(model: nn.Module) -> Iterator[None]:
+    """Replace what has no forward-mode derivative: a mixture's experts run one after the other, activations are fused.
+
+    The grouped matrix product by which transformers runs all experts at once is differentiated in reverse mode only.
+    Results are equal up to rounding.
+    """
+    kept: dict[int, tuple[Any, str]] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        choice = getattr(config, "_experts_implementation", None)
+        if isinstance(choice, str) and choice != "eager":
+            kept.setdefault(id(config), (config, choice))
+    try:
+        for config, _ in kept.values():
+            config._experts_implementation = "eager"
+        with fused_activations(model):
+            yield
+    finally:
+        for config, choice in kept.values():
+            config._experts_implementation = choice
 
 
 @contextmanager

@@ -4,26 +4,29 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import UnsupportedError
 from .fsdp import is_sharded
+from .functional import call_with_weights
 from .modes import frozen
 from .names import base_model
 
 
 __all__ = [
-    "CAUSAL_LM", "IGNORED", "SEQUENCE_CLASSIFICATION", "UNSHIFTED_CAUSAL_LM", "Batch", "Likelihood", "Objective",
+    "CAUSAL_LM", "IGNORED", "OBJECTIVE_NAMES", "SEQUENCE_CLASSIFICATION", "UNSHIFTED_CAUSAL_LM", "Batch", "Likelihood", "Objective",
     "log_probabilities", "resolve_objective", "row_losses", "sample_labels",
 ]  # fmt: skip
 
 IGNORED = -100  # the label of a position that is not supervised, as everywhere in transformers
 _SAMPLING_CHUNK = 1 << 19  # probabilities in float64 at a time while labels are sampled: they fit a CPU's caches
 Batch = Mapping[str, Any]
+OBJECTIVE_NAMES = ("causal-lm", "causal-lm-unshifted", "sequence-classification", "custom")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,12 @@ class Objective:
 
     name: str
     forward: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
+
+    def __post_init__(self) -> None:
+        if self.name not in OBJECTIVE_NAMES:
+            raise ValueError(
+                f"Objective: {self.name!r} is no known name, and a bank would be refused for it. Call your own one 'custom'"
+            )
 
     @property
     def shifts_labels(self) -> bool:
@@ -92,7 +101,7 @@ def resolve_objective(model: nn.Module, choice: "str | Objective | Callable" = "
         return objectives[choice]
     inner = base_model(model)
     config, kind = getattr(inner, "config", None), type(inner).__name__
-    if choice == "auto" and (kind.endswith(("ForCausalLM", "LMHeadModel"))):
+    if choice == "auto" and (kind.endswith(("ForCausalLM", "LMHeadModel")) or kind in _causal_classes()):
         return CAUSAL_LM if _shifts(inner) else UNSHIFTED_CAUSAL_LM
     single = getattr(config, "problem_type", None) in (None, "single_label_classification")
     per_row = kind.endswith("Classification") and not kind.endswith("TokenClassification")
@@ -102,6 +111,13 @@ def resolve_objective(model: nn.Module, choice: "str | Objective | Callable" = "
         f"objective={choice!r} fits no known likelihood of a {kind}; pass objective='causal-lm', "
         "'sequence-classification', or a function (model, batch) -> (logits, labels)"
     )
+
+
+@cache
+def _causal_classes() -> frozenset[str]:
+    """Return the classes that transformers lists as causal language models, whatever they are called."""
+    values = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return frozenset(name for value in values for name in ([value] if isinstance(value, str) else value))
 
 
 def _shifts(model: nn.Module) -> bool:
@@ -128,7 +144,7 @@ def _shifts(model: nn.Module) -> bool:
 
 
 class Likelihood(nn.Module):
-    """The objective's forward as a module, so that `torch.func.functional_call` can replace the model's weights."""
+    """The objective's forward as a module, so that [`call_with_weights`] can replace the model's weights."""
 
     def __init__(self, model: nn.Module, objective: Objective):
         super().__init__()
@@ -140,8 +156,7 @@ class Likelihood(nn.Module):
 
     def at(self, weights: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
         """Return logits and labels with the weights of these live names replaced."""
-        replaced = {f"model.{name}": weight for name, weight in weights.items()}
-        return functional_call(self, replaced, (batch,))
+        return call_with_weights(self, {f"model.{name}": weight for name, weight in weights.items()}, batch)
 
 
 def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:

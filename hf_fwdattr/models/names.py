@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 
-__all__ = ["adapter_parts", "base_model", "canonical_name", "is_lora_weight"]
+__all__ = ["adapter_of", "adapter_parts", "base_model", "canonical_name", "is_lora_weight"]
 
 # Wrappers put their own prefix before a parameter's name; none of them is part of the weight's identity.
 # `module.` is DDP's, at the very front only: further in it may be a name of the model's own.
@@ -17,6 +17,7 @@ _PEFT_PREFIX = "base_model.model."
 # In memory an adapter weight carries its adapter's name (lora_A.default.weight); in adapter files it does not.
 _ADAPTER = re.compile(r"\.(lora_[A-Za-z_]+|vera_[A-Za-z_]+|ia3_[a-z]+)\.[^.]+(\.weight|\.bias)?$")
 _LORA_PARTS = re.compile(r"^(.*)\.lora_([A-Za-z_]+)\.([^.]+)(?:\.weight|\.bias)?$")
+_SAVED_COPY = re.compile(r"^(.*)\.modules_to_save\.([^.]+)\.")
 _LORA_WEIGHT = re.compile(r"\.lora_[AB]\.weight$")
 
 
@@ -48,6 +49,14 @@ def adapter_parts(name: str) -> tuple[str, str, str] | None:
     """Split the live name of a LoRA weight or of its module: `q_proj.lora_B.default` -> (`q_proj`, `B`, `default`)."""
     parts = _LORA_PARTS.match(name)
     return None if parts is None else (parts.group(1), parts.group(2), parts.group(3))
+
+
+def adapter_of(name: str) -> tuple[str, str | None]:
+    """Return the path of the layer that a live name's adapter belongs to, and the adapter; None for a plain weight."""
+    parts, copy = adapter_parts(name), _SAVED_COPY.match(name)
+    if parts is not None:
+        return parts[0], parts[2]
+    return (copy.group(1), copy.group(2)) if copy is not None else ("", None)
 
 
 def base_model(model: nn.Module) -> Any:

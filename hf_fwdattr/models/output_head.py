@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..errors import UnsupportedError
+from .functional import call_with_weights
 from .likelihood import IGNORED, Batch, Likelihood, Objective
 from .lora import LinearLayout, linear_layout
 from .names import base_model
@@ -58,7 +58,7 @@ class HeadlessModel(nn.Module):
 
     def at(self, weights: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """Return hidden states with the weights of these live names replaced."""
-        return functional_call(self, {f"model.{name}": weight for name, weight in weights.items()}, (batch,))
+        return call_with_weights(self, {f"model.{name}": weight for name, weight in weights.items()}, batch)
 
 
 def find_output_layer(model: nn.Module, objective: Objective) -> nn.Module | None:

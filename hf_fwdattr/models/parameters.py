@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from .fsdp import copy_into, full_tensor, is_shard, plain_type, refuse_tensor_parallelism, reshard
-from .names import canonical_name, is_lora_weight
+from .names import adapter_of, base_model, canonical_name, is_lora_weight
 
 
 __all__ = ["TrackedParameters", "is_linear"]
@@ -44,7 +44,10 @@ class TrackedParameters:
     def of(cls, model: nn.Module, spec: str | Sequence[str] = "auto", sharded: bool = False) -> "TrackedParameters":
         """Select parameters by `spec`: `auto`, `lora_B`, `lora`, `linear`, `trainable`, or regular expressions.
 
-        `linear` selects trainable Linear weights; expressions are searched in canonical names.
+        `linear` selects trainable Linear weights. `auto` does so where there is no LoRA, and selects all that is
+        trained where no Linear is (prompt tuning); where there is LoRA, it selects the matrices B and trained Linear
+        weights of other layers, those of the vocabulary left out. Expressions are searched in canonical names. Of
+        several adapters the active one is meant.
 
         Args:
             sharded (`bool`): accept weights that FSDP2 shards; `read` and `fingerprint` are then collectives.
@@ -53,16 +56,20 @@ class TrackedParameters:
             UnsupportedError: nothing is selected, or a selected weight is sharded or quantised.
         """
         reshard(model)
-        wanted = spec
-        if spec == "auto":
-            wanted = "lora_B" if any(".lora_" in name for name, _ in model.named_parameters()) else "linear"
+        has_lora = any(".lora_" in name for name, _ in model.named_parameters())
+        wanted = "linear" if spec == "auto" and not has_lora else spec
         # A module that PEFT replaced by a trained copy (modules_to_save) keeps its original, which no longer runs.
         running = [(name, p) for name, p in model.named_parameters() if ".original_module." not in name]
         chosen = [(name, parameter) for name, parameter in running if _selects(wanted, model, name)]
+        if spec == "auto" and wanted == "linear" and not chosen:
+            chosen = [(name, parameter) for name, parameter in running if parameter.requires_grad]
+        active = [item for item in chosen if _is_active(model, item[0])]
+        is_doubled = len({canonical_name(name) for name, _ in chosen}) < len(chosen)
+        if active and (is_doubled or spec in ("auto", "lora_B", "lora")):
+            chosen = active
         if not chosen:
             raise UnsupportedError(
-                f"parameters={spec!r} selects no weight of {type(model).__name__}. "
-                f"It has, for example, {', '.join(canonical_name(n) for n, _ in list(model.named_parameters())[:3])}"
+                f"parameters={spec!r} selects no weight of {type(model).__name__}. {_examples(running)}"
             )
         for name, parameter in chosen:
             if not parameter.is_floating_point():
@@ -73,7 +80,10 @@ class TrackedParameters:
         names = tuple(canonical_name(name) for name, _ in chosen)
         doubled = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
         if doubled:
-            raise UnsupportedError(f"several adapters share the weight {sorted(doubled)[0]}. Keep one active adapter")
+            raise UnsupportedError(
+                f"{sorted(doubled)[0]}: several adapters have this weight and are active. A bank knows one of them. "
+                "Activate one: model.set_adapter('default')"
+            )
         return cls(tuple(name for name, _ in chosen), names, tuple(tuple(p.shape) for _, p in chosen))
 
     def tensors(self, model: nn.Module) -> list[nn.Parameter]:
@@ -112,9 +122,20 @@ class TrackedParameters:
         return digest.hexdigest()
 
 
+def _examples(weights: list[tuple[str, nn.Parameter]]) -> str:
+    """Return what could be selected: trained weights, or where there are none, any."""
+    trained = [canonical_name(name) for name, weight in weights if weight.requires_grad]
+    if trained:
+        return f"parameters='trainable' selects what is trained: {', '.join(trained[:3])}"
+    names = ", ".join(canonical_name(name) for name, _ in weights[:3])
+    return f"Nothing is trained. It has, for example, {names}"
+
+
 def _selects(spec: str | Sequence[str], model: nn.Module, name: str) -> bool:
     """Return whether `spec` selects the parameter with the live name `name`."""
     canonical = canonical_name(name)
+    if spec == "auto":
+        return canonical.endswith(".lora_B.weight") or _is_trained_head(model, name)
     if spec == "lora_B":
         return canonical.endswith(".lora_B.weight")
     if spec == "lora":
@@ -126,6 +147,25 @@ def _selects(spec: str | Sequence[str], model: nn.Module, name: str) -> bool:
         return name.endswith(".weight") and is_linear(module) and model.get_parameter(name).requires_grad
     patterns = [spec] if isinstance(spec, str) else spec
     return any(re.search(pattern, canonical) for pattern in patterns)
+
+
+def _is_trained_head(model: nn.Module, name: str) -> bool:
+    """Return whether a weight beside LoRA's is that of a trained Linear, as a classifier's new head is.
+
+    Not one of the vocabulary's: with a hundred directions it would be as large as a hundred models.
+    """
+    weight, config = model.get_parameter(name), getattr(base_model(model), "config", None)
+    if is_lora_weight(canonical_name(name)) or getattr(config, "vocab_size", None) in weight.shape:
+        return False
+    is_trained = weight.requires_grad or ".modules_to_save." in name  # loaded for a query, nothing requires gradients
+    return is_trained and name.endswith(".weight") and is_linear(model.get_submodule(name.rpartition(".")[0]))
+
+
+def _is_active(model: nn.Module, name: str) -> bool:
+    """Return whether the adapter of a weight is the active one; True for weights of no adapter."""
+    path, adapter = adapter_of(name)
+    active = getattr(model.get_submodule(path), "active_adapters", None)
+    return adapter is None or active is None or adapter in active
 
 
 def is_linear(module: nn.Module) -> bool:

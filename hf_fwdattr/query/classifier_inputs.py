@@ -33,10 +33,11 @@ def label_number(config: Any, label: Any) -> int:
     raise QueryError(f"label={label!r}: the model has no such label. Its {len(names)} are {some}. Name one of them")
 
 
-def tokenize_text(tokenizer: Any, config: Any, value: Any) -> Query:
+def tokenize_text(tokenizer: Any, model: Any, value: Any) -> Query:
     """Return token ids of an input, and its label, a list of one number: -1 where it is to be predicted.
 
     Args:
+        model: the classifier.
         value: a text, or `{"text": ..., "label": ...}`, or a tokenized row with `input_ids` and perhaps `labels`.
 
     Raises:
@@ -55,23 +56,32 @@ def tokenize_text(tokenizer: Any, config: Any, value: Any) -> Query:
     else:
         mask = row.get("attention_mask", [1] * len(row["input_ids"]))
         ids = [int(token) for token, kept in zip(row["input_ids"], mask, strict=True) if kept]
-    limit = context_length(config)
-    if not ids or (limit is not None and len(ids) > limit):
+    limit = context_length(model)
+    if not ids:
+        raise QueryError("0 tokens: the text is empty, so there is nothing to classify. Pass a text")
+    if limit is not None and len(ids) > limit:
         raise QueryError(f"{len(ids)} tokens: the model reads 1 to {limit}. Shorten the text")
-    number = -1 if label is None else label_number(config, label)
+    number = -1 if label is None else label_number(model.config, label)
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [number]}
 
 
-def classifier_batch(queries: Sequence[Query], config: Any, device: torch.device) -> dict[str, Tensor]:
+def classifier_batch(queries: Sequence[Query], model: Any, device: torch.device) -> dict[str, Tensor]:
     """Return tokenized queries as one batch, padded on the right with the model's own padding token.
 
+    Args:
+        model: the model, or its config; see `context_length`.
+
     Raises:
-        QueryError: a query without tokens or label, or several of different lengths without a padding token.
+        QueryError: a query without tokens or label or beyond the context, or several of different lengths without a
+            padding token.
     """
+    config, limit = getattr(model, "config", model), context_length(model)
     if not queries or not all(query.get("input_ids") and len(query.get("labels") or ()) == 1 for query in queries):
         raise QueryError("queries of a classifier have input_ids, and labels that are a list of one number. Add them")
     lists = [list(query["input_ids"]) for query in queries]
     width, padding = max(map(len, lists)), config.get_text_config().pad_token_id
+    if limit is not None and width > limit:
+        raise QueryError(f"a query has {width} tokens and the model reads at most {limit}. Shorten it")
     if padding is None and any(len(ids) < width for ids in lists):
         raise QueryError("config.pad_token_id=None: queries of different lengths need it. Ask one at a time")
     labels = [label_number(config, query["labels"][0]) for query in queries]

@@ -65,15 +65,15 @@ def check_room(model: Any, length: int, settings: Mapping[str, Any]) -> dict[str
         settings: all settings of `generate`.
 
     Returns:
-        Settings to add: a smaller `max_new_tokens` where the model's own default does not fit.
+        Settings to add: where neither the caller nor the model says how much to generate, `max_new_tokens`, smaller
+        than transformers' default where that does not fit. Rotary positions reach beyond `max_position_embeddings`,
+        to which transformers would cut its default.
 
     Raises:
         QueryError: the prompt fills the context, or the number of tokens that was asked for does not fit.
     """
-    longest = context_length(getattr(model, "config", None))
-    if longest is None:
-        return {}
-    if length >= longest:
+    longest = context_length(model)
+    if longest is not None and length >= longest:
         raise QueryError(
             f"the prompt has {length} tokens and the model reads at most {longest}, so no token can follow. Shorten "
             "the prompt"
@@ -81,13 +81,15 @@ def check_room(model: Any, length: int, settings: Mapping[str, Any]) -> dict[str
     for config in (settings, vars(settings.get("generation_config")) if settings.get("generation_config") else {}):
         wanted = _new_tokens(config, length)
         if wanted is not None:
-            if wanted > longest - length:
+            if longest is not None and wanted > longest - length:
                 raise QueryError(
                     f"the prompt has {length} tokens and {wanted} are to be generated: {length + wanted} tokens and "
                     f"the model reads at most {longest}. Shorten the prompt, or pass max_new_tokens={longest - length}"
                 )
             return {}
     default = _new_tokens(vars(getattr(model, "generation_config", None) or GenerationConfig()), length)
+    if longest is None:
+        return {"max_new_tokens": _DEFAULT_NEW_TOKENS} if default is None else {}
     room = longest - length
     return {"max_new_tokens": room} if (_DEFAULT_NEW_TOKENS if default is None else default) > room else {}
 

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import QueryError
+from ..models import positions
 from ..models.likelihood import IGNORED
 
 
@@ -39,10 +40,17 @@ def check_top_k(top_k: Any) -> int:
     return operator.index(top_k)
 
 
-def context_length(config: Any) -> int | None:
-    """Return the number of tokens that a model reads at most; None if its config sets no limit."""
-    text = getattr(config, "get_text_config", lambda: config)()
-    return getattr(text, "max_position_embeddings", None)
+def context_length(model: Any) -> int | None:
+    """Return the number of tokens that a model reads at most; None if its positions set no limit, as rotary ones do.
+
+    Args:
+        model: the model, or its config, which tells rotary positions from others by their parameters alone.
+    """
+    if isinstance(model, nn.Module):
+        return positions.context_length(model)
+    text = getattr(model, "get_text_config", lambda: model)()
+    rotary = getattr(text, "rope_parameters", None) is not None
+    return None if rotary else getattr(text, "max_position_embeddings", None)
 
 
 def unpadded(query: Query, number: int = 0) -> tuple[list[int], list[int]]:
@@ -103,16 +111,18 @@ def pad_queries(queries: Sequence[Query], device: torch.device) -> dict[str, Ten
     }
 
 
-def check_queries(queries: Sequence[Query], config: Any) -> None:
+def check_queries(queries: Sequence[Query], model: Any) -> None:
     """Refuse queries that cannot be scored, before anything is computed.
 
     Args:
-        config: the model's config.
+        model: the model, or its config; see `context_length`.
 
     Raises:
         QueryError: no supervised token, labels that do not fit, or too long for the model.
     """
-    longest, vocabulary = context_length(config), getattr(config, "vocab_size", None)
+    longest = context_length(model)
+    config = getattr(model, "config", model)
+    vocabulary = getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None)
     if not queries:
         raise QueryError("there are no queries to score")
     for number, query in enumerate(queries):

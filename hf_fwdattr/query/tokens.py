@@ -1,5 +1,6 @@
 """Tokens of an input: prompt and output are tokenized together, as a training row is, and cut apart afterwards."""
 
+import json
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -32,7 +33,9 @@ class OutputText(NamedTuple):
 
 
 def tokenize_input(tokenizer: Any, given: Any) -> TokenizedInput:
-    """Tokenize whatever the pipeline takes: text, a chat, token ids, a prompt with its completion, a tokenized row.
+    """Tokenize whatever the pipeline takes: text, a chat, token ids, a prompt with its completion, a training row.
+
+    Of a training row with `messages` the last one is the output, if it is the assistant's; of one with `text` all is.
 
     Raises:
         QueryError: nothing of these, an empty prompt or completion, or a chat that the template cannot render.
@@ -45,6 +48,10 @@ def tokenize_input(tokenizer: Any, given: Any) -> TokenizedInput:
             return _from_row(given)
         if "prompt" in given:
             return _from_pair(tokenizer, given)
+        if _is_chat(given.get("messages")):
+            return _from_messages(tokenizer, given)
+        if isinstance(given.get("text"), str):
+            return _from_text(tokenizer, given["text"])
     elif isinstance(given, str) or _is_chat(given):
         return _from_pair(tokenizer, {"prompt": given})
     elif _is_ids(given):
@@ -82,6 +89,27 @@ def _from_pair(tokenizer: Any, given: Mapping[str, Any]) -> TokenizedInput:
     # As the training does, for whose rows the completion begins where the two renderings differ.
     begin = _bare(tokenizer, _render(tokenizer, given, prompt, {"add_generation_prompt": True}))
     return _cut(begin, _bare(tokenizer, _render(tokenizer, given, [*prompt, *completion], {})))
+
+
+def _from_messages(tokenizer: Any, given: Mapping[str, Any]) -> TokenizedInput:
+    """Tokenize a training row of messages, whose last one is the output, if it is the assistant's."""
+    messages = list(given["messages"])
+    if messages[-1].get("role") != "assistant":
+        return _from_pair(tokenizer, {**given, "prompt": messages, "completion": None})
+    if len(messages) == 1:
+        raise QueryError("the row's messages begin with the assistant's, which answers nothing. Add what it answers")
+    return _from_pair(tokenizer, {**given, "prompt": messages[:-1], "completion": messages[-1:]})
+
+
+def _from_text(tokenizer: Any, text: str) -> TokenizedInput:
+    """Tokenize a training row of text: all but its first token, which nothing predicts, are output."""
+    ids = _encode(tokenizer, text)
+    if len(ids) < 2:
+        raise QueryError(
+            f"{{'text': {text[:40]!r}}}: a training row of {len(ids)} tokens, of which none follows another. To have "
+            "a text continued, pass it alone or as {'prompt': ...}"
+        )
+    return TokenizedInput(ids, [IGNORED, *ids[1:]])
 
 
 def _opening(messages: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
@@ -179,9 +207,10 @@ def _render(tokenizer: Any, given: Mapping[str, Any], messages: Any, how: Mappin
         QueryError: there is no template, or it refuses the chat.
     """
     options = dict(given.get("chat_template_kwargs") or {})
-    if given.get("tools") is not None:
-        options["tools"] = given["tools"]
     try:
+        if given.get("tools") is not None:
+            tools = given["tools"]
+            options["tools"] = json.loads(tools) if isinstance(tools, str) else tools  # as TRL's rows have them
         return tokenizer.apply_chat_template(list(messages), tokenize=False, **how, **options)
     except Exception as error:
         raise QueryError(

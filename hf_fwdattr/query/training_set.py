@@ -1,5 +1,6 @@
 """Training set beside a bank: checked against the bank's hashes, and read for the rows that are shown."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -8,10 +9,11 @@ from ..bank.bank import ResponseBank
 from ..bank.hashing import row_hashes
 from ..bank.identity import naming_origins
 from ..errors import MismatchError, QueryError
-from .raw_rows import hash_raw_rows, is_raw
+from .raw_rows import RawRows, is_raw
 
 
 __all__ = ["TrainingSet", "check_kind", "rows_at"]
+logger = logging.getLogger(__name__)
 
 
 class TrainingSet:
@@ -24,25 +26,35 @@ class TrainingSet:
 
     def __init__(self, bank: ResponseBank, tokenizer: Any = None):
         self.bank, self.tokenizer = bank, tokenizer
-        self._verified: tuple[Any, str | None] = (None, None)
+        self._verified: tuple[Any, str | None, list[int] | None] = (None, None, None)
 
-    def check(self, dataset: Any) -> None:
+    def check(self, dataset: Any, by_position: bool = True) -> None:
         """Refuse what is no dataset of rows in order, or has another number of rows than the bank.
+
+        Args:
+            by_position (`bool`): the dataset's rows are not compared, and so are the bank's one by one. Otherwise one
+                that is not tokenized may have more rows, as training leaves some out.
 
         Raises:
             MismatchError: another number of rows.
             QueryError: a dictionary of splits, a table, a generator, or anything else that is not read row by row.
         """
         check_kind(dataset)
-        if hasattr(dataset, "__len__") and self.bank.manifest.privacy.rows == "identified":
+        if not hasattr(dataset, "__len__") or self.bank.manifest.privacy.rows != "identified":
+            return
+        if by_position or len(dataset) < len(self.bank) or not self._is_raw(dataset):
             self.bank.check_length(len(dataset))
 
-    def verify(self, dataset: Any, sample: int | None = None) -> None:
+    def verify(self, dataset: Any, sample: int | None = None) -> list[int] | None:
         """Refuse a dataset that is not the one the bank was made of.
 
         Args:
             dataset: rows with `input_ids`, or as their owner has them: `messages`, `prompt` and `completion`, `text`.
             sample (`int`, *optional*): compare so many rows, spread evenly (of a stream the first); all by default.
+
+        Returns:
+            Which of the dataset's rows is each of the bank's, where the training shuffled rows or left some out; None
+            where they are one by one the same.
 
         Raises:
             MismatchError: the first row that differs, and the origins of bank and dataset.
@@ -55,31 +67,59 @@ class TrainingSet:
             )
         # A datasets.Dataset never changes: whatever makes another one of it gives it another fingerprint.
         fingerprint = getattr(dataset, "_fingerprint", None)
-        verified, verified_fingerprint = self._verified
+        verified, verified_fingerprint, order = self._verified
         if verified is dataset and fingerprint is not None and fingerprint == verified_fingerprint:
-            return
-        row_indices = None
+            return order
         with naming_origins(self.bank.manifest, dataset):
-            if hasattr(dataset, "__len__"):
-                self.bank.check_length(len(dataset))
-                if sample is not None and sample < len(dataset):
-                    last, gaps = len(dataset) - 1, max(sample - 1, 1)
-                    row_indices = sorted({round(index * last / gaps) for index in range(sample)})
-            elif sample is not None and sample < len(self.bank):
-                row_indices = list(range(sample))  # rows further on cost as much as reading the whole stream
-            rows = dataset if row_indices is None else rows_at(dataset, row_indices)
-            hashes = self._hashes(rows, row_indices)
-            self.bank.check_rows(hashes, row_indices)
-        if row_indices is None:
-            self._verified = (dataset, fingerprint)
+            order, whole = None, True
+            if sample is None and hasattr(dataset, "__len__") and self._is_raw(dataset):
+                order = self._order(dataset)
+            else:
+                whole = self._compare(dataset, sample)
+        if whole:
+            self._verified = (dataset, fingerprint, order)
+        return order
 
-    def _hashes(self, rows: Any, row_indices: Sequence[int] | None) -> Iterator[bytes]:
+    def _compare(self, dataset: Any, sample: int | None) -> bool:
+        """Compare rows with the bank's one by one; return whether all were."""
+        row_indices = None
+        if hasattr(dataset, "__len__"):
+            self.bank.check_length(len(dataset))
+            if sample is not None and sample < len(dataset):
+                last, gaps = len(dataset) - 1, max(sample - 1, 1)
+                row_indices = sorted({round(index * last / gaps) for index in range(sample)})
+        elif sample is not None and sample < len(self.bank):
+            row_indices = list(range(sample))  # rows further on cost as much as reading the whole stream
+        rows = dataset if row_indices is None else rows_at(dataset, row_indices)
+        hashes = self._hashes(rows)
+        self.bank.check_rows(hashes, row_indices)
+        return row_indices is None
+
+    def _order(self, dataset: Any) -> list[int] | None:
+        """Return which row of a dataset that is not tokenized is each of the bank's; None if one by one the same."""
+        if len(dataset) < len(self.bank):
+            self.bank.check_length(len(dataset))
+        order = RawRows(self.bank.manifest, self.bank.salt, self.tokenizer).order(dataset, self._stored())
+        if order is not None:
+            logger.warning(
+                "dataset: the training shuffled its rows, or left some out. Each row of the bank is shown by the "
+                "dataset's row of the same tokens; `row` counts the rows as they were trained on"
+            )
+        return order
+
+    def _is_raw(self, rows: Any) -> bool:
+        if "input_ids" in (getattr(rows, "column_names", None) or ()) or self.tokenizer is None:
+            return False
+        return self.bank.manifest.privacy.rows == "identified" and is_raw(_first_row(rows))
+
+    def _stored(self) -> list[bytes]:
+        return [bytes(line.tolist()) for block in self.bank.row_hashes() for line in block]
+
+    def _hashes(self, rows: Any) -> Iterator[bytes]:
         """Return the hashes of rows, tokenized or not."""
-        raw = "input_ids" not in (getattr(rows, "column_names", None) or ()) and is_raw(_first_row(rows))
-        if raw and self.tokenizer is not None and self.bank.manifest.privacy.rows == "identified":
-            stored = [bytes(line.tolist()) for block in self.bank.row_hashes() for line in block]
-            expected = stored if row_indices is None else [stored[index] for index in row_indices]
-            return hash_raw_rows(rows, expected, self.bank.manifest, self.bank.salt, self.tokenizer)
+        if self._is_raw(rows):
+            raw = RawRows(self.bank.manifest, self.bank.salt, self.tokenizer)
+            return raw.hashes(rows, set(self._stored()))
         hashes = row_hashes(rows, self.bank.salt)
         if hashes is None:
             raise QueryError(
@@ -88,10 +128,15 @@ class TrainingSet:
             )
         return hashes
 
-    def examples(self, dataset: Any, row_indices: Sequence[int]) -> dict[int, Any]:
-        """Return rows by index: the dataset's, else `{"text": ...}` where the bank holds it, else nothing."""
+    def examples(self, dataset: Any, row_indices: Sequence[int], order: Sequence[int] | None = None) -> dict[int, Any]:
+        """Return rows by index: the dataset's, else `{"text": ...}` where the bank holds it, else nothing.
+
+        Args:
+            order (*optional*): which of the dataset's rows is each of the bank's, as `verify` returned it.
+        """
         if dataset is not None:
-            return dict(zip(row_indices, rows_at(dataset, row_indices), strict=True))
+            indices = row_indices if order is None else [order[index] for index in row_indices]
+            return dict(zip(row_indices, rows_at(dataset, indices), strict=True))
         if not row_indices or not self.bank.manifest.privacy.text:
             return {}
         texts = self.bank.texts(row_indices)

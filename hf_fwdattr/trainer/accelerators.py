@@ -16,11 +16,18 @@ def refuse_accelerator(accelerator: Any) -> None:
     """
     plugin = getattr(getattr(accelerator, "state", None), "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version != 2:
-        raise UnsupportedError("FSDP1 flattens weights, so they cannot be told apart. Set fsdp_config={'version': 2}")
+        raise UnsupportedError(
+            f"fsdp_version={plugin.fsdp_version}: it flattens weights, so they cannot be told apart (FSDP1). Set "
+            "fsdp_config={'version': 2}"
+        )
     if type(getattr(plugin, "cpu_offload", None)).__name__ == "CPUOffloadPolicy":
-        raise UnsupportedError("FSDP's cpu_offload was never tried with responses. Set it to False")
+        raise UnsupportedError(
+            "cpu_offload of FSDP: weights and their gradients move while they are read, which was never tried with "
+            "responses. Set it to False"
+        )
     layout = getattr(accelerator, "parallelism_config", None)
     if layout is not None and layout.non_data_parallel_size > 1:
         raise UnsupportedError(
-            "tensor, context and sequence parallelism show a row to several ranks. Set their sizes to 1"
+            f"parallelism_config: {layout.non_data_parallel_size} ranks share every row (tensor, context or sequence "
+            "parallelism), and no rank has a row's gradient. Set their sizes to 1"
         )

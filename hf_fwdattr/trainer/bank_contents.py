@@ -83,6 +83,7 @@ def _description(
         "objective": context.objective.name,
         "optimizer": record.optimizer,
         "run": {"steps": record.steps, "first": record.first, "label_smoothing": record.smoothing},
+        "notes": record.bank_notes(),
         "segments": [_segment_fields(segment) for segment in segments],
         "config": config.to_dict(),
         "curvature_samples": responses.curvature_samples,

@@ -1,4 +1,4 @@
-"""The callback: record while the Trainer trains; respond, factorise and write when it ends."""
+"""The callback that records a `Trainer` run, and computes and writes its response bank when training ends."""
 
 import logging
 import shutil
@@ -13,6 +13,7 @@ from ..config import ResponseConfig
 from ..errors import AttributionError, UnsupportedError
 from ..models.parameters import TrackedParameters
 from .accelerators import refuse_accelerator
+from .columns import rows_in_trained_order
 from .patching import TrainCall, find_train_call
 from .publish import push_at_end, push_with_bank, wait_for_pushes
 from .recorder import ResponseRecorder
@@ -49,8 +50,8 @@ class ResponseCallback(TrainerCallback):
 
     **If the passes fail**, the training is not lost with them: `train()` ends as it would have, the error is logged,
     and `callback.bank` raises it. The record stays in `output_dir/_fwdattr-record`, and
-    `build_bank(model, dataset, config, record="<output_dir>/_fwdattr-record")` completes the bank. So it does after a
-    process that was killed in the passes.
+    `build_bank(model, dataset, config, data_collator=..., record="<output_dir>/_fwdattr-record")` completes the bank.
+    So it does after a process that was killed in the passes.
 
     **Refused** before the first step, as far as a few rows show it: optimizers other than torch's AdamW, Adam and SGD;
     `compute_loss_func`; DPO, KTO, GRPO; `packing=True`; random collators; a stream without `row_id_column`;
@@ -142,7 +143,7 @@ class ResponseCallback(TrainerCallback):
             self.config, accelerator=None if trainer is None else trainer.accelerator,
             model=model if trainer is None else trainer.model_wrapped, optimizer=optimizer,
             dataloader=train_dataloader, steps=state.max_steps, processing_class=processing_class,
-            dataset=trainer.train_dataset if self.dataset is None and trainer is not None else self.dataset,
+            dataset=_rows_with_columns(self.dataset, trainer, self.config),
             resume=folder if _has_record(folder, state) else None,
         )  # fmt: skip
         smoothing, averaged = args.label_smoothing_factor, args.average_tokens_across_devices
@@ -167,7 +168,7 @@ class ResponseCallback(TrainerCallback):
             self._recorder.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / RECORD)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Respond, factorise and write; the record is on disk until the bank is."""
+        """Compute and write the bank; the record stays on disk until the bank is there."""
         recorder = self._recorder
         if recorder is None:
             return
@@ -182,8 +183,7 @@ class ResponseCallback(TrainerCallback):
             if state.is_world_process_zero and recorder.guard.error is None:
                 logger.error(
                     "training is complete, but its response bank could not be made: %s\nThe record of the run is in "
-                    "%s. Complete the bank with build_bank(model, dataset, config, record=%r)",
-                    error, record_folder, str(record_folder),
+                    "%s. Complete the bank with %s", error, record_folder, self._recovery(record_folder),
                     exc_info=not isinstance(error, AttributionError | OSError),
                 )  # fmt: skip
             return
@@ -198,6 +198,28 @@ class ResponseCallback(TrainerCallback):
             push_at_end(self._trainer, args)
         except Exception as error:  # the bank is complete
             logger.error("training and its response bank are complete, but what follows them failed: %s", error)
+
+    def _recovery(self, record_folder: Path) -> str:
+        """Return the call that completes the bank from the record, with what the trainer was given."""
+        if self._trainer is None:
+            return f"build_bank(model, dataset, config, data_collator=..., record={str(record_folder)!r})"
+        arguments = ["trainer.model", "trainer.train_dataset", "config", "data_collator=trainer.data_collator"]
+        if getattr(self._trainer, "processing_class", None) is not None:
+            arguments.append("processing_class=trainer.processing_class")
+        return f"build_bank({', '.join(arguments)}, record={str(record_folder)!r})"
+
+
+def _rows_with_columns(given: Any, trainer: Trainer | None, config: ResponseConfig) -> Any:
+    """Return the training set with its row-id and source columns: the trainer's, or the one that the user gave.
+
+    Raises:
+        MismatchError: the given one has other rows than the trainer, or has them in another order.
+    """
+    if trainer is None or given is None:
+        return given if trainer is None else trainer.train_dataset
+    wanted = [name for name in (config.row_id_column, config.source_column, config.include_text) if name]
+    seed = trainer.args.seed if getattr(trainer.args, "shuffle_dataset", False) else None  # TRL's
+    return rows_in_trained_order(given, trainer.train_dataset, [str(name) for name in wanted], seed)
 
 
 def _has_record(folder: Path, state: TrainerState) -> bool:
@@ -246,7 +268,10 @@ def refuse_trainer(args: TrainingArguments, trainer: Trainer | None, config: Res
         UnsupportedError: a loss without rows, packed rows, DataParallel, DeepSpeed, a self-check under several ranks.
     """
     if trainer is not None and getattr(trainer, "compute_loss_func", None) is not None:
-        raise UnsupportedError("compute_loss_func: its loss is not the model's own likelihood. Train without it")
+        raise UnsupportedError(
+            "compute_loss_func: its loss is another than the model's own, the likelihood that a query is scored by. "
+            "Train without it"
+        )
     if hasattr(trainer, "ref_model"):  # TRL's DPO, KTO, GRPO
         raise UnsupportedError(
             f"{type(trainer).__name__} compares outputs with those of a reference model: its loss is no likelihood of "
@@ -254,15 +279,18 @@ def refuse_trainer(args: TrainingArguments, trainer: Trainer | None, config: Res
         )
     if getattr(args, "packing", False):  # TRL's
         raise UnsupportedError(
-            "packing=True makes rows of pieces of rows, which cannot be told apart; set packing=False "
+            "packing=True: it makes rows of pieces of rows, which cannot be told apart. Set packing=False "
             "(padding_free=True with ResponseConfig(batch_size=1) computes no padding either)"
         )
     if args.n_gpu > 1:
-        raise UnsupportedError(f"DataParallel over {args.n_gpu} GPUs is not supported. Make only one visible")
+        raise UnsupportedError(
+            f"DataParallel over {args.n_gpu} GPUs: it copies the model at every step, and no copy knows its rows. "
+            "Make one GPU visible (CUDA_VISIBLE_DEVICES), or start one process per GPU with torchrun"
+        )
     if trainer is not None and trainer.is_deepspeed_enabled:
         raise UnsupportedError(
             "DeepSpeed keeps weights and optimizer state in its own engine, where they cannot be read step by step. "
-            "Train with DDP"
+            "Train with DDP or FSDP2"
         )
     if config.self_check and args.world_size > 1:
         raise UnsupportedError(

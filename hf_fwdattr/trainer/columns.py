@@ -10,7 +10,9 @@ from torch import Tensor
 from ..errors import MismatchError, UnsupportedError
 
 
-__all__ = ["Sources", "column_of", "row_ids_of", "sources_of", "texts_of"]
+__all__ = ["Sources", "column_of", "plain_value", "row_ids_of", "rows_in_trained_order", "sources_of", "texts_of"]
+
+_COMPARED = 2048  # rows of two datasets that are compared
 
 
 @dataclass
@@ -24,6 +26,76 @@ class Sources:
 
     names: list[str]
     source_of_row: Tensor
+
+
+def rows_in_trained_order(given: Any, trained: Any, wanted: list[str], seed: int | None = None) -> Any:
+    """Return the dataset that a user gave for its columns, with its rows in the order of the rows that are trained on.
+
+    Args:
+        given: the dataset with row ids, sources or text.
+        trained: the dataset that the trainer ended up with.
+        wanted (`list[str]`): columns that are read from `given`. They decide only where no other column is shared, as
+            they may have been given anew.
+        seed (`int`, *optional*): with which TRL's `shuffle_dataset=True` shuffled the rows.
+
+    Raises:
+        MismatchError: the rows are others, or in another order.
+    """
+    if given is trained or not all(
+        hasattr(rows, "__getitem__") and hasattr(rows, "__len__") for rows in (given, trained)
+    ):
+        return given  # a stream, whose rows have ids of their own
+    if len(given) != len(trained):
+        raise MismatchError(
+            f"ResponseCallback(dataset=...): it has {len(given)} rows and {len(trained)} are trained on. A row's id "
+            "and source are read at its index. Leave dataset= out if the training set has the columns, or give the "
+            "rows that the trainer ends up with"
+        )
+    names = set(_column_names(given) or ()) & set(_column_names(trained) or ())
+    compared = sorted(names - {*wanted, "labels"}) or sorted(names & set(wanted))
+    indices = list(range(0, len(trained), max(1, -(-len(trained) // _COMPARED))))
+    expected = [{name: row[name] for name in compared} for row in (trained[index] for index in indices)]
+    is_constant = all(_match(row[name], expected[0][name]) for row in expected for name in compared)
+    if is_constant and seed is None:  # nothing tells the rows apart
+        return given
+    candidates = [given] if seed is None or not hasattr(given, "shuffle") else [given, given.shuffle(seed=seed)]
+    cause = "no column that both have tells the rows apart"
+    for candidate in [] if is_constant else candidates:
+        row = _differing_row(candidate, dict(zip(indices, expected, strict=True)))
+        if row is None:
+            return candidate
+        cause = f"row {row} is another there"
+    shuffled = "" if seed is None else " (SFTConfig(shuffle_dataset=True) shuffles them)"
+    raise MismatchError(
+        f"ResponseCallback(dataset=...): its rows are not in the order of those that are trained on{shuffled}: "
+        f"{cause}. Each row would get the id and source of another. Leave dataset= out and keep the columns in the "
+        "training set, or give its rows in the trained order"
+    )
+
+
+def _differing_row(dataset: Any, expected: dict[int, dict[str, Any]]) -> int | None:
+    """Return the first row that has other values than expected in some column; None without one."""
+    for index, values in expected.items():
+        row = dataset[index]
+        if not all(_match(row[name], value) for name, value in values.items()):
+            return index
+    return None
+
+
+def _match(one: Any, other: Any) -> bool:
+    """Return whether two values are the same, but for a trainer that cut a sequence or added its end."""
+    one, other = (value.tolist() if hasattr(value, "tolist") else value for value in (one, other))
+    if isinstance(one, str | list) and type(one) is type(other):
+        short, long = sorted((one, other), key=len)
+        return bool(long[: len(short)] == short or long[len(long) - len(short) :] == short)
+    return bool(one == other)
+
+
+def _column_names(dataset: Any) -> list[str] | None:
+    names = getattr(dataset, "column_names", None)
+    if names is None and len(dataset) and hasattr(dataset[0], "keys"):
+        names = list(dataset[0].keys())
+    return names
 
 
 def sources_of(dataset: Any, column: str | None, total: int) -> Sources:
@@ -60,17 +132,15 @@ def column_of(dataset: Any, column: str, setting: str, total: int) -> list[Any]:
             f"{setting}={column!r} is read from a dataset of {len(dataset)} rows and {total} were trained on. Give "
             "ResponseCallback(dataset=...) the rows that the trainer ends up with"
         )
-    names = getattr(dataset, "column_names", None)
-    if names is None and len(dataset) and hasattr(dataset[0], "keys"):
-        names = list(dataset[0].keys())
+    names = _column_names(dataset)
     if names is None or column not in names:
         raise UnsupportedError(f"{setting}={column!r}: the dataset has the columns {names}. Name one of them")
     if hasattr(dataset, "column_names"):
-        return [_plain(value) for value in dataset[column]]
-    return [_plain(dataset[index][column]) for index in range(total)]
+        return [plain_value(value) for value in dataset[column]]
+    return [plain_value(dataset[index][column]) for index in range(total)]
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """Return a number of torch or NumPy as Python's; anything else as it is."""
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
 

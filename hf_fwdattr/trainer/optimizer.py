@@ -1,5 +1,6 @@
 """The optimizer's preconditioner: the factor of each gradient component in a step, read from the optimizer's state."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +9,13 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from ..models.fsdp import full_tensor
-from ..models.parameters import TrackedParameters
+from ..models.names import canonical_name, is_lora_weight
+from ..models.parameters import TrackedParameters, is_linear
 
 
-__all__ = ["FEEDBACK", "Preconditioner", "adam_diagonal"]
+__all__ = ["FEEDBACK", "Preconditioner", "adam_diagonal", "warn_of_untracked"]
+
+logger = logging.getLogger(__name__)
 
 # Weight of the share m^2 / v of a step that the second moment takes back, and the least that is left of the step. The
 # derivative for a steady gradient is 1; measured against real training (leaving sources out), 2 gives the better
@@ -57,23 +61,25 @@ class Preconditioner:
         for parameter_name, parameter in zip(parameters.names, parameters.tensors(model), strict=True):
             if id(parameter) not in group_of:
                 raise UnsupportedError(
-                    f"{parameter_name} is not trained by the optimizer, so it has no response. Give it to the "
-                    "optimizer, or choose other `parameters`"
+                    f"{parameter_name}: it is not trained by the optimizer, so it has no response. Give it to the "
+                    "optimizer, or name other weights in ResponseConfig(parameters=...)"
                 )
             groups.append(group_of[id(parameter)])
         used = [optimizer.param_groups[index] for index in sorted(set(groups))]
         for option in ("maximize", "nesterov", "dampening"):
-            if any(group.get(option) for group in used):
-                raise UnsupportedError(f"{name} with {option}: it has no closed-form response here. Switch it off")
-        for option in ("weight_decay", "momentum"):
-            if len({group.get(option, 0.0) for group in used}) > 1:
+            for value in (group[option] for group in used if group.get(option)):
                 raise UnsupportedError(
-                    f"the tracked parameters have different {option}, and responses know one. Choose `parameters` "
-                    "from one group"
+                    f"{option}={value} of {name}: no closed form says how such steps hand on a row's share. Leave it "
+                    "at its default"
                 )
+        of_weights = [optimizer.param_groups[index] for index in groups]
+        _refuse_different_options(model, parameters, of_weights)
         decay, momentum = float(used[0].get("weight_decay") or 0.0), float(used[0].get("momentum") or 0.0)
         if kind == "adam" and decay and not used[0].get("decoupled_weight_decay"):
-            raise UnsupportedError("Adam with weight_decay: it has no closed-form response here; use AdamW")
+            raise UnsupportedError(
+                f"weight_decay={decay:g} of Adam: it is divided by the second moment like a gradient, and no response "
+                "knows that. Use AdamW, or weight_decay=0"
+            )
         return cls(kind, tuple(groups), momentum, decay)
 
     def learning_rate(self, optimizer: Any) -> float:
@@ -104,6 +110,48 @@ class Preconditioner:
     @staticmethod
     def _rate(group: dict[str, Any]) -> float:
         return float(group.get("initial_lr", group["lr"])) or 1.0
+
+
+def _refuse_different_options(model: nn.Module, parameters: TrackedParameters, groups: list[dict[str, Any]]) -> None:
+    """Refuse tracked weights whose parameter groups, one for each weight, differ where a bank knows one value.
+
+    Raises:
+        UnsupportedError: in weight decay or momentum; the cure keeps what can be tracked.
+    """
+    for option in ("weight_decay", "momentum"):
+        values = [float(group.get(option) or 0.0) for group in groups]
+        other = next((index for index, value in enumerate(values) if value != values[0]), None)
+        if other is None:
+            continue
+        linear = {
+            value for name, value in zip(parameters.live, values, strict=True)
+            if is_linear(model.get_submodule(name.rpartition(".")[0])) and name.endswith(".weight")
+        }  # fmt: skip
+        cure = f"Use {option}=0, or one value for all"
+        if option == "weight_decay" and len(linear) == 1:  # Trainer gives norms and biases none
+            cure = "Use parameters='linear', or weight_decay=0"
+        raise UnsupportedError(
+            f"{option}: {values[0]:g} of {parameters.names[0]} and {values[other]:g} of {parameters.names[other]}. A "
+            f"bank knows one value for all tracked weights. {cure}"
+        )
+
+
+def warn_of_untracked(optimizer: Any, model: nn.Module, parameters: TrackedParameters) -> None:
+    """Warn of trained matrices that are not tracked, LoRA's A aside: what rows did through them is in no score."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    trained = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    names = [
+        name for name, weight in model.named_parameters()
+        if id(weight) in trained and weight.requires_grad and weight.ndim > 1
+        and name not in parameters.live and not is_lora_weight(canonical_name(name))
+    ]  # fmt: skip
+    if names:
+        shown = ", ".join(canonical_name(name) for name in names[:3]) + ", ..." * (len(names) > 3)
+        logger.warning(
+            "parameters='auto' leaves out %d trained matrices: %s. What rows did through them is in no score. Set "
+            "parameters='trainable' to track all that is trained",
+            len(names), shown,
+        )  # fmt: skip
 
 
 def adam_diagonal(state: dict[str, Any], group: dict[str, Any]) -> Tensor:

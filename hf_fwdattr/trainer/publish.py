@@ -11,7 +11,6 @@ from ..bank.bank import ResponseBank
 from ..bank.card import with_section
 from ..bank.files import write_atomically
 from ..bank.push import remove_stale_on_hub
-from ..errors import BankError
 from .patching import Patches
 
 
@@ -46,7 +45,7 @@ class _CardWithSection(_BankPublisher):
             return
         try:
             add_section(Path(self.trainer.args.output_dir), self.folder, self.repository)
-        except BankError as error:  # the model is pushed, whatever is wrong with the card
+        except Exception as error:  # the model is pushed, whatever is wrong with the card
             logger.error("the model's card has no section about its response bank: %s", error)
 
 
@@ -81,7 +80,7 @@ class _PushOfOneBank(_BankPublisher):
                 self.repository, subfolder=self.folder, token=token or args.hub_token,
                 revision=revision or args.hub_revision,
             )  # fmt: skip
-        except BankError as error:  # stale shards are not read; the next push removes them
+        except Exception as error:  # stale shards are not read; the next push removes them
             logger.warning("shards of an older response bank are still on the Hub: %s", error)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..bank.files import write_atomically
+from ..bank.schema import LONGEST_NOTE, MOST_NOTES
 from ..bank.tensors import read_tensors, write_tensors
 from ..errors import BankError, UnsupportedError
 from ..response.horizon import ExplicitHorizon, Horizon, NaturalHorizon
@@ -71,22 +72,46 @@ class Record:
         """Steps of the run so far, with those before the record began."""
         return self.first + len(self.rates)
 
-    def refuse_other_plan(self, steps: int, total: int) -> None:
-        """Refuse to continue a record in a run of another length or with another number of rows.
+    def continue_as(self, planned: "Record", size: int) -> None:
+        """Take over the plan of the run that continues this record; it may be of another length, with other rates.
+
+        Segments are divided anew. Snapshots that were taken stay, and the one with the checkpoint joins them.
+
+        Args:
+            planned (`Record`): an empty record of the run that continues.
+            size (`int`): P, of the weights that it tracks.
 
         Raises:
-            UnsupportedError: the run is another.
+            UnsupportedError: the run has other rows, weights or another optimizer.
         """
-        if self.steps != steps:
+        if self.total != planned.total:
             raise UnsupportedError(
-                f"the run was planned for {self.steps} steps and now for {steps}, so its segments do not fit. "
-                "Resume with the same plan"
+                f"the run began with {self.total} rows and is resumed with {planned.total}, so row indices do not "
+                "fit. Resume with the same training set"
             )
-        if self.total != total:
+        sizes = {len(snapshot.theta) for snapshot in (*self.snapshots, self.end) if snapshot is not None}
+        if sizes - {size}:
             raise UnsupportedError(
-                f"the run began with {self.total} rows and is resumed with {total}, so row indices do not fit. "
-                "Resume with the same training set"
+                f"parameters: the run began with {sizes.pop()} tracked weights and is resumed with {size}, so their "
+                "responses do not add up. Resume with the same `parameters`"
             )
+        for name in ("optimizer", "momentum", "weight_decay"):
+            old, new = getattr(self, name), getattr(planned, name)
+            if old != new:
+                raise UnsupportedError(
+                    f"{name}: the run began with {old} and is resumed with {new}, and a bank knows one. Resume with "
+                    "the same optimizer"
+                )
+        if self.steps != planned.steps and self.end is not None:
+            self.snapshots.append(self.end)
+        self.steps, self.end = planned.steps, None
+
+    def bank_notes(self) -> list[str]:
+        """Return the notes as a bank keeps them: not too many, and none too long."""
+        notes = [note if len(note) <= LONGEST_NOTE else f"{note[: LONGEST_NOTE - 3]}..." for note in self.notes]
+        if len(notes) > MOST_NOTES:
+            notes[MOST_NOTES - 1 :] = [f"and {len(notes) - MOST_NOTES + 1} more"]
+        return notes
 
     def bounds(self) -> list[tuple[int, int]]:
         """Return first step and end of each segment; fewer segments than asked for if the run is shorter."""
@@ -126,8 +151,7 @@ class Record:
             stop = min(stop, end.step)
             if stop <= start:
                 continue
-            inside = [s for s in self.snapshots if start < s.step <= stop]
-            middle = inside[0] if inside else end
+            middle = self._nearest((start + stop) / 2, end)
             weights, tau, rates = self._sums(start, stop, total)
             if tau == 0.0:
                 continue
@@ -136,9 +160,14 @@ class Record:
             segments.append(Segment(middle.theta, middle.diagonal, natural, weights / tau, decay))
         if not segments:
             raise UnsupportedError(
-                "no optimizer step was recorded (or every learning rate was zero), so every response is zero"
+                f"no optimizer step was recorded with a learning rate above zero (of {len(self.rates)} steps), so "
+                "every response is zero. Train for at least one step"
             )
         return segments
+
+    def _nearest(self, step: float, end: Snapshot) -> Snapshot:
+        """Return the snapshot nearest to a step, or the end of the run; the later one of two as near."""
+        return min((*self.snapshots, end), key=lambda snapshot: (abs(snapshot.step - step), -snapshot.step))
 
     def _sums(self, start: int, stop: int, total: int, rates: bool = True) -> tuple[Tensor, float, float]:
         """Return sums over steps: of rate x clip x weight (rows,), of rate x clip, and of the rate.
@@ -200,7 +229,10 @@ class Record:
             BankError: the record is missing or incomplete.
         """
         if not (folder / "record.json").is_file() or not (folder / "record.safetensors").is_file():
-            raise BankError(f"no record of a run in {folder}: it must contain record.json and record.safetensors")
+            raise BankError(
+                f"no record of a run in {folder}: it must contain record.json and record.safetensors. Give the folder "
+                "'fwdattr-record' of a checkpoint, or '_fwdattr-record' of an output_dir"
+            )
         settings = json.loads((folder / "record.json").read_text())
         tensors = read_tensors(folder / "record.safetensors")
         counts = tensors["counts"].tolist()

@@ -20,7 +20,7 @@ from .build import refuse_unsupported, respond
 from .build_context import BuildContext
 from .clipping import ClippingRecorder
 from .guard import Guard
-from .optimizer import Preconditioner
+from .optimizer import Preconditioner, warn_of_untracked
 from .patching import Patches
 from .record import Record, Snapshot
 from .row_weights import BatchRecorder, OptimizerStep, base_loader, is_stream
@@ -106,16 +106,17 @@ class ResponseRecorder:
         self.model = model if accelerator is None else accelerator.unwrap_model(model, keep_torch_compile=False)
         self.parameters = TrackedParameters.of(self.model, self.config.parameters, sharded=True)
         self.preconditioner = Preconditioner.of(optimizer, self.model, self.parameters)
+        if self.config.parameters == "auto" and self.ranks.rank == 0:
+            warn_of_untracked(optimizer, self.model, self.parameters)
         self._accelerator, self._scaler = accelerator, getattr(optimizer, "scaler", None)
         self._optimizer = getattr(optimizer, "optimizer", optimizer)
         loader = base_loader(dataloader, self.config.row_id_column)
         self.original: Any = loader.dataset if dataset is None else dataset
         self.rows: Any = None if is_stream(loader) else loader.dataset  # of a stream, known when it was read
-        if self.rows is None:
-            first = first_rows(self.original, self.config.batch_size)
-            refuse_unsupported(self._context(first, loader.collate_fn, first))
-        else:
-            refuse_unsupported(self._context(self.rows, loader.collate_fn, self.original))
+        with self.ranks.raise_on_all_ranks():
+            first = first_rows(self.original, self.config.batch_size) if self.rows is None else None
+            rows, original = (self.rows, self.original) if first is None else (first, first)
+            refuse_unsupported(self._context(rows, loader.collate_fn, original))
         self.record = self._resumed(Path(resume), steps) if resume is not None else self._new_record(steps)
         self._attach(model, loader)
         self._pending: list[OptimizerStep] = []
@@ -136,14 +137,9 @@ class ResponseRecorder:
         )
         self.checks = LoopChecks(LossCheck(self.model, objective), step_check, self.guard, self._note)
         self.batches = BatchRecorder(
-            model,
-            loader,
-            self._row_patches,
-            objective.shifts_labels,
-            self.config.row_id_column,
-            self.checks,
-            self.guard,
-        )
+            model, loader, self._row_patches, objective.shifts_labels,
+            self.config.row_id_column, self.checks, self.guard,
+        )  # fmt: skip
         self._clipping: ClippingRecorder | None = None
         if self._accelerator is not None:
             self._clipping = ClippingRecorder(self._accelerator, tracked, self._patches, self.guard)
@@ -166,8 +162,7 @@ class ResponseRecorder:
         with self.ranks.raise_on_all_ranks():
             loaded = Record.load(folder) if self.ranks.rank == 0 else None
         record: Record = self.ranks.objects(loaded)[0]
-        record.end = None
-        record.refuse_other_plan(steps, 0 if self.rows is None else len(self.rows))
+        record.continue_as(self._new_record(steps), self.parameters.size)
         return record
 
     def describe_run(

@@ -19,7 +19,7 @@ from ..errors import UnsupportedError
 from .guard import Guard
 from .patching import Patches
 from .step_checks import LoopChecks
-from .streams import ROW_KEY, IndexedStream
+from .streams import NO_ROW_ID, ROW_KEY, IndexedRow, IndexedStream
 from .value_checks import divisor
 
 
@@ -35,7 +35,7 @@ __all__ = [
 
 
 class IndexedDataset:
-    """A map-style dataset that adds each row's index to its features."""
+    """A map-style dataset that adds each row's index to its features; beside a row that is no dictionary."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset
@@ -43,26 +43,22 @@ class IndexedDataset:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._indexed(index, self.dataset[index])
+    def __getitem__(self, index: int) -> Any:
+        return _indexed(int(index), self.dataset[index])
 
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, indices: list[int]) -> list[Any]:
         rows = self.dataset.__getitems__(indices) if hasattr(self.dataset, "__getitems__") else None
         rows = [self.dataset[i] for i in indices] if rows is None else rows
-        return [self._indexed(i, row) for i, row in zip(indices, rows, strict=True)]
+        return [_indexed(int(i), row) for i, row in zip(indices, rows, strict=True)]
 
     def __getattr__(self, name: str) -> Any:
         if name == "dataset":  # while being unpickled in a worker, before __init__'s attribute is there
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
-    def _indexed(self, index: int, row: Any) -> dict[str, Any]:
-        if not hasattr(row, "keys"):
-            raise UnsupportedError(
-                f"row {index} of the dataset is a {type(row).__name__}, which has no room for its index. Make rows "
-                "dictionaries"
-            )
-        return {**row, ROW_KEY: int(index)}
+
+def _indexed(index: int, row: Any) -> Any:
+    return {**row, ROW_KEY: index} if hasattr(row, "keys") else IndexedRow(row, index)
 
 
 class IndexedCollator:
@@ -71,10 +67,10 @@ class IndexedCollator:
     def __init__(self, collate: Callable[[list[Any]], Any]):
         self.collate = collate
 
-    def __call__(self, features: list[dict[str, Any]]) -> Any:
-        row_indices = torch.tensor([feature.pop(ROW_KEY) for feature in features])
-        batch = self.collate(features)
-        batch[ROW_KEY] = row_indices
+    def __call__(self, rows: list[Any]) -> Any:
+        row_indices = [row.row_index if isinstance(row, IndexedRow) else row.pop(ROW_KEY) for row in rows]
+        batch = self.collate([row.row if isinstance(row, IndexedRow) else row for row in rows])
+        batch[ROW_KEY] = torch.tensor(row_indices)
         return batch
 
 
@@ -124,7 +120,9 @@ class MicroBatch:
 
     def record_token_gradients(self, gradient: Tensor) -> None:
         """Record the gradient by the tokens' log-likelihoods, which holds their whole weight: the divisor is one."""
-        self.tokens, self.loss_gradient, self.least_gradient = 1, -gradient.detach().min(), -gradient.detach().max()
+        if gradient.numel():
+            least, largest = gradient.detach().aminmax()
+            self.tokens, self.loss_gradient, self.least_gradient = 1, -least, -largest
 
 
 @dataclass
@@ -170,6 +168,11 @@ class OptimizerStep:
                 )
             weight = gradient / max(float(micro.tokens), 1.0) / processes
             row_indices.append(micro.row_indices.cpu().reshape(-1))
+            if bool((row_indices[-1] == NO_ROW_ID).any()):
+                raise UnsupportedError(
+                    "row_id_column: a row of the stream has no whole number there, so it has no name. "
+                    "`Dataset.map(lambda row, i: {...: i}, with_indices=True)` right after loading gives one"
+                )
             weights.append(torch.full((micro.row_indices.numel(),), weight, dtype=torch.float64))
         return self.rate, torch.cat(row_indices), torch.cat(weights), min(1.0, float(self.clip))
 

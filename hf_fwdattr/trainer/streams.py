@@ -6,29 +6,42 @@ import weakref
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 from datasets.arrow_writer import ArrowWriter
 from torch.utils.data import IterableDataset
 
 from ..errors import MismatchError, UnsupportedError
+from .columns import plain_value
 
 
-__all__ = ["ROW_KEY", "IndexedStream", "StreamRows", "first_rows", "row_id"]
+__all__ = ["NO_ROW_ID", "ROW_KEY", "IndexedRow", "IndexedStream", "StreamRows", "first_rows", "row_id"]
 
 ROW_KEY = "fwdattr_rows"  # the row index in a feature, and the tensor of row indices in a batch
+NO_ROW_ID = -(1 << 63)  # index of a row of a stream whose column holds no whole number of 64 bits
+
+
+class IndexedRow(NamedTuple):
+    """A row that has no room for its index, and the index, on their way to the collator."""
+
+    row: Any
+    row_index: int
 
 
 class IndexedStream(IterableDataset):
-    """A stream that adds each row's id to its features, under a name that no collator knows."""
+    """A stream that gives each row with its id.
+
+    Nothing is raised for a row without one, as training may have begun: its id is [`NO_ROW_ID`].
+    """
 
     def __init__(self, dataset: Any, column: str):
         self.dataset, self.column = dataset, column
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[IndexedRow]:
         for row in self.dataset:
-            yield {**row, ROW_KEY: row_id(row, self.column)}
+            number = _id_in(row, self.column)
+            yield IndexedRow(row, NO_ROW_ID if number is None else number)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -45,13 +58,20 @@ def row_id(row: Any, column: str) -> int:
     Raises:
         UnsupportedError: the row has no whole number in the column.
     """
-    value = row.get(column) if hasattr(row, "get") else None
-    if not isinstance(value, int):
+    value = _id_in(row, column)
+    if value is None:
+        found = repr(row.get(column) if hasattr(row, "get") else row)[:80]
         raise UnsupportedError(
-            f"row_id_column={column!r}: a row of the stream has {value!r} there and must have a whole number. "
+            f"row_id_column={column!r}: a row of the stream has {found} there and must have a whole number. "
             "`Dataset.map(lambda row, i: {...: i}, with_indices=True)` right after loading gives one"
         )
     return value
+
+
+def _id_in(row: Any, column: str) -> int | None:
+    """Return the whole number of 64 bits in a row's column; None if there is none."""
+    value = plain_value(row.get(column)) if hasattr(row, "get") else None
+    return value if isinstance(value, int) and NO_ROW_ID < value < 1 << 63 else None
 
 
 def first_rows(stream: Any, count: int) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import AttributionError, NumericalError, UnsupportedError
 from ..gradients.per_sample import PerSampleGradients
 from ..gradients.predictor import GradientPredictor
-from ..models.fsdp import is_sharded
+from ..models.fsdp import is_shard, is_sharded
 from ..models.modes import frozen
 from .build_context import BuildContext
 from .columns import texts_of
@@ -21,6 +21,7 @@ __all__ = ["refuse_failing_batch"]
 
 _ROWS = 4  # rows in the trial batch, at most
 _SCANNED = 32  # first rows among which those of the trial batch are chosen
+_LARGEST_NOISE = 0.5  # of NEFTune, relative to the embeddings
 # Largest change of a row's gradient with the rows beside it, relative to its norm, by the gradients' digits.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-2}
 
@@ -28,8 +29,9 @@ _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-2}
 def refuse_failing_batch(context: BuildContext) -> None:
     """Take rows of different lengths through gradients, recording and texts as the passes will, and refuse failures.
 
-    Model, weights and random states are left as they were. Under several processes, where a
-    refusal by one would leave the others waiting, only the texts are tried.
+    Model, weights and random states are left as they were. Under several processes every rank tries the same rows, and
+    the caller raises a refusal of one on all. Of a sharded model, whose forward pass is a collective that a refusal
+    in the middle would leave the others waiting in, only texts and noise are tried.
 
     Raises:
         AttributionError: what the passes would raise, or an UnsupportedError in place of any other error.
@@ -38,9 +40,11 @@ def refuse_failing_batch(context: BuildContext) -> None:
         texts = texts_of(context.original, context.config.include_text, context.tokenizer)
         if texts is not None:
             next(texts, None)
-        if is_sharded(context.model) or _several_processes():
+        _refuse_large_noise(context)
+        if is_sharded(context.model):
             return
         indices = _different_rows(context)
+        _refuse_several_labels(context, indices)
         with frozen(context.model):
             try:
                 _check_gradients(context, indices)
@@ -57,13 +61,43 @@ def refuse_failing_batch(context: BuildContext) -> None:
             _check_predictor(context, indices)
 
 
-def _several_processes() -> bool:
-    """Return whether other processes train too: a refusal by one of them would leave the others waiting."""
-    return (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    )
+def _refuse_several_labels(context: BuildContext, indices: list[int]) -> None:
+    """Refuse labels of a classifier that are no class numbers.
+
+    Raises:
+        UnsupportedError: a classifier's loss with such labels is not the likelihood of one class.
+    """
+    labels = context.rows.batch(indices)["labels"]
+    if context.objective.name == "sequence-classification" and labels.is_floating_point():
+        raise UnsupportedError(
+            f"labels: {labels.dtype}, of shape {tuple(labels.shape)} for {len(indices)} rows. A classifier takes them "
+            "for several labels at once (or for a value to regress), and its loss is then not the likelihood of one "
+            "class. Describe it by ResponseConfig(objective=...); hf_fwdattr/trainer/README.md does for several labels"
+        )
+
+
+def _refuse_large_noise(context: BuildContext) -> None:
+    """Refuse NEFTune whose noise is not small beside the embeddings: responses are those of the network without it.
+
+    Its components are uniform within alpha / sqrt(tokens x features) (Jain et al. 2023).
+
+    Raises:
+        UnsupportedError: the noise is more than half as large, which moves scores by more than a quarter.
+    """
+    for module in context.model.modules():
+        alpha, weight = getattr(module, "neftune_noise_alpha", None), getattr(module, "weight", None)
+        if not alpha or not isinstance(weight, Tensor) or is_shard(weight):
+            continue
+        lengths = [length for length in context.rows.lengths(list(range(min(_SCANNED, len(context.rows))))) if length]
+        tokens = sum(lengths) / len(lengths) if lengths else 1.0
+        size = float(weight.detach().float().square().mean().sqrt())
+        noise = float(alpha) / (3.0 * tokens * weight.shape[1]) ** 0.5
+        if noise > _LARGEST_NOISE * size:
+            raise UnsupportedError(
+                f"neftune_noise_alpha={alpha:g}: its noise is {noise / max(size, 1e-12):.2g} times as large as the "
+                "embeddings. Responses are those of the network without noise, and scores would be far off. Set at "
+                f"most {0.95 * _LARGEST_NOISE * size / noise * float(alpha):.2g}, or none"
+            )
 
 
 def _check_gradients(context: BuildContext, indices: list[int]) -> None:

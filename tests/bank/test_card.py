@@ -57,6 +57,15 @@ def test_broken_header_is_refused() -> None:
             with_section(f"---\n{header}\n---\n# Mine\n", manifest(), "me/adapter")
 
 
+def test_notes_of_the_training_are_shown_and_are_plain_text() -> None:
+    note = "step 11: [a](http://b) | <b>\x1b[31m"
+    assert "scores may be wrong: step 11: a (http://b) b" in section(manifest(notes=[note]), "me/adapter")
+    assert "notes of the training" not in section(manifest(), "me/adapter")
+    for notes in (["x" * 501], ["x"] * 17, [1]):
+        with pytest.raises(ValueError, match="notes"):
+            manifest(notes=notes)
+
+
 def test_names_are_plain_text_and_local_paths_are_left_out() -> None:
     nasty = "x` |\n<script>alert(1)</script>\n---"
     text = section(manifest(model=nasty, dataset={"rows": 10, "repo": nasty, "split": nasty}), "me/adapter")
@@ -105,6 +114,6 @@ def test_section_states_the_gradient_predictor(tmp_path: Path) -> None:
 def test_section_names_the_repository_that_is_pointed_to() -> None:
     pointer = Pointer(bank_repo="me/bank", revision="0" * 40)
     text = section(manifest(averaging="trajectory", exact=True), "me/x", pointer=pointer)
-    assert f"[me/bank](/datasets/me/bank) at commit `{'0' * 40}`. With it, `hf_fwdattr` names" in text
-    assert "They are means over the run" in text
+    assert f"[me/bank](/datasets/me/bank) at commit `{'0' * 40}`. With it, `hf_fwdattr` scores" in text
+    assert "They are means over models that stop" in text
     assert "do not keep everything" not in text

@@ -212,6 +212,19 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         r"'averaged_weights': \('F32', \(5,\)\)"),
     "other averaging": (put("averaging", "first"), "averaging: Input should be 'none' or 'trajectory'"),
     "missing row codes": (lambda f: shard(f, "row_codes").unlink(), "is missing. Download the bank again"),
+    "missing page hashes": (lambda f: shard(f, "page_hashes").unlink(), "is missing. Download the bank again"),
+    "flipped page hashes": (lambda f: flipped(shard(f, "page_hashes")),
+        r"page_hashes-\S+ was changed: its sha256 is \w{16}\.\.\. and bank\.json says"),
+    "unnamed page hashes": (
+        edited(lambda v: v.update(files=[file for file in v["files"] if file["kind"] != "page_hashes"])),
+        "the shards hold 0 lines of page_hashes and bank.json says 1",
+    ),
+    "wider page hashes": (
+        forged("page_hashes", lambda p: save_file({"page_hashes": torch.zeros(1, 64).byte()}, p)),
+        r"'page_hashes': \('U8', \(1, 64\)\)",
+    ),
+    "small pages": (put("page_size", 64), "page_size: Input should be greater than or equal to 4096"),
+    "large pages": (put("page_size", 1 << 21), "page_size: Input should be less than or equal to 1048576"),
     "flipped error projection": (lambda f: flipped(shard(f, "error_projections")),
         r"was changed: its sha256 is \w{16}\.\.\. and bank\.json says"),
     "text of sources only": (

@@ -140,6 +140,7 @@ READS: dict[str, Callable[[ResponseBank], object]] = {
     "text": lambda bank: bank.texts(range(len(bank))),
     "row_codes": lambda bank: (list(bank.row_codes()), bank.decode_rows([1])),
     "code_weights": lambda bank: bank.code_weights,
+    "page_hashes": lambda bank: bank.page_hashes(bank.manifest.files_of("row_codes")[0]),
     "error_projections": lambda bank: bank.error_projections(),
     "averaged_weights": lambda bank: bank._averaged_weights,
 }

@@ -8,7 +8,7 @@ import pytest
 
 from hf_fwdattr.bank.inspection import inspect_bank
 from hf_fwdattr.errors import BankError
-from tests.bank.test_bank import written_whole
+from tests.bank.test_bank import written, written_whole
 from tests.bank.test_damage import flipped, shard
 
 
@@ -27,3 +27,10 @@ def test_inspection_names_damage_and_the_bank_describes_itself(tmp_path: Path) -
     flipped(shard(tmp_path, "row_codes"))
     with pytest.raises(BankError, match="was changed: its sha256 is"):
         inspect_bank(tmp_path)
+
+
+def test_notes_of_the_training_are_shown_and_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    written(tmp_path, notes=["step 11: \x1b[31mred"])
+    caplog.clear()
+    assert repr(inspect_bank(tmp_path)).endswith(r"; note: step 11: \x1b[31mred)")
+    assert caplog.messages == [rf"{tmp_path}: scores from this bank may be wrong: step 11: \x1b[31mred"]

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification, default_data_collator
 from typer.testing import CliRunner, Result
 
 from hf_fwdattr.cli.app import app
@@ -14,6 +17,8 @@ from hf_fwdattr.trainer.callback import RECORD
 from tests.helpers.cases import adapted
 from tests.helpers.interpreter import COMMAND, fresh
 from tests.helpers.runs import ROWS, config, fine_tune, saved_adapter, saved_base, tokenizer, training_set
+from tests.query.test_classifiers import classifier
+from tests.query.test_loading import ROWS as LABELLED
 
 
 SETTINGS = {"horizon": {"steps": 50, "step_size": 0.05}, "source_column": "source", "directions": 6, "batch_size": 4}
@@ -257,3 +262,51 @@ def test_the_chat_template_is_used_and_said(folder: Path) -> None:
     assert "asked through the chat template" in chat.stderr
     assert "asked without the chat template" in bare.stderr
     assert json.loads(chat.stdout)["examples"] != json.loads(bare.stdout)["examples"]
+
+
+def test_training_set_is_given_as_its_owner_has_it(tmp_path: Path) -> None:
+    """A bank of chats: the file with the messages is compared as the template renders them, and shown."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"w{i} w2"}, {"role": "assistant", "content": f"w{i + 1}"}], "n": i}
+        for i in range(3, 11)
+    ]
+    ids = [tokenizer().apply_chat_template(row["messages"], return_dict=True)["input_ids"] for row in rows]
+    data = Dataset.from_list([{"input_ids": row, "labels": row} for row in ids])
+    saved_adapter(tmp_path / "adapter", config(source_column=None), dataset=data)
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = attributed(tmp_path / "adapter", "--dataset", tmp_path / "chats.jsonl", "--top-k", 8, "--json")
+    assert asked.exit_code == 0, asked.output
+    assert "as the rows are chats" in asked.stderr
+    for line in json.loads(asked.stdout)["examples"]:
+        assert line["example"] == rows[line["row"]]
+    table = attributed(tmp_path / "adapter", "--dataset", tmp_path / "chats.jsonl", "--top-k", 8).stdout
+    assert "w3 w2 | w4" in table
+    Dataset.from_list(rows).remove_columns("messages").to_json(tmp_path / "numbers.jsonl")
+    asked = attributed(tmp_path / "adapter", "--dataset", tmp_path / "numbers.jsonl")
+    assert asked.exit_code == 1
+    assert "has the columns n: neither 'input_ids' nor texts nor messages" in asked.stderr
+
+
+def test_a_classifier_is_asked_about_a_text_and_a_label(tmp_path: Path) -> None:
+    classifier().save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    settings = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="SEQ_CLS")
+    model, data = get_peft_model(model, settings), Dataset.from_list(LABELLED)
+    fine_tune(tmp_path / "run", model, config(), data, collate=default_data_collator)
+    model.save_pretrained(tmp_path / "run")
+    words = ("attribute", tmp_path / "run", "w3 w7", "--json", "--quiet")
+    results = [json.loads(call(*words, *more).stdout) for more in ((), ("--completion", "good"), ("--completion", 1))]
+    assert results[0]["label"] in ("bad", "good", "mixed")
+    assert results[1] == results[2]
+    assert results[1]["label"] == "good"
+    assert results[1]["examples"]
+    assert "good" in call("attribute", tmp_path / "run", "w3 w7", "--completion", "good").stdout
+    for more, message in (
+        (("--completion", "great"), "the model has no such label. Its 3 are bad, good, mixed"),
+        (("--chat",), "--chat: the model is a classifier"),
+        (("--do-sample",), "do_sample: no option of a classifier"),
+    ):
+        result = call(*words, *more)
+        assert result.exit_code == 1
+        assert message in result.stderr

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PromptEncoderConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedModel
 
@@ -45,6 +46,16 @@ def test_row_gradients_equal_those_of_rows_alone(name: str, choice: str) -> None
     alone = torch.stack([row_gradient(model, parameters, CAUSAL_LM, padded([row])) for row in rows])
     agree(gradients, alone, DIGITS[name])
     assert tokens.tolist() == [sum(label != IGNORED for label in row["labels"][1:]) for row in rows]
+
+
+def test_layers_that_rows_share_a_call_of_are_differentiated_row_by_row() -> None:
+    """The encoder of p-tuning makes one prompt for the whole batch."""
+    settings = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model, batch = get_peft_model(llama(), settings).double().eval(), padded(token_rows())
+    parameters = TrackedParameters.of(model, "trainable")
+    with frozen(model):
+        gradients, _ = PerSampleGradients(model, parameters, CAUSAL_LM)(batch)
+    agree(gradients, rows_alone(model, parameters, CAUSAL_LM, batch), DIGITS["llama"])
 
 
 @pytest.mark.parametrize("choice", ["lora", "everything"])

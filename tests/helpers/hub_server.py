@@ -1,7 +1,8 @@
 """A small Hub over loopback HTTP, from the standard library, for the real huggingface_hub client.
 
 It keeps commits, branches, tags, pull requests, LFS objects and private repositories in memory, serves ranges, refuses
-a commit whose parent has moved on, and can be told to drop connections and to cut bodies short.
+a commit whose parent has moved on, and can be told to drop connections, to cut bodies short, to ignore ranges, and to
+redirect to a storage on another host.
 """
 
 import base64
@@ -66,6 +67,10 @@ class Hub:
             which a body is cut and the connection closed.
         before_commit: called with the repository before a commit is applied: a place for others to be faster.
         done: called with (method, path) when a request has had its effect and before it is answered.
+        ranges: whether byte ranges are served; if not, every answer is the whole file.
+        storage: whether LFS files lie on another host, to which signed addresses lead that are good for one signature.
+        signature: the one that is accepted now; a changed one makes earlier addresses expire.
+        served: called with (path, content of the file); returns what is sent in its place.
     """
 
     def __init__(self) -> None:
@@ -75,6 +80,8 @@ class Hub:
         self.fault: Callable[[str, str], str | int | None] = lambda method, path: None
         self.before_commit: Callable[[Repo], None] = lambda repo: None
         self.done: Callable[[str, str], None] = lambda method, path: None
+        self.served: Callable[[str, bytes], bytes] = lambda path, data: data
+        self.ranges, self.storage, self.signature = True, False, 0
         self.lock = threading.RLock()
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.hub = self
@@ -108,6 +115,8 @@ class Hub:
         self.fault = lambda method, path: None
         self.before_commit = lambda repo: None
         self.done = lambda method, path: None
+        self.served = lambda path, data: data
+        self.ranges, self.storage, self.signature = True, False, 0
 
 
 class _Server(ThreadingHTTPServer):
@@ -185,6 +194,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(self, path: str, raw: str, body: bytes) -> Any:
         if path.startswith("/lfs/") and self.command == "PUT":
             return self._store(path.removeprefix("/lfs/"), body)
+        if path.startswith("/storage/"):
+            return self._stored(path.removeprefix("/storage/"))
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         if path == "/api/validate-yaml":
@@ -252,6 +263,25 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit, "ETag": f'"{_oid(data, lfs)}"', "Accept-Ranges": "bytes"}
         if lfs:
             headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(data))}
+        if lfs and self.server.hub.storage:
+            self.server.hub.objects[_oid(data, lfs)] = data
+            address = f"http://localhost:{self.server.server_port}/storage/{_oid(data, lfs)}"
+            return 302, b"", headers | {"Location": f"{address}?signature={self.server.hub.signature}"}
+        return self._part(data, headers)
+
+    def _stored(self, oid: str) -> Any:
+        """Serve an object as a storage does, which wants a signature and refuses a second way to be let in."""
+        if self.headers.get("Authorization") is not None:
+            raise Refused(400, "", "only one way to authenticate is allowed")
+        if self.query.get("signature") != [str(self.server.hub.signature)]:
+            raise Refused(403, "", "the address has expired")
+        return self._part(self.server.hub.objects[oid], {"ETag": f'"{oid}"'})
+
+    def _part(self, data: bytes, headers: dict[str, str]) -> Any:
+        """Answer with the range of bytes that was asked for, or all."""
+        data = self.server.hub.served(self.path, data)
+        if not self.server.hub.ranges:
+            return 200, data, headers
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if asked is None:
             return 200, data, headers

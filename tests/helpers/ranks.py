@@ -19,17 +19,27 @@ from transformers import TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from hf_fwdattr import ResponseCallback, build_bank
-from hf_fwdattr.errors import UnsupportedError
+from hf_fwdattr.errors import AttributionError, UnsupportedError
 from hf_fwdattr.models.fsdp import is_sharded
 from hf_fwdattr.models.likelihood import CAUSAL_LM
 from hf_fwdattr.models.parameters import TrackedParameters
+from hf_fwdattr.response.distributed import Ranks
 from hf_fwdattr.trainer.callback import RECORD
 from tests.helpers.cases import adapted, padded
 from tests.helpers.runs import ask, base, config, queries, trainer_for, training_set, weights
 
 
 ROWS, BATCH = 24, 4
-WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def world_size() -> int:
+    """Return the number of processes of this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_last_rank() -> bool:
+    """Return whether this is the last process of the run."""
+    return int(os.environ.get("RANK", "0")) == world_size() - 1
 
 
 def wide(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -78,6 +88,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "streamed": dict(settings=dict(directions=8, sample_rows=10)),
     "on disk": dict(settings=dict(directions=8, sample_rows=10, memory_budget=0)),
     "failing": dict(settings=dict(objective=None)),
+    "refused by one": dict(settings=dict(objective=None)),
     "saved": dict(save_strategy="steps", save_steps=5),
     "resumed": dict(save_strategy="steps", save_steps=5, resume=5),
     "killed": dict(save_strategy="steps", save_steps=5, kill=(8, (0, 1))),
@@ -101,11 +112,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def failing(model: Any, batch: Any) -> Any:
-    """An objective that the last rank cannot compute."""
-    if int(os.environ.get("RANK", "0")) == WORLD - 1:
-        raise ValueError("this row's gradient")
-    return CAUSAL_LM.forward(model, batch)
+def has_ended(callback: ResponseCallback) -> bool:
+    """Return whether the callback's training has ended and its passes have begun."""
+    return callback._recorder is not None and callback._recorder.record.end is not None
+
+
+class Failing:
+    """An objective that the last rank cannot compute, in the passes or (`early`) before the first step already."""
+
+    def __init__(self, early: bool):
+        self.early, self.callback = early, ResponseCallback()
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        if is_last_rank() and (self.early or has_ended(self.callback)):
+            raise ValueError("this row's gradient")
+        return CAUSAL_LM.forward(model, batch)
 
 
 class Unreadable:
@@ -115,8 +136,7 @@ class Unreadable:
         self.callback, self.calls = callback, 0
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        recorder = self.callback._recorder
-        if recorder is not None and recorder.record.end is not None and int(os.environ.get("RANK", "0")) == WORLD - 1:
+        if has_ended(self.callback) and is_last_rank():
             self.calls += 1
             if self.calls > 4:
                 raise ValueError("these rows")
@@ -150,21 +170,24 @@ def whole_model(model: Any, name: str) -> Any:
 def fine_tuned(folder: Path, name: str) -> tuple[Any, ResponseCallback]:
     """(model, callback) after training under the settings of this name."""
     how = dict(SETTINGS[name])
-    if WORLD == 1 and how.pop("fsdp", False):  # one process cannot shard
+    world = world_size()
+    if world == 1 and how.pop("fsdp", False):  # one process cannot shard
         how.pop("fsdp_config")
     changes, rows = how.pop("settings", {}), how.pop("rows", ROWS)
-    settings = config(**changes | (dict(objective=failing) if "objective" in changes else {}))
+    objective = Failing(early=name == "refused by one")
+    settings = config(**changes | (dict(objective=objective) if "objective" in changes else {}))
     groups, resume, kill = how.pop("groups", False), how.pop("resume", None), how.pop("kill", None)
-    share = BATCH // WORLD // how.get("gradient_accumulation_steps", 1)
+    share = BATCH // world // how.get("gradient_accumulation_steps", 1)
     how = dict(per_device_train_batch_size=max(share, 1), collate=padded) | how
     model, data, callback = base(how.pop("dtype", torch.float64)), training_set(rows), ResponseCallback(settings)
-    if how.pop("pieces", False) and WORLD > 1:  # transformers shards by FSDP2 at loading
+    if how.pop("pieces", False) and world > 1:  # transformers shards by FSDP2 at loading
         base_folder = folder / f"base-{os.environ['RANK']}"  # save_pretrained writes on rank 0 only
         model.config.save_pretrained(base_folder)
         torch.save(model.state_dict(), base_folder / "pytorch_model.bin")
         model = type(model).from_pretrained(
-            base_folder, dtype=model.dtype, distributed_config=DistributedConfig(fsdp_size=WORLD)
+            base_folder, dtype=model.dtype, distributed_config=DistributedConfig(fsdp_size=world)
         )
+    objective.callback = callback
     model = adapted(model) if how.pop("adapter", True) else model
     if how.pop("unreadable", False):
         how["collate"] = Unreadable(callback)
@@ -209,23 +232,22 @@ def finished(folder: Path, model: Any, callback: ResponseCallback) -> dict[str, 
 def main(folder: Path, names: list[str]) -> None:
     for name in names:
         began = time.perf_counter()
-        where = folder / RUNS.get(name, name)
+        where, result = folder / RUNS.get(name, name), folder / f"{name}-{world_size()}.pt"
         try:
             model, callback = fine_tuned(where, name)
-        except UnsupportedError as error:
-            torch.save({"errors": [str(error)]}, folder / f"{name}-{WORLD}.pt")
+        except AttributionError as error:
+            everyone = Ranks.of_run()
+            errors = everyone.objects(str(error))
+            if everyone.rank == 0:
+                torch.save({"errors": errors}, result)
             continue
         record = callback.recorder.record
         if name.endswith("failing"):
             errors = callback.recorder.ranks.objects(str(callback._bank))
             if callback.recorder.ranks.rank == 0:
-                torch.save(
-                    {"errors": sorted(errors)} | finished(where, model, callback), folder / f"{name}-{WORLD}.pt"
-                )
+                torch.save({"errors": sorted(errors)} | finished(where, model, callback), result)
             continue
         bank = callback.bank
-        if "gradient_checkpointing" in SETTINGS[name]:  # derivatives cannot pass through the hook that this needs
-            model.get_base_model().disable_input_require_grads()
         if callback.recorder.ranks.rank:
             continue
         rebuilt = bank
@@ -245,7 +267,7 @@ def main(folder: Path, names: list[str]) -> None:
             "visits": sum(len(rows) for rows in record.rows),
             "rows": [sorted(rows.tolist()) for rows in record.rows],
         }
-        torch.save(results, folder / f"{name}-{WORLD}.pt")
+        torch.save(results, result)
         print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
 
 

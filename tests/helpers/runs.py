@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, Trai
 
 import hf_fwdattr.pipeline
 from hf_fwdattr import ResponseCallback, ResponseConfig, TrainingDataAttributionPipeline
-from hf_fwdattr.models.likelihood import CAUSAL_LM, Objective
+from hf_fwdattr.models.likelihood import CAUSAL_LM, Objective, row_losses
 from hf_fwdattr.models.parameters import TrackedParameters
 from tests.helpers.cases import CONTEXT, VOCABULARY, adapted, gpt2, padded, token_rows
 from tests.helpers.reference import row_gradient
@@ -139,6 +139,12 @@ def oracle(model: Any, bank: Any, some: list[dict[str, list[int]]], objective: O
     responses = torch.cat([block.double() for _, _, block in bank.coordinates()]) @ directions
     gradients = [row_gradient(model, parameters, objective, padded([query])) for query in some]
     return -torch.stack(gradients).double() @ responses.T
+
+
+def losses(model: Any, rows: list[Any], objective: Objective = CAUSAL_LM, collate: Any = padded) -> Tensor:
+    """Loss of every row, (rows,): minus its log-likelihood, in nats."""
+    with torch.no_grad():
+        return torch.cat([row_losses(*objective.forward(model.eval(), collate([row]))) for row in rows])
 
 
 def weights(model: Any, spec: str = "trainable") -> Tensor:

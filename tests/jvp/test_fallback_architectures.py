@@ -15,6 +15,8 @@ from transformers import (
     Ernie4_5ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     PreTrainedModel,
@@ -40,6 +42,24 @@ from tests.helpers.cases import adapted, finished, gpt2, llama, padded, token_ro
 from tests.helpers.reference import agree
 from tests.jvp.test_analytic import SIZES
 from tests.jvp.test_backends import by_reverse_mode, random_directions
+
+
+@pytest.mark.parametrize("choice", ["auto", "jvp"])
+def test_experts_in_one_product_are_differentiated_one_by_one(choice: str) -> None:
+    """transformers multiplies all experts of a mixture at once, which has no forward-mode derivative."""
+    torch.manual_seed(0)
+    sizes = MixtralConfig(**SIZES, num_local_experts=3, num_experts_per_tok=2)
+    model = adapted(finished(MixtralForCausalLM(sizes), torch.float32), target_modules=["q_proj", "v_proj"])
+    config = model.get_base_model().config
+    before, parameters, batch = (
+        config._experts_implementation,
+        TrackedParameters.of(model, "lora"),
+        padded(token_rows()),
+    )
+    directions = random_directions(parameters.size, 3).float()
+    actual = Backend(model, parameters, choice).prepare(batch).jvp(directions)
+    agree(actual, by_reverse_mode(model, parameters, CAUSAL_LM, batch, directions), 1e-4)
+    assert config._experts_implementation == before == "grouped_mm"
 
 
 def hooked(path: str, hook: Callable[..., Any], before: bool = False) -> nn.Module:

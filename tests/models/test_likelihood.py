@@ -1,15 +1,26 @@
 """Objectives, log-likelihoods and labels sampled from the model."""
 
+from typing import get_args
+
 import pytest
 import torch
 from scipy.stats import chisquare
 from torch import nn
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2ForTokenClassification, GPT2Model
+from transformers import (
+    BertGenerationConfig,
+    BertGenerationDecoder,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2Model,
+)
 
+from hf_fwdattr.bank.schema import Manifest
 from hf_fwdattr.errors import UnsupportedError
 from hf_fwdattr.models.likelihood import (
     CAUSAL_LM,
     IGNORED,
+    OBJECTIVE_NAMES,
     SEQUENCE_CLASSIFICATION,
     Objective,
     log_probabilities,
@@ -28,6 +39,18 @@ def test_auto_objective_follows_the_model_class() -> None:
     assert resolve_objective(gpt2()) is CAUSAL_LM
     assert resolve_objective(adapted(llama())) is CAUSAL_LM
     assert resolve_objective(GPT2ForSequenceClassification(SIZES)) is SEQUENCE_CLASSIFICATION
+    # A causal language model by transformers' list, whatever its name.
+    sizes = BertGenerationConfig(
+        vocab_size=VOCABULARY, hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12,
+        is_decoder=True,
+    )  # fmt: skip
+    assert resolve_objective(BertGenerationDecoder(sizes)) is CAUSAL_LM
+
+
+def test_only_names_that_a_bank_knows_are_accepted() -> None:
+    with pytest.raises(ValueError, match="Objective: 'mine' is no known name"):
+        Objective("mine", CAUSAL_LM.forward)
+    assert get_args(Manifest.model_fields["objective"].annotation) == OBJECTIVE_NAMES
 
 
 def test_explicit_objectives_are_used_as_they_are() -> None:

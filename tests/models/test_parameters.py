@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -204,16 +204,39 @@ def test_fingerprint_depends_on_names_and_shapes() -> None:
     assert len({fingerprint(a=values), fingerprint(b=values), fingerprint(a=values.view(2, 3))}) == 3
 
 
+def test_auto_tracks_a_trained_prompt() -> None:
+    model = get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    assert TrackedParameters.of(model, "auto").shapes == ((3, 12),)
+
+
 def test_empty_selection_is_refused_with_examples() -> None:
+    model = get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(UnsupportedError, match=r"parameters='trainable' selects what is trained: prompt_encoder"):
+        TrackedParameters.of(model, "linear")
     with pytest.raises(UnsupportedError, match=r"selects no weight of LlamaForCausalLM.*model\.embed_tokens\.weight"):
         TrackedParameters.of(llama(), "lora_B")
 
 
-def test_two_adapters_are_refused() -> None:
+@pytest.mark.parametrize("spec", ["auto", "lora", "lora_B", [r"lora_B"]])
+def test_active_one_of_two_adapters_is_tracked(spec: str | list[str]) -> None:
     model = adapted(llama())
+    alone = TrackedParameters.of(model, spec)
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(UnsupportedError, match="several adapters"):
-        TrackedParameters.of(model, "lora")
+    assert TrackedParameters.of(model, spec) == alone
+    model.set_adapter("second")
+    tracked = TrackedParameters.of(model, spec)
+    assert all(".second." in name and "q_proj" in name for name in tracked.live)
+    assert tracked.names == tuple(name for name in alone.names if "q_proj" in name)
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(UnsupportedError, match=r"several adapters.*model\.set_adapter"):
+        TrackedParameters.of(model, spec)
+
+
+def test_heads_of_the_vocabulary_are_not_tracked_by_default() -> None:
+    """A hundred directions of them would take more than a hundred models."""
+    model = adapted(llama(), modules_to_save=["lm_head"])
+    assert TrackedParameters.of(model).names == TrackedParameters.of(adapted(llama())).names
+    assert "lm_head.weight" in TrackedParameters.of(model, "trainable").names
 
 
 def test_quantised_weights_are_refused() -> None:

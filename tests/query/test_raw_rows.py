@@ -45,13 +45,35 @@ def test_raw_rows_are_verified_as_they_were_tokenized(tmp_path: Path, kind: str,
     rows, texts = RAW[kind]
     known = training_set(tmp_path, texts, cut or slice(None), 5 if cut else 0)
     for data in (rows, Dataset.from_list(rows), IterableDataset.from_generator(lambda: iter(rows))):
-        known.verify(data)
-        known.verify(data, 3)
+        assert known.verify(data) is None
+        assert known.verify(data, 3) is None
     assert known.examples(rows, [4]) == {4: rows[4]}
+    changed = [*rows[:5], rows[6], *rows[6:]]
+    with pytest.raises(MismatchError, match="row 6 of the dataset is not the row that was trained on"):
+        known.verify(changed)
+    stream = IterableDataset.from_generator(lambda: iter(changed))
     with pytest.raises(MismatchError, match="row 5 of the dataset is not the row that was trained on"):
-        known.verify([*rows[:5], rows[6], rows[5], *rows[7:]])
+        known.verify(stream)
+
+
+@pytest.mark.parametrize("kind", RAW)
+def test_rows_that_the_training_shuffled_or_left_out_are_found(tmp_path: Path, kind: str) -> None:
+    rows, texts = RAW[kind]
+    known = training_set(tmp_path, texts)
+    turned = rows[::-1]
+    more = [*turned[:4], {"text": "w9"}, *turned[4:]]
+    for data, order in ((turned, list(range(ROWS))[::-1]), (more, [*range(ROWS, 4, -1), *range(3, -1, -1)])):
+        assert known.verify(data) == order
+        assert known.examples(data, [0, 7], order) == {0: rows[0], 7: rows[7]}
+    known.check(more, by_position=False)
+    with pytest.raises(MismatchError, match="the bank has 10 rows and the dataset 11"):
+        known.check(more)
+    with pytest.raises(MismatchError, match="is not the row that was trained on"):
+        known.verify(turned, 3)  # a sample is compared by position
+    with pytest.raises(MismatchError, match="the bank has 10 rows and the dataset 9"):
+        known.check(rows[:-1], by_position=False)
     with pytest.raises(QueryError, match=r"no usual way of tokenizing .*verify_dataset=False"):
-        known.verify(rows[::-1])
+        known.verify([{"text": "w9"} for _ in rows])
 
 
 KINDS: list[tuple[Any, str]] = [

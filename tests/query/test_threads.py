@@ -1,45 +1,30 @@
 """One pipeline shared by threads: results of calls one after the other, and a model that is left as it was."""
 
+import sys
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 
+import hf_fwdattr
 from hf_fwdattr import TrainingDataAttributionPipeline
 from hf_fwdattr.jvp.backend import Backend
-from tests.helpers.cases import adapted
-from tests.helpers.runs import ask, base, config, fine_tune, queries, training_set
+from tests.helpers.runs import ask, queries
+from tests.helpers.thread_calls import KINDS, call, from_threads, shared_pipeline
 
 
-THREADS, CALLS = 8, 200
-DATA = training_set()
-GIVEN = {"prompt": "w1 w2", "completion": " w3 w4 w5"}
-CHAT = [{"role": "user", "content": "w2 w3"}]
-Call = Callable[[TrainingDataAttributionPipeline], Any]
-KINDS: list[Call] = [
-    lambda attribute: attribute(GIVEN, top_k=2, budget="all"),
-    lambda attribute: attribute(GIVEN, top_k=2, budget=9, dataset=DATA),
-    lambda attribute: attribute({"prompt": CHAT, "completion": " w7"}, top_k=0),
-    lambda attribute: attribute("w4 w5", top_k=2, budget="all", max_new_tokens=2, do_sample=False),
-    lambda attribute: attribute([GIVEN, DATA[3]], batch_size=2, top_k=0),
-    lambda attribute: attribute.scores(queries(1)).tolist(),
-    lambda attribute: attribute.scores(queries(1), budget=5).tolist(),
-    lambda attribute: attribute.source_scores(queries(1)).tolist(),
-]
+PACKAGE = str(Path(hf_fwdattr.__file__).parent)
+THREADS, CALLS = 8, 64  # `python -m benchmarks threads` makes 1,000
 
 
 @pytest.fixture(scope="module")
 def attribute(tmp_path_factory: pytest.TempPathFactory) -> TrainingDataAttributionPipeline:
-    """A pipeline whose model gets the mean weights of training while it is asked."""
-    model = adapted(base())
-    settings = config(directions=3, parameters="lora", averaging="trajectory")
-    bank = fine_tune(tmp_path_factory.mktemp("run"), model, settings).bank
-    assert bank is not None
-    assert bank.manifest.averaging == "trajectory"
-    assert bank.manifest.error_covariance
-    return ask(model, bank)
+    return shared_pipeline(tmp_path_factory.mktemp("run"))
 
 
 def state(attribute: TrainingDataAttributionPipeline) -> dict[str, torch.Tensor]:
@@ -50,28 +35,87 @@ def test_calls_from_threads_equal_the_same_calls_one_after_the_other(
     attribute: TrainingDataAttributionPipeline,
 ) -> None:
     before = state(attribute)
-    expected = [call(attribute) for call in KINDS]
-    with ThreadPoolExecutor(THREADS) as pool:
-        jobs = [pool.submit(KINDS[(3 * index) % len(KINDS)], attribute) for index in range(CALLS)]
-        wrong = [index for index, job in enumerate(jobs) if job.result() != expected[(3 * index) % len(KINDS)]]
-    assert wrong == []
+    expected = [call(attribute, number) for number in range(len(KINDS))]
+    results = from_threads(attribute, CALLS, THREADS)
+    assert [number for number, result in enumerate(results) if result != expected[number % len(KINDS)]] == []
     assert all(torch.equal(value, before[name]) for name, value in attribute.model.state_dict().items())
 
 
 def test_two_pipelines_of_one_model_may_be_asked_at_once(attribute: TrainingDataAttributionPipeline) -> None:
     other = ask(attribute.model, attribute.bank, readout="jvp")
     kinds = [KINDS[0], KINDS[5]]
-    expected = [[call(one) for call in kinds] for one in (attribute, other)]
+    expected = [[kind(one) for kind in kinds] for one in (attribute, other)]
     with ThreadPoolExecutor(4) as pool:
         jobs = [(i % 2, i // 2 % 2, pool.submit(kinds[i // 2 % 2], (attribute, other)[i % 2])) for i in range(24)]
     assert all(job.result() == expected[one][kind] for one, kind, job in jobs)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_interrupted_call_leaves_the_model_as_it_was(
+class Interrupt:
+    """Press Ctrl-C when a function of the package is called for the n-th time; without a number, only count.
+
+    What tidies up is left alone: Python may break off that too, and nobody could tidy up after it.
+    """
+
+    def __init__(self, name: str = "", number: int = 0):
+        self._name, self._number, self.counts = name, number, Counter[str]()
+
+    def __call__(self, frame: FrameType, event: str, _: Any) -> None:
+        code = frame.f_code
+        if event != "call" or not code.co_filename.startswith(PACKAGE) or code.co_name in ("__exit__", "<genexpr>"):
+            return
+        name = f"{code.co_filename.removeprefix(PACKAGE)}:{code.co_qualname}"
+        self.counts[name] += 1
+        if name == self._name and self.counts[name] == self._number:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+
+    def during(self, work: Callable[[], Any]) -> None:
+        previous = sys.gettrace()
+        sys.settrace(self)
+        try:
+            work()
+        finally:
+            sys.settrace(previous)
+
+
+def everything(attribute: TrainingDataAttributionPipeline) -> dict[str, Any]:
+    """Return all of a model and of torch that a query changes for a while, but for the weights."""
+    model: Any = attribute.model
+    modules = dict(model.named_modules())
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {
+        "modes": {name: module.training for name, module in modules.items()},
+        "hooks": {name: [len(getattr(module, kind)) for kind in hooks] for name, module in modules.items()},
+        "attributes": {name: sorted(vars(module)) for name, module in modules.items()},
+        "flags": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        "config": (model.config.use_cache, model.config._attn_implementation),
+        "torch": (torch.is_grad_enabled(), torch.backends.cuda.math_sdp_enabled(), torch.get_default_dtype()),
+    }
+
+
+@pytest.mark.parametrize("kind", [1, 3], ids=["two stages", "generated"])
+def test_call_interrupted_anywhere_leaves_the_model_as_it_was(
+    attribute: TrainingDataAttributionPipeline, kind: int
+) -> None:
+    """Ctrl-C in some of the functions that a call goes through, in the middle of its calls."""
+    before, expected, known = state(attribute), KINDS[kind](attribute), everything(attribute)
+    counting = Interrupt()
+    counting.during(lambda: KINDS[kind](attribute))
+    chosen = [*list(counting.counts)[::24], *(name for name in counting.counts if name.endswith("._layer_hook"))]
+    assert len(chosen) > 4
+    for name in chosen:
+        with pytest.raises(KeyboardInterrupt):
+            Interrupt(name, (counting.counts[name] + 1) // 2).during(lambda: KINDS[kind](attribute))
+        assert everything(attribute) == known, name
+        assert all(torch.equal(value, before[key]) for key, value in attribute.model.state_dict().items()), name
+    assert KINDS[kind](attribute) == expected  # nor does the lock stay closed
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, torch.cuda.OutOfMemoryError])
+def test_error_within_a_scorer_leaves_the_model_as_it_was(
     attribute: TrainingDataAttributionPipeline, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
-    before, expected = state(attribute), KINDS[0](attribute)
+    before, expected, known = state(attribute), KINDS[0](attribute), everything(attribute)
 
     def interrupted(*_: Any, **__: Any) -> Any:
         changed = attribute.model.state_dict()
@@ -83,6 +127,7 @@ def test_interrupted_call_leaves_the_model_as_it_was(
         with pytest.raises(error):
             KINDS[0](attribute)
     assert all(torch.equal(value, before[name]) for name, value in attribute.model.state_dict().items())
+    assert everything(attribute) == known
     assert KINDS[0](attribute) == expected  # nor does the lock stay closed
 
 

@@ -109,7 +109,7 @@ def test_weights_are_restored_after_a_failed_simulation() -> None:
             raise KeyboardInterrupt
         return world.objective.forward(model, batch)
 
-    objective = Objective("failing", failing)
+    objective = Objective("custom", failing)
     with frozen(world.model), pytest.raises(KeyboardInterrupt):
         simulate_rows(world.model, parameters, objective, [world.batch], GROUPS.double(), HORIZON)
     assert torch.equal(parameters.read(world.model), before)

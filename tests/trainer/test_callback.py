@@ -15,9 +15,10 @@ import hf_fwdattr.bank.tensors
 from hf_fwdattr import ResponseBank, ResponseCallback, ResponseConfig, build_bank
 from hf_fwdattr.errors import BankError, MismatchError, NumericalError, QueryError, UnsupportedError
 from hf_fwdattr.trainer.callback import RECORD, refuse_trainer
+from hf_fwdattr.trainer.record import Record
 from tests.helpers.cases import adapted, gpt2, padded, token_rows
 from tests.helpers.reference import agree
-from tests.helpers.runs import ROWS, ask, base, config, fine_tune, queries, trainer_for, training_set, weights
+from tests.helpers.runs import ROWS, ask, base, config, fine_tune, losses, queries, trainer_for, training_set, weights
 
 
 SHARDS = 5  # bank.json, directions of rows and of sources, coordinates, error projections
@@ -113,7 +114,7 @@ def test_unsupported_runs_are_refused_before_the_first_step(
 def test_adam_with_coupled_decay_is_refused_before_the_first_step(tmp_path: Path) -> None:
     model = adapted(base())
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], weight_decay=0.1)
-    with pytest.raises(UnsupportedError, match="use AdamW"):
+    with pytest.raises(UnsupportedError, match="Use AdamW, or weight_decay=0"):
         fine_tune(tmp_path, model, optimizers=(optimizer, None))
 
 
@@ -128,7 +129,10 @@ def test_random_collator_is_refused(tmp_path: Path) -> None:
 
 def test_dataset_for_sources_must_have_the_training_rows(tmp_path: Path) -> None:
     callback = ResponseCallback(config(), dataset=training_set(ROWS + 1))
-    with pytest.raises(MismatchError, match=f"{ROWS + 1} rows and {ROWS} were trained on"):
+    with pytest.raises(MismatchError, match=f"{ROWS + 1} rows and {ROWS} are trained on"):
+        trainer_for(tmp_path, adapted(base()), training_set(), callback).train()
+    callback = ResponseCallback(config(), dataset=training_set().select(range(ROWS)[::-1]))
+    with pytest.raises(MismatchError, match="not in the order of those that are trained on: row 0 is another"):
         trainer_for(tmp_path, adapted(base()), training_set(), callback).train()
 
 
@@ -170,7 +174,10 @@ def test_diverged_run_keeps_its_result_and_record_and_makes_no_bank(
         build_bank(model, training_set(), config(), data_collator=padded, record=tmp_path / f"_{RECORD}")
 
 
-def test_full_disk_leaves_the_old_bank_and_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_the_old_bank_and_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The call that the log names completes the bank as it stands there."""
     old = fine_tune(tmp_path, adapted(base())).bank
     assert old is not None
     model, callback = adapted(base()), ResponseCallback(config())
@@ -190,9 +197,10 @@ def test_full_disk_leaves_the_old_bank_and_the_record(tmp_path: Path, monkeypatc
         callback.bank  # noqa: B018
     assert ResponseBank.from_pretrained(tmp_path).manifest == old.manifest
     assert len(list((tmp_path / "fwdattr").iterdir())) == SHARDS
-    finished = build_bank(
-        model, training_set(), config(), data_collator=padded, record=tmp_path / f"_{RECORD}", folder=tmp_path / "b"
-    )
+    (message,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    call = message.partition("Complete the bank with ")[2].splitlines()[0]
+    assert "data_collator=trainer.data_collator" in call
+    finished = eval(call, {"build_bank": build_bank, "trainer": trainer, "config": config()})
     undisturbed = adapted(base())
     bank = fine_tune(tmp_path / "undisturbed", undisturbed, learning_rate=2e-2).bank
     assert torch.equal(scores(model, finished), scores(undisturbed, bank))
@@ -306,16 +314,35 @@ def test_run_resumed_without_a_record_gives_the_bank_of_the_rest(
     assert torch.equal(scores(again, later.bank), expected)
 
 
-def test_other_plan_or_number_of_rows_is_not_resumed(tmp_path: Path) -> None:
+def test_run_that_is_resumed_as_another_is_refused(tmp_path: Path) -> None:
     how: dict[str, Any] = dict(save_strategy="steps", save_steps=5)
     trainer_for(tmp_path, adapted(base()), training_set(), ResponseCallback(config()), **how).train()
     path = str(tmp_path / "checkpoint-5")
-    trainer = trainer_for(tmp_path, adapted(base()), training_set(), ResponseCallback(config()), max_steps=20, **how)
-    with pytest.raises(UnsupportedError, match="planned for 12 steps and now for 20"):
-        trainer.train(resume_from_checkpoint=path)
     trainer = trainer_for(tmp_path, adapted(base()), training_set(11), ResponseCallback(config()), **how)
     with pytest.raises(UnsupportedError, match="began with 12 rows and is resumed with 11"):
         trainer.train(resume_from_checkpoint=path)
+    other = ResponseCallback(config(parameters="lora"))
+    with pytest.raises(UnsupportedError, match="tracked weights and is resumed with"):
+        trainer_for(tmp_path, adapted(base()), training_set(), other, **how).train(resume_from_checkpoint=path)
+    record = Record.load(tmp_path / "checkpoint-5" / RECORD)
+    planned = Record(12, 3, record.momentum, record.weight_decay + 0.1, total=ROWS, optimizer=record.optimizer)
+    with pytest.raises(UnsupportedError, match=r"weight_decay: the run began with 0.0 and is resumed with 0.1"):
+        record.continue_as(planned, len(record.snapshots[0].theta))
+
+
+@pytest.mark.parametrize("epochs", [6, 2])
+def test_run_may_be_resumed_with_another_number_of_epochs(tmp_path: Path, epochs: int) -> None:
+    """Under SGD with small steps the scores of all rows sum to what training changed, in both parts of the run."""
+    how: dict[str, Any] = dict(optim="sgd", learning_rate=3e-3, max_grad_norm=0, save_strategy="steps", save_steps=6)
+    settings = config(parameters="lora")
+    trainer_for(tmp_path, adapted(base()), training_set(), ResponseCallback(settings), **how).train()
+    model, callback = adapted(base()), ResponseCallback(settings)
+    before = losses(model, queries())
+    again = trainer_for(tmp_path, model, training_set(), callback, **(how | dict(num_train_epochs=epochs)))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    record = callback.recorder.record
+    assert (record.steps, len(record.rates)) == (4 * epochs, 4 * epochs)
+    agree(scores(model, callback.bank).sum(1), before - losses(model, queries()), 0.03)
 
 
 def test_record_of_a_checkpoint_gives_the_bank_of_the_checkpoint(tmp_path: Path) -> None:

@@ -179,12 +179,15 @@ def test_losses_and_clipping_that_are_not_recorded_are_refused(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("accelerator", "message"),
     [
-        (Namespace(state=Namespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=1))), "FSDP1 flattens"),
+        (
+            Namespace(state=Namespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=1))),
+            r"it flattens weights.*\(FSDP1\)",
+        ),
         (
             Namespace(state=Namespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, cpu_offload=True))),
-            "cpu_offload was never tried",
+            "cpu_offload of FSDP",
         ),
-        (Namespace(parallelism_config=ParallelismConfig(tp_size=2)), "show a row to several ranks"),
+        (Namespace(parallelism_config=ParallelismConfig(tp_size=2)), "2 ranks share every row"),
     ],
     ids=["FSDP1", "offloaded", "tensor parallel"],
 )

@@ -1,6 +1,8 @@
-"""Real processes over gloo, started by torchrun: 1, 2 and 4 ranks end with the same bank, sharded or killed or not."""
+"""Real processes over gloo: 1, 2 and 4 ranks end with the same bank, sharded or killed or not."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from tests.helpers.reference import agree
 
 ROOT = Path(__file__).parents[2]
 TWO = ["plain", "dispatched", "clipped", "smoothed labels", "parameter groups", "streamed", "saved", "failing"]
+TWO_REFUSED = ["refused by one"]
 FOUR = ["plain", "streamed", "wrapped around", "resumed"]
 SHARDED = ["sharded", "sharded, all weights", "sharded, streamed", "sharded in one group, evaluated"]
 LOADED = ["loaded in pieces"]
@@ -24,33 +27,30 @@ SAVED = ["sharded, saved", "sharded, resumed"]
 REFUSED = ["sharded, failing", "sharded, everything"]
 
 
-def launch(count: int, folder: Path, names: list[str], dies: bool = False) -> str:
-    """Return both streams of a torchrun that succeeded, or that died at the end of its names."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "-m",
-         "tests.helpers.ranks", str(folder), *names],
-        env=environment, capture_output=True, text=True, timeout=280, cwd=ROOT,
-    )  # fmt: skip
-    assert "SIGKILL" in done.stderr if dies else done.returncode == 0, done.stderr[-3000:]
-    return done.stdout + done.stderr
+GROUPS = [
+    (2, [*TWO_REFUSED, *TWO, "killed"]),
+    (4, [*FOUR, "killed again"]),
+    (2, [*SHARDED, *SAVED, *LOADED, *REFUSED, "revived"]),
+]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], dict[str, Any]]:
     """Return the results of a named run on so many processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    output = {
-        2: launch(2, folder, [*TWO, "killed"], dies=True),
-        4: launch(4, folder, [*FOUR, "killed again"], dies=True),
-    }
-    launch(2, folder, [*SHARDED, *SAVED, *LOADED, *REFUSED, "revived"])
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.forked_ranks", str(folder), json.dumps(GROUPS)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280, cwd=ROOT,
+    )  # fmt: skip
+    output = [(folder / f"group-{number}.txt").read_text() for number in range(len(GROUPS))]
+    kill = str(-signal.SIGKILL)
+    assert done.stdout.split() == [kill, kill, "0"], done.stderr + "".join(text[-3000:] for text in output)
 
     def look_up(name: str, count: int) -> dict[str, Any]:
         path = folder / f"{name}-{count}.pt"
         if count == 1 and not path.exists():
             ranks.main(folder, [name])
-        return torch.load(path) | {"output": output.get(count, "")}
+        return torch.load(path) | {"output": output[0]}
 
     return look_up
 
@@ -99,6 +99,14 @@ def test_run_may_be_resumed_with_another_number_of_ranks(results: Any) -> None:
         near(resumed["scores"], expected["scores"])
 
 
+def test_refusal_by_one_rank_is_raised_on_all_before_the_first_step(results: Any) -> None:
+    first, second = results("refused by one", 2)["errors"]
+    assert second.startswith(
+        "per-row gradients of PeftModel: a batch of 4 rows fails with ValueError: this row's grad"
+    )
+    assert first == f"rank 1: {second}"
+
+
 def test_failure_of_one_rank_is_raised_on_all_and_logged_once(results: Any) -> None:
     result = results("failing", 2)
     first, second = result["errors"]
@@ -139,6 +147,7 @@ def test_failed_sharded_passes_are_completed_in_one_process(results: Any) -> Non
 
 
 def test_sharded_weights_outside_linear_layers_are_refused(results: Any) -> None:
-    (message,) = results("sharded, everything", 2)["errors"]
+    message, same = results("sharded, everything", 2)["errors"]
+    assert message == same
     assert "is sharded by FSDP and not the weight of one Linear layer" in message
     assert "parameters='linear'" in message

@@ -111,6 +111,12 @@ def test_records_without_a_learning_rate_are_refused() -> None:
         record.build(1, end(2))
 
 
+def test_notes_of_a_bank_are_few_and_short() -> None:
+    record = Record(2, 1, notes=["short", "x" * 900, *map(str, range(20))])
+    notes = record.bank_notes()
+    assert (len(notes), notes[0], len(notes[1]), notes[-1]) == (16, "short", 500, "and 7 more")
+
+
 def test_explicit_horizon_averages_row_weights_over_steps() -> None:
     (segment,) = recorded().build(7, end(6), {"steps": 5, "step_size": 0.1})
     assert segment.horizon.length == 0.5

@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hf_fwdattr.trainer.patching import Patches
 from hf_fwdattr.trainer.row_weights import BatchRecorder, IndexedDataset, OptimizerStep, base_loader
 from hf_fwdattr.trainer.streams import ROW_KEY
 from tests.helpers.cases import adapted, gpt2, padded, token_rows
-from tests.helpers.runs import tokenizer, training_set
+from tests.helpers.runs import config, fine_tune, tokenizer, training_set
 
 
 class CallRecorder(nn.Module):
@@ -123,8 +124,18 @@ def test_indexed_dataset_is_the_dataset_with_an_index() -> None:
     assert indexed[3] == plain[3] | {ROW_KEY: 3}
     assert indexed.__getitems__([5, 2]) == [indexed[5], indexed[2]]
     assert IndexedDataset(token_rows(4)).__getitems__([3])[0][ROW_KEY] == 3
-    with pytest.raises(UnsupportedError, match="row 1 of the dataset is a list"):
-        IndexedDataset([[1], [2]])[1]
+    assert IndexedDataset([[1], [2]])[1] == ([2], 1)
+
+
+def test_rows_may_be_anything_that_the_collator_takes(tmp_path: Path) -> None:
+    rows: Any = [(row["input_ids"], row["labels"]) for row in token_rows(12)]
+
+    def collate(pairs: list[Any]) -> dict[str, Tensor]:
+        return padded([{"input_ids": tokens, "labels": labels} for tokens, labels in pairs])
+
+    callback = fine_tune(tmp_path, adapted(gpt2(torch.float32)), config(source_column=None), rows, collate=collate)
+    assert sorted(torch.cat(callback.recorder.record.rows).tolist()) == sorted([*range(12)] * 3)
+    assert callback.bank is not None
 
 
 def test_stream_without_row_ids_is_refused() -> None:

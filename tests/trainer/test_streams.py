@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import IterableDataset
@@ -12,7 +13,7 @@ from torch.utils.data import IterableDataset as TorchStream
 from hf_fwdattr import ResponseCallback
 from hf_fwdattr.errors import MismatchError, UnsupportedError
 from hf_fwdattr.trainer.row_weights import base_loader
-from hf_fwdattr.trainer.streams import ROW_KEY, IndexedStream, StreamRows, first_rows
+from hf_fwdattr.trainer.streams import IndexedStream, StreamRows, first_rows, row_id
 from tests.helpers.cases import adapted
 from tests.helpers.runs import ask, base, config, fine_tune, queries, trainer_for, training_set
 
@@ -68,15 +69,27 @@ def test_stream_without_row_ids_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="Name one of them"):
         fine_tune(tmp_path, adapted(base()), config(row_id_column="nowhere"), stream, max_steps=3)
     with pytest.raises(UnsupportedError, match="must have a whole number"):
-        list(IndexedStream(stream, "text"))
+        row_id(stream.rows[0], "text")
     with pytest.raises(UnsupportedError, match="has no length"):
         base_loader(DataLoader(iter([1])))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", ["seven", 1 << 70])
+def test_bad_row_id_after_the_first_step_leaves_the_training_alone(tmp_path: Path, bad: Any) -> None:
+    rows = training_set().to_list()
+    rows[7]["number"] = bad
+    callback = ResponseCallback(config(row_id_column="number"))
+    trainer = trainer_for(tmp_path, adapted(base()), Stream(rows), callback, max_steps=4)
+    assert trainer.train().global_step == 4
+    with pytest.raises(UnsupportedError, match="no whole number there"):
+        callback.bank  # noqa: B018
 
 
 def test_stream_rows_are_kept_in_the_order_of_their_ids() -> None:
     rows = [{"n": n, "input_ids": [n] * 3} for n in (7, 3, 9, 3, 5)]
     assert first_rows(Stream(rows), 2) == rows[:2]
-    assert [row[ROW_KEY] for row in IndexedStream(Stream(rows), "n")] == [7, 3, 9, 3, 5]
+    assert list(IndexedStream(Stream(rows), "n")) == [(row, row["n"]) for row in rows]
+    assert row_id({"n": torch.tensor(5)}, "n") == row_id({"n": np.int64(5)}, "n") == 5
     kept = StreamRows(Stream(rows), "n", [9, 3])
     assert kept.dataset["input_ids"] == [[3] * 3, [9] * 3]
     with pytest.raises(MismatchError, match="row 4 was trained on"):

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 from hf_fwdattr import ResponseCallback
-from hf_fwdattr.errors import UnsupportedError
+from hf_fwdattr.errors import MismatchError, UnsupportedError
 from tests.helpers.cases import adapted
 from tests.helpers.reference import agree
 from tests.helpers.runs import ask, base, config, queries, tokenizer, trainer_for
@@ -36,8 +36,8 @@ def conversations(kind: str, count: int = 12) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def tuned(folder: Path, kind: str, settings: Any = None, **changes: Any) -> Any:
-    """(trainer, callback) after an SFT run."""
+def tuned(folder: Path, kind: str, settings: Any = None, given: Any = None, **changes: Any) -> Any:
+    """(trainer, callback) after an SFT run; `given` is the callback's dataset."""
     from trl import SFTConfig, SFTTrainer
 
     how: dict[str, Any] = dict(
@@ -49,7 +49,7 @@ def tuned(folder: Path, kind: str, settings: Any = None, **changes: Any) -> Any:
         model=adapted(base()), args=SFTConfig(**(how | changes)), train_dataset=conversations(kind),
         processing_class=tokenizer(),
     )  # fmt: skip
-    callback = ResponseCallback(settings or config(row_id_column="number")).add_to(trainer)
+    callback = ResponseCallback(settings or config(row_id_column="number"), given).add_to(trainer)
     trainer.train()
     return trainer, callback
 
@@ -73,6 +73,27 @@ def test_sft_trainer_gives_the_bank_of_the_plain_trainer(tmp_path: Path, kind: s
     scores, expected = ask(trainer.model, callback.bank).scores(queries()), ask(model, plain.bank).scores(queries())
     if kind == "pairs":
         agree(scores, expected, 1e-3)
+
+
+@pytest.mark.parametrize("columns", [["number", "source"], ["messages", "number", "source"]])
+def test_rows_that_the_trainer_shuffles_keep_their_source_and_id(tmp_path: Path, columns: list[str]) -> None:
+    given = conversations("chats").select_columns(columns)
+    trainer, callback = tuned(tmp_path, "chats", given=given, shuffle_dataset=True, num_train_epochs=1)
+    shuffled = trainer.train_dataset
+    assert shuffled["number"] != given["number"]
+    ids, sources, _ = next(callback.bank.coordinates())
+    assert ids.tolist() == shuffled["number"]
+    assert [callback.bank.manifest.sources[source] for source in sources.tolist()] == shuffled["source"]
+
+
+def test_rows_in_another_order_than_the_trainers_are_refused(tmp_path: Path) -> None:
+    how: dict[str, Any] = dict(shuffle_dataset=True, num_train_epochs=1)
+    other = conversations("pairs").shuffle(seed=99)
+    with pytest.raises(MismatchError, match=r"shuffle_dataset=True\) shuffles them\): row \d+ is another there"):
+        tuned(tmp_path, "pairs", given=other, **how)
+    unlike = [{"id": index} for index in range(12)]
+    with pytest.raises(MismatchError, match="no column that both have tells the rows apart"):
+        tuned(tmp_path, "pairs", config(row_id_column="id", source_column=None), unlike, **how)
 
 
 def test_padding_free_rows_are_recorded(tmp_path: Path) -> None:

@@ -122,6 +122,8 @@ def test_later_mismatch_is_noted_and_does_not_end_the_training(
     (note,) = callback.recorder.record.notes
     assert note.startswith("step 11: the gradient of ")
     assert callback.bank is not None
+    assert callback.bank.manifest.notes == callback.recorder.record.bank_notes()
+    assert note[:100] in repr(callback.bank)
     assert [message for message in caplog.messages if "scores from this training may be wrong" in message]
 
 

@@ -2,7 +2,8 @@
 
 Training is timed by the processor's clock on one thread, which other processes do not disturb. --memory adds the peak
 memory of training alone and with a bank, for one and for four times the rows, each in a process of its own; --peaks
-measures the peak of the passes alone by number of rows of 16 tokens.
+measures the peak of the passes alone by number of rows of 16 tokens. --loop 101 times, in so many steps, what the
+callback does before the first step and in the loop, without the passes.
 """
 
 import json
@@ -27,6 +28,7 @@ from hf_fwdattr.models.likelihood import CAUSAL_LM
 from hf_fwdattr.query.scorer import Scorer
 from hf_fwdattr.trainer import bank_contents
 
+from ..loop_share import loop_shares
 from ..methods.bank import attributed_run
 from ..registry import load_world
 from ..report.results import report, result_name
@@ -39,6 +41,7 @@ SAMPLES = {"sample_rows": 480, "curvature_samples": 480}  # the same whatever th
 def run(
     world: str = "lora-news", pairs: int = 3, directions: int = 128, segments: int = 3, parameters: str = "lora",
     rows: int = 0, epochs: int = 3, memory: bool = False, peaks: tuple[int, ...] = (), measure: tuple[str, ...] = (),
+    loop: int = 0,
 ) -> None:  # fmt: skip
     """Time the training and the queries of a world, or of so many rows of 64 random tokens in place of its own."""
     started, chosen = time.time(), load_world(world)
@@ -50,6 +53,10 @@ def run(
         report("cost_peaks", "Peak memory of the passes by number of rows", lines, started)
         return
     settings: dict[str, Any] = {"parameters": parameters, "directions": directions, "segments": segments}
+    if loop:
+        table = loop_shares(chosen, loop, pairs, {"source_column": chosen.source_column} | settings)
+        report(result_name("cost_loop", world), f"{world}: time before the first step and in the loop", table, started)
+        return
     facts: dict[str, Any] = {"training_rows": len(chosen.rows), "epochs_of_training": epochs} | settings
     if rows:
         tokens = torch.randint(1000, 20000, (rows, 64), generator=torch.Generator().manual_seed(0)).tolist()

