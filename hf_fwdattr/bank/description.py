@@ -6,8 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 __all__ = [
-    "AtLeastOne", "Count", "DatasetIdentity", "ForwardPass", "NonNegative", "NumberType", "Parameter", "Privacy", "Run",
-    "SegmentInfo", "Sha256", "Strict",
+    "AtLeastOne", "Count", "DatasetIdentity", "ForwardPass", "NonNegative", "NumberType", "Parameter", "Privacy",
+    "Run", "SegmentInfo", "Sha256", "Strict",
 ]  # fmt: skip
 Count = Annotated[int, Field(ge=0, le=1 << 48)]
 AtLeastOne = Annotated[int, Field(ge=1, le=1 << 48)]
