@@ -1,6 +1,7 @@
 """Attribution pipeline of transformers: tokenizes, generates, and formats the scores of `query.Scorer`."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .models.likelihood import IGNORED
 from .query.budget import Budget
 from .query.classifier_inputs import class_names, labelled_queries, tokenize_text
 from .query.generation import check_room, check_settings
-from .query.inputs import Query, check_queries, check_top_k
+from .query.inputs import Query, check_batch_size, check_queries, check_tokens, check_top_k
 from .query.loading import AutoModelForAttribution
 from .query.locking import one_at_a_time
 from .query.ranking import RankedRows
@@ -60,9 +61,10 @@ class TrainingDataAttributionPipeline(Pipeline):
     An input is a text, a chat (a list of messages; a last one of the assistant is continued), or `{"prompt": text or
     chat, "completion": text or messages}` for an output that is given instead of generated; or token ids, a list of
     them, `{"prompt_ids": ..., "completion_ids": ...}`; or a training row: with `input_ids` and `labels`, with
-    `messages`, whose last one is the output, or with `text`, all of it output; or a list, dataset or generator of these. A completion continues the prompt's text as it stands, spaces included, and both
-    are tokenized together. Arguments of a call that are not listed below go to `generate`. All options of a call can
-    be given at construction, for all calls. Threads may share a pipeline: it answers one at a time.
+    `messages`, whose last one is the output, or with `text`, all of it output; or a list, dataset or generator of
+    these. A completion continues the prompt's text as it stands, spaces included, and both are tokenized together.
+    Arguments of a call that are not listed below go to `generate`. All options of a call can be given at construction,
+    for all calls. Threads may share a pipeline: it answers one at a time.
 
     Args:
         model, tokenizer, device, ...: as in every pipeline. The bank is looked for beside the model.
@@ -84,11 +86,11 @@ class TrainingDataAttributionPipeline(Pipeline):
             scored.
         budget (per call, `int`, `"adaptive"` or `"all"`, *optional*): forward passes for finding the best rows. A
             number ranks all rows by a predicted gradient, a quarter of the passes corrects the ranking, and the
-            others compute scores of the best rows, one each; `adaptive` does so until no other row is likely (two standard deviations) to belong to the `top_k`
-            on either side, at most 256; `all` computes all scores, with one pass per direction of the bank. By
-            default 128 passes where the bank holds a gradient predictor (and as many directions), and `all`
-            otherwise. Sources with directions take one more pass each, and at least `top_k` scores on either side
-            are computed.
+            others compute scores of the best rows, one each; `adaptive` does so until no other row is likely (two
+            standard deviations) to belong to the `top_k` on either side, at most 256; `all` computes all scores, with
+            one pass per direction of the bank. By default 128 passes where the bank holds a gradient predictor (and as
+            many directions), and `all` otherwise. Sources with directions take one more pass each, and at least
+            `top_k` scores on either side are computed.
         generate_kwargs (per call, `dict`, *optional*): more settings of `generate`, such as its own `top_k`.
 
     Returns:
@@ -150,11 +152,11 @@ class TrainingDataAttributionPipeline(Pipeline):
 
     def scores(self, queries: Sequence[Query], batch_size: int | None = None, budget: Budget = "all") -> Tensor:
         """Return scores of all rows for tokenized queries: (queries, rows); see [`Scorer.scores`]."""
-        return self.scorer.scores(queries, batch_size, budget)
+        return self.scorer.scores(queries, check_batch_size(batch_size), budget)
 
     def source_scores(self, queries: Sequence[Query], batch_size: int | None = None) -> Tensor:
         """Return scores of all sources for tokenized queries: (queries, sources); see [`Scorer.source_scores`]."""
-        return self.scorer.source_scores(queries, batch_size)
+        return self.scorer.source_scores(queries, check_batch_size(batch_size))
 
     @one_at_a_time
     def _sanitize_parameters(
@@ -195,6 +197,8 @@ class TrainingDataAttributionPipeline(Pipeline):
         tokenized = tokenize_input(self.tokenizer, input_)
         if any(label != IGNORED for label in tokenized.labels):
             check_queries([tokenized._asdict()], self.model)
+        else:
+            check_tokens(tokenized.input_ids, self.model, "the prompt has the token")
         return {
             "input_ids": torch.tensor([tokenized.input_ids]),
             "attention_mask": torch.ones(1, len(tokenized.input_ids), dtype=torch.int64),
@@ -239,6 +243,9 @@ class TrainingDataAttributionPipeline(Pipeline):
         settings = self._prepare_generate_kwargs(dict(given))
         check_settings({name: settings.get(name) for name in ("num_return_sequences", "generation_config")}, ())
         limit = check_room(self.model, length, settings)
+        if settings.get("stop_strings") and settings.get("tokenizer") is None:
+            given = {**given, "tokenizer": self.tokenizer}  # generate finds the strings by it
+            settings["tokenizer"] = self.tokenizer
         return self._prepare_generate_kwargs(dict(given), **limit) if limit else settings
 
     def _generate(self, prompt: Tensor, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -316,6 +323,10 @@ def _open_bank(model: Any, bank: Any) -> ResponseBank:
         source = str(getattr(model, "name_or_path", ""))
     if isinstance(source, BankError):
         raise source
+    if not isinstance(source, str | Path | ResponseBank):
+        raise ValueError(
+            f"bank={source!r}: a {type(source).__name__}. Pass a folder, a name on the Hub, or a ResponseBank"
+        )
     return source if isinstance(source, ResponseBank) else ResponseBank.from_pretrained(source)
 
 

@@ -38,6 +38,13 @@ def bank_of(callback: ResponseCallback) -> ResponseBank:
     return callback.bank
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, ResponseBank]:
+    """Model and bank of a fine-tune in which nothing is special."""
+    model = adapted(base())
+    return model, bank_of(fine_tune(tmp_path_factory.mktemp("plain"), model))
+
+
 def test_saved_adapter_gives_the_scores_of_the_trained_model(tmp_path: Path) -> None:
     model = saved_adapter(tmp_path / "adapter")
     attribute = pipeline(TASK, model=str(tmp_path / "adapter"), device="cpu")
@@ -169,10 +176,8 @@ def test_unseen_row_scores_exactly_zero(tmp_path: Path) -> None:
     assert bool((found[:, seen] != 0).all())
 
 
-def test_source_score_is_the_sum_of_its_rows(tmp_path: Path) -> None:
-    model, data = adapted(base()), training_set()
-    bank = bank_of(fine_tune(tmp_path, model))
-    attribute = ask(model, bank)
+def test_source_score_is_the_sum_of_its_rows(plain: tuple[nn.Module, ResponseBank]) -> None:
+    attribute, data = ask(*plain), training_set()
     found = attribute({"prompt": "w3 w4", "completion": " w5 w6"})
     ids = [3, 4, 5, 6]
     (line,) = attribute.scores([{"input_ids": ids, "labels": [-100, -100, 5, 6]}])
@@ -185,13 +190,13 @@ def test_source_score_is_the_sum_of_its_rows(tmp_path: Path) -> None:
 SOURCES_ = ["east", "north", "south"]
 
 
-def test_batch_size_of_the_passes_does_not_change_scores(tmp_path: Path) -> None:
-    found = []
-    for size in (1, 5, 12):
-        model = adapted(base())
-        found.append(scores(model, fine_tune(tmp_path / str(size), model, config(batch_size=size)).bank))
-    agree(found[1], found[0], 1e-6)
-    agree(found[2], found[0], 1e-6)
+@pytest.mark.parametrize("size", [1, 5])
+def test_batch_size_of_the_passes_does_not_change_scores(
+    tmp_path: Path, plain: tuple[nn.Module, ResponseBank], size: int
+) -> None:
+    """Against batches of four; twelve rows are not a multiple of five."""
+    model = adapted(base())
+    agree(scores(model, fine_tune(tmp_path, model, config(batch_size=size)).bank), scores(*plain), 1e-6)
 
 
 @pytest.mark.parametrize(("segments", "averaging"), [(1, "none"), (3, "none"), (3, "trajectory")])
@@ -200,10 +205,9 @@ def test_streamed_coordinates_equal_held_ones(tmp_path: Path, segments: int, ave
 
     def made(**changes: Any) -> tuple[nn.Module, ResponseBank]:
         model = adapted(base())
-        settings = dict(
-            segments=segments, averaging=averaging, parameters=[r"h\.1\..*mlp\.c_proj.*lora_B"], directions=24
-        )
-        return model, bank_of(fine_tune(tmp_path / str(changes), model, config(**(settings | changes)), SIZED))
+        settings = dict(segments=segments, averaging=averaging, parameters=FEW, directions=24, batch_size=16)
+        chosen = config(**settings | changes)
+        return model, bank_of(fine_tune(tmp_path / str(changes), model, chosen, SIZED, num_train_epochs=1))
 
     # Few enough parameters (24) for the sample of 36 of 40 rows to span them all.
     model, held = made(sample_rows=40)
@@ -220,17 +224,17 @@ def test_streamed_coordinates_equal_held_ones(tmp_path: Path, segments: int, ave
     assert [line["score"] for line in other] == pytest.approx([line["score"] for line in one], rel=1e-4)
 
 
-SIZED = training_set(40)
+SIZED, FEW = training_set(40), [r"h\.1\..*mlp\.c_proj.*lora_B"]
 
 
-def test_half_precision_banks_keep_half_precision_digits(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "digits"), [("bfloat16", 2e-2), ("float16", 3e-3)])
+def test_half_precision_banks_keep_half_precision_digits(
+    tmp_path: Path, plain: tuple[nn.Module, ResponseBank], dtype: str, digits: float
+) -> None:
     model = adapted(base())
-    full = scores(model, bank_of(fine_tune(tmp_path / "full", model)))
-    for dtype, digits in (("bfloat16", 2e-2), ("float16", 3e-3)):
-        again = adapted(base())
-        bank = bank_of(fine_tune(tmp_path / dtype, again, config(dtype=dtype)))
-        assert bank.manifest.dtype == dtype
-        agree(scores(again, bank), full, digits)
+    bank = bank_of(fine_tune(tmp_path, model, config(dtype=dtype)))
+    assert bank.manifest.dtype == dtype
+    agree(scores(model, bank), scores(*plain), digits)
 
 
 def test_explicit_horizon_is_one_segment_at_the_end(tmp_path: Path) -> None:

@@ -262,6 +262,10 @@ def test_no_query_runs_a_backward_pass(folder: Path, monkeypatch: pytest.MonkeyP
         ({"prompt_ids": [], "completion_ids": [1, 2]}, "the prompt is empty"),
         ({"prompt_ids": [1], "completion_ids": []}, "the completion is empty"),
         ({"prompt_ids": [1], "completion_ids": ["w1"]}, "not a list of whole numbers"),
+        ({"prompt_ids": [1, 99]}, "the prompt has the token 99, which is not in the vocabulary"),
+        ({"prompt_ids": b"ab"}, "prompt_ids are not a list of whole numbers"),
+        (b"w1 w2", "cannot attribute a bytes; pass text"),
+        (torch.tensor([[3, 4]]), "cannot attribute a Tensor"),
         ({"prompt": "w1", "completion": [{"role": "assistant", "content": "w2"}]}, "the prompt is text and"),
         ({"prompt": 3, "completion": "w2"}, "the prompt is a int"),
         ({"prompt": "w1", "completion": 3}, "the completion is a int"),
@@ -335,6 +339,11 @@ def test_top_k_that_is_no_count_is_refused(
         ({"generate_kwargs": 3}, "generate_kwargs=3: not a dictionary"),
         ({"readout": "jvp"}, "readout='jvp': it is set when the pipeline is made"),
         ({"input_ids": [1]}, "the pipeline makes generate's inputs itself"),
+        ({"max_new_tokens": "3"}, "max_new_tokens='3': not a number of tokens"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5: not a number of tokens"),
+        ({"max_length": 0}, "max_length=0: not a number of tokens"),
+        ({"generate_kwargs": {"min_new_tokens": True}}, "min_new_tokens=True: not a number of tokens"),
+        ({"generation_config": {"max_new_tokens": 1}}, "generation_config: a dict, which generate does not read"),
     ],
 )
 def test_settings_that_do_not_exist_are_refused_with_a_completion_too(
@@ -342,6 +351,20 @@ def test_settings_that_do_not_exist_are_refused_with_a_completion_too(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         attribute(query, **settings)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, "2", 1.5, True])
+def test_batch_size_that_is_no_count_is_refused(attribute: TrainingDataAttributionPipeline, batch_size: Any) -> None:
+    for score in (attribute.scores, attribute.source_scores):
+        with pytest.raises(ValueError, match=f"batch_size={batch_size!r}: not a number of queries"):
+            score(queries(2), batch_size)
+        with pytest.raises(QueryError, match=r"one query, not a list of them\. Pass \[query\]"):
+            score(queries(1)[0])
+
+
+def test_bank_that_is_none_is_refused(attribute: TrainingDataAttributionPipeline) -> None:
+    with pytest.raises(ValueError, match=r"bank=3: a int\. Pass a folder"):
+        ask(attribute.model, 3)
 
 
 def test_generate_has_a_top_k_of_its_own(attribute: TrainingDataAttributionPipeline, folder: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import MismatchError
-from ..models.forward_state import ForwardState, forward_state
+from ..models.forward_state import SETTING, ForwardState, forward_state
 from ..models.parameters import TrackedParameters
 from .description import ForwardPass
 from .schema import Manifest
@@ -30,25 +30,26 @@ def describe_forward_pass(model: nn.Module, parameters: TrackedParameters) -> di
 
 
 def check_forward_pass(manifest: Manifest, model: nn.Module, parameters: TrackedParameters) -> None:
-    """Compare the weights that a bank does not track, and the adapters' scalings, with the manifest's.
+    """Compare weights that a bank does not track, scalings of adapters and settings of modules with the manifest's.
 
     Raises:
-        MismatchError: another weight, one more or one less, or another scaling; it is named.
+        MismatchError: another weight, one more or one less, another scaling or setting; it is named.
     """
     expected = manifest.forward_pass
     state = None if expected is None else forward_state(model, parameters.live)
     if expected is None or state is None:
         return
     _check_scalings(expected, state)
+    _check_settings(expected, state)
     if state.sha256 == expected.sha256:
         return
     for name in [*expected.sketches, *state.sketches]:
-        if (name in expected.sketches) != (name in state.sketches):
+        if SETTING not in name and (name in expected.sketches) != (name in state.sketches):
             where = (
                 "of the bank is not in the model" if name in expected.sketches else "of the model is not the bank's"
             )
             raise MismatchError(f"{name}: this weight {where}, though the forward pass uses it. {_CURE}")
-    sketches = expected.sketches.items()
+    sketches = [(name, sketch) for name, sketch in expected.sketches.items() if SETTING not in name]
     moved = [name for name, sketch in sketches if abs(sketch - state.sketches[name]) > _limit(state, name)]
     if moved or state.dtypes == expected.dtypes:
         name = moved[0] if moved else "untracked weights"
@@ -70,4 +71,17 @@ def _check_scalings(expected: ForwardPass, state: ForwardState) -> None:
             raise MismatchError(
                 f"{path}: its adapters are scaled by {here:g} and were scaled by {there:g} for the bank (0: none is "
                 f"active). Other scalings give other outputs and scores. {_CURE}"
+            )
+
+
+def _check_settings(expected: ForwardPass, state: ForwardState) -> None:
+    """Compare the settings that both know: libraries name them differently from version to version."""
+    for name, value in state.sketches.items():
+        known = expected.sketches.get(name, value)
+        rounding = 0.01 if name.endswith("inv_freq") else 1e-6  # frequencies are rounded with the model's dtype
+        if SETTING in name and abs(value - known) > rounding * max(abs(value), abs(known)):
+            what = "another one" if name.startswith("config") else f"{value:g} here and {known:g} for the bank"
+            raise MismatchError(
+                f"{name}: {what}, though the forward pass computes with it. Another setting gives other outputs and "
+                f"scores. {_CURE}"
             )

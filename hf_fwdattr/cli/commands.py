@@ -20,7 +20,7 @@ from ..bank.bank import ResponseBank
 from ..bank.quality import add_quality
 from ..config import ResponseConfig
 from ..errors import QueryError
-from ..evaluation.agreement import leave_sources_out, loo
+from ..evaluation.agreement import loo
 from ..evaluation.designs import random_halves, random_rows, without_rows, without_sources
 from ..evaluation.metrics import lds, noise_ceiling
 from ..evaluation.retrain import retrain
@@ -83,11 +83,18 @@ class ModelSource:
 
     def _check(self) -> None:
         folder = Path(self.name)
+        if not self.name.strip():
+            raise QueryError("MODEL: an empty name. Name the model's folder or its Hub id")
         if not folder.is_dir():
             if folder.is_absolute() or self.name.count("/") > 1 or self.name.startswith((".", "~")):
                 raise QueryError(f"{self.name}: there is no such folder. Name the model's folder or its Hub id")
             return
         if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            if self.revision is not None:
+                raise QueryError(
+                    f"--revision: {self.revision}. {self.name} is a folder on this machine, which has no revisions. "
+                    "Leave the option out, or name the model on the Hub"
+                )
             return
         found = "holds neither config.json nor adapter_config.json, so no model"
         if any((folder / name).is_file() for name in ("bank.json", "fwdattr/bank.json")):
@@ -124,10 +131,12 @@ def read_settings(path: Path) -> Any:
     """Read a JSON file of settings, in UTF-8 with or without a byte order mark.
 
     Raises:
-        QueryError: the file is no JSON object.
+        QueryError: the file cannot be read, or is no JSON object.
     """
     try:
         settings = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise QueryError(f"--config: {path}. It cannot be read ({error.strerror}). Name a JSON file") from error
     except ValueError as error:
         raise QueryError(f"--config: {path}. It is not sound JSON in UTF-8 ({error})") from error
     if not isinstance(settings, dict):
@@ -280,7 +289,7 @@ def _sources(
     left_out = random_rows(len(bank.manifest.sources), plan.sources)
     weights = without_sources(row_sources, left_out)
     outcomes = retrain(train, weights, [plan.seed], description="sources", **settings)[0]
-    result = leave_sources_out(attribute.source_scores(train.queries), left_out, outcomes)
+    result = loo(attribute.source_scores(train.queries), left_out, outcomes)
     return {"sources": len(left_out)} | result.summary() | _replay_gap(attribute, train, outcomes)
 
 

@@ -36,6 +36,8 @@ class DatasetSource:
         Raises:
             QueryError: a file of an unknown kind, or a split that the dataset does not have.
         """
+        if not self.name.strip():
+            raise QueryError("--dataset: an empty name. Name a Hub id, a local file, or a saved dataset")
         path = Path(self.name)
         if path.is_file():
             if path.suffix not in _BUILDERS:
@@ -55,14 +57,17 @@ class DatasetSource:
     def _load_file(self, path: Path) -> Dataset:
         if not self.split.startswith("train"):
             raise QueryError(f"--split: {self.split}. {path} is a file and has no splits. Leave the option out")
+        if not path.stat().st_size:
+            raise QueryError(f"cannot read {path}: the file is empty. Pass the training set")
         if path.suffix != ".parquet":
             _check_utf8(path)  # readers may notice a wrong byte only when the row is shown
         try:
             return load_dataset(_BUILDERS[path.suffix], data_files=str(path), split=self.split)
-        except (DatasetsError, ValueError) as error:
+        except (DatasetsError, ValueError, StopIteration) as error:
             cause = error.__cause__ or error
+            why = " ".join(str(cause).split()) or "no rows"
             raise QueryError(
-                f"cannot read {path} ({type(cause).__name__}: {cause}). It must be {path.suffix[1:]} in UTF-8"
+                f"cannot read {path} ({type(cause).__name__}: {why}). It must be {path.suffix[1:]} in UTF-8"
             ) from error
 
     def rows(self) -> Dataset:

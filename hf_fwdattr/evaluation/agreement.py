@@ -11,7 +11,6 @@ __all__ = [
     "Agreement",
     "Interval",
     "agreement",
-    "leave_sources_out",
     "loo",
     "require_finite",
     "scipy_stats",
@@ -148,11 +147,12 @@ def _cosine(x: Tensor, y: Tensor) -> float:
 
 
 def loo(scores: Tensor, left_out: Tensor, outcomes: Tensor, seed: int = 0) -> Agreement:
-    """Compare scores with leave-one-out retraining.
+    """Compare scores with retraining without one row, or one source, at a time.
 
     Args:
-        scores (`Tensor`): (queries, rows) in nats: without the row, a query's loss rises by its score.
-        left_out (`Tensor`): (n,) indices of the rows that were left out.
+        scores (`Tensor`): (queries, rows) in nats: without the row, a query's loss rises by its score. Or (queries,
+            sources): a bank's own, or [`sum_over_sources`] of rows'.
+        left_out (`Tensor`): (n,) indices of the rows, or sources, that were left out.
         outcomes (`Tensor`): (n + 1, queries) losses, first with all rows, then without each row: the result of
             [`retrain`] on [`without_rows`] for one seed.
 
@@ -168,14 +168,6 @@ def loo(scores: Tensor, left_out: Tensor, outcomes: Tensor, seed: int = 0) -> Ag
         raise ValueError(f"left_out names rows beyond the {scores.shape[1]} that have scores")
     measured = (outcomes[1:] - outcomes[0]).T
     return agreement(scores[:, left_out], measured, seed)
-
-
-def leave_sources_out(source_scores: Tensor, left_out: Tensor, outcomes: Tensor, seed: int = 0) -> Agreement:
-    """Compare scores of sources with retraining without each source; arguments as in [`loo`], sources for rows.
-
-    `source_scores` (queries, sources) are a bank's own, or those of rows after [`sum_over_sources`].
-    """
-    return loo(source_scores, left_out, outcomes, seed)
 
 
 def sum_over_sources(scores: Tensor, row_sources: Tensor, sources: int) -> Tensor:

@@ -12,17 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import NumericalError, UnsupportedError
-from ..layers.linear import linear_gradient
 from ..models.compat import fused_activations, refuse_silent_backward
 from ..models.fsdp import is_shard, is_sharded
 from ..models.likelihood import IGNORED, Batch, Likelihood, Objective, row_losses, sample_labels
 from ..models.modes import refuse_batch_statistics, trainable
 from ..models.parameters import TrackedParameters, is_linear
+from .linear_calls import LinearCalls, RowlessActivation, refuse_rowless_tensors, wide
 
 
 __all__ = ["PerSampleGradients", "refuse_unhooked_shards"]
@@ -111,18 +110,22 @@ class PerSampleGradients:
         """Compute gradients (rows, P), their labels, and whether all activations keep rows in a dimension."""
         blocks: dict[str, Tensor] = {}
         with torch.enable_grad(), fused_activations(self.model):
-            with _LinearCalls(self.model, self._hooked) as linears:
+            with LinearCalls(self.model, self._hooked) as linears:
                 logits, labels = self.objective.forward(self.model, batch)
+                refuse_rowless_tensors(batch, len(labels))
                 if uniforms is not None:
                     labels = sample_labels(logits, labels, uniforms[:, : labels.shape[1]])
                 if linears.calls:
                     try:
                         blocks |= linears.gradients(row_losses(logits, labels, smoothing).sum(), *labels.shape)
-                    except _NoRows as error:
+                    except RowlessActivation as error:
                         if self._sharded:
                             raise
-                        self._differentiate_by_row(error.path)
+                        self._give_up_hooks([n for n in self._hooked if n.rpartition(".")[0] == error.path])
                         return self._compute(batch, uniforms, smoothing)
+            silent = [name for name in self._hooked if name not in blocks]
+            if silent and self._move_used(silent, batch, labels):
+                return self._compute(batch, uniforms, smoothing)
             for name in self._hooked:
                 if name not in blocks:  # its module was not called, so the loss does not depend on it
                     shape = self.parameters.shapes[self.parameters.live.index(name)]
@@ -131,17 +134,35 @@ class PerSampleGradients:
                 with sdpa_kernel(SDPBackend.MATH):  # vmap supports no other kernel
                     blocks |= self._by_row(batch, labels.detach(), smoothing)
         self._dtypes |= {logits.dtype, *linears.dtypes}
-        gradients = self.parameters.join({name: _wide(block) for name, block in blocks.items()}).detach()
+        gradients = self.parameters.join({name: wide(block) for name, block in blocks.items()}).detach()
         return gradients, labels.detach(), linears.rows_are_separate
 
-    def _differentiate_by_row(self, path: str) -> None:
-        """Give up hooks on a layer that all rows share a call of, as the encoder of a prompt (p-tuning)."""
-        moved = tuple(name for name in self._hooked if name.rpartition(".")[0] == path)
-        self._hooked = tuple(name for name in self._hooked if name not in moved)
-        self._others += moved
+    def _give_up_hooks(self, names: list[str]) -> None:
+        """Differentiate weights row by row, such as those of a prompt's encoder, a call of which all rows share."""
+        self._hooked = tuple(name for name in self._hooked if name not in names)
+        self._others += tuple(names)
+
+    def _move_used(self, names: list[str], batch: Batch, labels: Tensor) -> bool:
+        """Give up hooks on weights that are used without a call of their modules, as LoRA on fused experts is.
+
+        It is tried once, on the first batch; of sharded models never.
+
+        Returns:
+            Whether there are any.
+        """
+        if self._is_checked or self._sharded:
+            return False
+        table = dict(self.model.named_parameters())
+        gradients = self._plain_gradients(batch, labels, [table[name] for name in names])
+        used = [name for name, gradient in zip(names, gradients, strict=True) if bool(gradient.any())]
+        self._give_up_hooks(used)
+        return bool(used)
 
     def _by_row(self, batch: Batch, labels: Tensor, smoothing: float) -> dict[str, Tensor]:
-        """Differentiate weights without hooks, by vmap over rows, or row after row where vmap is not supported."""
+        """Differentiate weights without hooks, by vmap over rows, or row after row where vmap is not supported.
+
+        A single row is differentiated as it is: its tensors need not be indexed by rows.
+        """
         table = dict(self.model.named_parameters())
         weights = {name: table[name].detach() for name in self._others}
         tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
@@ -153,18 +174,34 @@ class PerSampleGradients:
             logits, _ = likelihood.at(weights, single)
             return row_losses(logits, label.unsqueeze(0), smoothing).sum()
 
-        if self._uses_vmap:
+        if self._uses_vmap and len(labels) > 1:
             try:
                 return vmap(grad(loss), in_dims=(None, 0, 0))(weights, tensors, labels)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:  # transformers, for one, branches on the values of a padding mask
                 self._uses_vmap = False
+        single = [slice(None)] if len(labels) == 1 else [slice(row, row + 1) for row in range(len(labels))]
+        live = [table[name] for name in self._others]
         rows = [
-            grad(loss)(weights, {key: value[row] for key, value in tensors.items()}, labels[row])
-            for row in range(len(labels))
+            self._plain_gradients(
+                {key: value[row] for key, value in tensors.items()} | fixed, labels[row], live, smoothing
+            )
+            for row in single
         ]
-        return {name: torch.stack([row[name] for row in rows]) for name in self._others}
+        return {name: torch.stack(blocks) for name, blocks in zip(self._others, zip(*rows, strict=True), strict=True)}
+
+    def _plain_gradients(
+        self, batch: Batch, labels: Tensor, weights: list[Any], smoothing: float = 0.0
+    ) -> list[Tensor]:
+        """Differentiate the summed loss of a batch by autograd; zeros for weights that it does not depend on."""
+        with trainable(weights):
+            logits, _ = self.objective.forward(self.model, batch)
+            loss = row_losses(logits, labels, smoothing).sum()
+            if not loss.requires_grad:
+                return [torch.zeros_like(weight) for weight in weights]
+            found = torch.autograd.grad(loss, weights, allow_unused=True)
+        return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
 
     def _check(self, batch: Batch, labels: Tensor, gradients: Tensor, smoothing: float) -> None:
         """Compare the largest gradient of a batch with plain autograd on its row alone, with the same labels.
@@ -177,7 +214,9 @@ class PerSampleGradients:
         """
         row = int(gradients.norm(dim=1).argmax())
         copies = torch.full((len(labels),) if self.is_half else (1,), row, device=labels.device)
-        single = {key: value[copies] if isinstance(value, Tensor) else value for key, value in batch.items()}
+        single: Batch = batch
+        if len(labels) > 1:
+            single = {key: value[copies] if isinstance(value, Tensor) else value for key, value in batch.items()}
         live = self.parameters.tensors(self.model)
         used: list[Tensor] = list(live)
         with torch.enable_grad(), trainable(live), self._gathered_weights(used):
@@ -191,7 +230,7 @@ class PerSampleGradients:
             ]
         )
         scale = max(float(alone.norm()), float(gradients[row].norm()))
-        difference = float((_wide(alone) - gradients[row]).norm()) / max(scale, 1e-12)
+        difference = float((wide(alone) - gradients[row]).norm()) / max(scale, 1e-12)
         # Float32 adapters on a base in half precision have gradients with its digits; so have weights under autocast.
         tolerance = max(_TOLERANCE.get(dtype, 0.0) for dtype in {alone.dtype, *self._dtypes})
         if difference > tolerance and scale > 1e-9:
@@ -217,81 +256,6 @@ class PerSampleGradients:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-class _NoRows(UnsupportedError):
-    """A layer's activation has no dimension for the rows."""
-
-    def __init__(self, message: str, path: str):
-        super().__init__(message)
-        self.path = path
-
-
-class _LinearCalls:
-    """Calls of the hooked Linears in one forward pass: inputs, and outputs in the graph.
-
-    Attributes:
-        rows_are_separate (`bool`): whether the first dimension of all their inputs is the rows; set by `gradients`.
-        dtypes (`set`): dtypes of inputs and outputs.
-    """
-
-    def __init__(self, model: nn.Module, names: tuple[str, ...]):
-        self.names = names
-        self.modules = {path: model.get_submodule(path) for path in {name.rpartition(".")[0] for name in names}}
-        self.calls: list[tuple[str, Tensor, GradientEdge]] = []
-        self.rows_are_separate, self.dtypes = True, set[torch.dtype]()
-
-    def __enter__(self) -> "_LinearCalls":
-        self._handles = [module.register_forward_hook(self._hook(path)) for path, module in self.modules.items()]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _hook(self, path: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            # With nothing trainable, the graph begins at the first of these outputs. The model goes on with a copy,
-            # which it may change in place; of the original only its edge in the graph is kept.
-            source = output if output.requires_grad else output.detach().requires_grad_(True)
-            self.dtypes |= {inputs[0].dtype, output.dtype}
-            self.calls.append((path, inputs[0].detach(), get_gradient_edge(source)))
-            return source.clone()
-
-        return hook
-
-    def gradients(self, loss: Tensor, rows: int, positions: int) -> dict[str, Tensor]:
-        """Return gradients (rows, *shape) by live name, summed over all calls of a module."""
-        edges = [edge for _, _, edge in self.calls]
-        by_outputs: tuple[Tensor | None, ...] = torch.autograd.grad(loss, edges, allow_unused=True)
-        result: dict[str, Tensor] = {}
-        for (path, x, _), gradient in zip(self.calls, by_outputs, strict=True):
-            if gradient is None:
-                continue
-            self.rows_are_separate &= x.ndim > 2 or (x.shape[0] == rows and positions == 1)
-            x, gradient = _rows_first(x, rows, path), _rows_first(gradient, rows, path)
-            for name in self.names:
-                if name.rpartition(".")[0] == path:
-                    block = linear_gradient(self.modules[path], name, x, gradient)
-                    result[name] = result[name] + block if name in result else block
-        return result
-
-
-def _rows_first(tensor: Tensor, rows: int, path: str) -> Tensor:
-    """Reshape an activation to (rows, positions, features), float32 or float64."""
-    if tensor.ndim == 2 and tensor.shape[0] != rows and tensor.shape[0] % rows == 0:
-        tensor = tensor.unflatten(0, (rows, -1))  # some models flatten (rows, positions) into one dimension
-    if tensor.shape[0] != rows:
-        raise _NoRows(
-            f"{path} has an activation of shape {tuple(tensor.shape)} in a batch of {rows} rows. None of its "
-            "dimensions is the rows, so that rows have no gradient of their own. Track other parameters",
-            path,
-        )
-    return _wide(tensor).reshape(rows, -1, tensor.shape[-1])
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _split_by_method(model: nn.Module, parameters: TrackedParameters) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -210,8 +210,14 @@ class GradientPredictor:
         return _RecordedPass(recorder, logits, labels, error)
 
     def _check_blocks(self, recorder: ActivationRecorder) -> None:
-        """Drop blocks that compute something else than the model: each of their inputs gets its own projection."""
-        matches = {block.path: block.matches_model(self.model, recorder) for block in self._blocks.values()}
+        """Drop blocks that compute something else than the model: each of their inputs gets its own projection.
+
+        Those that the model did not call (a vision tower, where rows have no images) are dropped, too.
+        """
+        matches = {
+            block.path: block.output in recorder.inputs and block.matches_model(self.model, recorder)
+            for block in self._blocks.values()
+        }
         self._blocks = {path: block for path, block in self._blocks.items() if matches[block.path]}
         self._blocks_are_checked = True
 

@@ -1,5 +1,6 @@
 """Choice of the way in which directional derivatives of queries are computed."""
 
+import logging
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ from .torch_func import TorchFuncJVP
 
 __all__ = ["METHODS", "PRECISIONS", "READOUT_OPTIONS", "Backend", "PreparedBatch"]
 
+logger = logging.getLogger(__name__)
 METHODS: dict[str, type[TorchFuncJVP | FiniteDifferenceJVP]] = {
     "jvp": TorchFuncJVP, "difference": FiniteDifferenceJVP,
 }  # fmt: skip
@@ -43,7 +45,8 @@ class Backend:
         model (`nn.Module`): in evaluation mode.
         parameters (`TrackedParameters`): the tracked parameters.
         readout (`str`): `jvp` (torch's forward mode), `difference`, or `auto`: analytic for architectures that
-            `layers` knows, `difference` where a layer detaches its weights (DoRA), and `jvp` for others.
+            `layers` knows, `difference` where a layer detaches its weights (DoRA) or an operation has no derivative
+            in forward mode, and `jvp` for others.
         precision (`str`): precision of the products that tangents pass through in the analytic backend. `full` is the
             model's own; `half` is bfloat16 (relative error of a score about 4e-3; sums over layers stay in float32).
             `auto` is half for rows that are chosen in two stages, whose codes have eight bits anyhow, in a float32
@@ -61,6 +64,7 @@ class Backend:
                 raise ValueError(f"{option}={value!r}: one of {', '.join(allowed)}")
         self.model, self.parameters, self._readout, self._precision = model, parameters, readout, precision
         self._analytic = readout == "auto"  # until the model turns out to have no analytic layers
+        self.needs_differences = False  # until an operation turns out to have no derivative in forward mode
 
     def prepare(self, batch: Batch, two_stage: bool = False, objective: Objective = CAUSAL_LM) -> PreparedBatch:
         """Prepare a batch; the model's weights must be the same whenever the result is used.
@@ -81,8 +85,11 @@ class Backend:
                 self._analytic = False
         method = self._readout
         if method == "auto":
-            method = "jvp" if detached_layer(self.model) is None else "difference"
-        return METHODS[method](self.model, self.parameters, objective, batch)
+            method = "jvp" if detached_layer(self.model) is None and not self.needs_differences else "difference"
+        prepared = METHODS[method](self.model, self.parameters, objective, batch)
+        if (self._readout, method) == ("auto", "jvp"):
+            return _WithDifferences(self, prepared, objective, batch)
+        return prepared
 
     def _dtype(self, two_stage: bool) -> torch.dtype | None:
         """Return the dtype of analytic products; None for the model's own."""
@@ -93,6 +100,26 @@ class Backend:
             return torch.bfloat16
         large = sum(parameter.numel() for parameter in self.model.parameters()) > _SMALL
         return torch.bfloat16 if large and _has_fast_bfloat16(weight.device) else None
+
+
+class _WithDifferences:
+    """A batch in torch's forward mode, which is read by differences where an operation has no such derivative."""
+
+    def __init__(self, backend: Backend, prepared: PreparedBatch, objective: Objective, batch: Batch):
+        self._backend, self._prepared, self._objective, self._batch = backend, prepared, objective, batch
+
+    def jvp(self, directions: Tensor, chunk: int | None = None) -> Tensor:
+        """Differentiate as a `PreparedBatch` does."""
+        if not self._backend.needs_differences:
+            try:
+                return self._prepared.jvp(directions, chunk)
+            except UnsupportedError as error:
+                logger.warning("queries are read by differences, two passes for each direction: %s", error)
+                self._backend.needs_differences = True
+        if not isinstance(self._prepared, FiniteDifferenceJVP):
+            backend = self._backend
+            self._prepared = FiniteDifferenceJVP(backend.model, backend.parameters, self._objective, self._batch)
+        return self._prepared.jvp(directions)
 
 
 def _has_fast_bfloat16(device: torch.device) -> bool:

@@ -2,24 +2,33 @@
 
 Of each weight a sample of values is read, spread evenly, so that the cost does not grow with the model: all values of
 small weights, 65,536 of large ones. Their sha256 tells two states apart; where they were loaded in other dtypes, one
-number per weight is compared instead, the sum of the sample with random signs over its norm.
+number per weight is compared instead, the sum of the sample with random signs over its norm. Numbers that modules
+compute with (epsilons, scales, soft caps, rotary frequencies) and the activation function belong to the state too.
 """
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .fsdp import is_sharded
-from .names import adapter_parts, canonical_name
+from .names import adapter_parts, base_model, canonical_name
 
 
-__all__ = ["ForwardState", "StateMonitor", "adapter_scalings", "forward_state", "untracked_weights"]
+__all__ = [
+    "SETTING", "ForwardState", "StateMonitor", "adapter_scalings", "forward_state", "module_settings",
+    "untracked_weights",
+]  # fmt: skip
 
+SETTING = ":"  # in the name of a setting, between a module's path and the setting's name
 _SAMPLE = 1 << 16  # values of a weight that are read, at most
+_NUMBERS = re.compile(r"(^|_)eps(ilon)?$|scal|softcap|multiplier")  # names of modules' numbers; not dropout or noise
+_CONFIG = ("hidden_act", "hidden_activation", "activation_function", "sliding_window", "final_logit_softcapping")
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,8 @@ class ForwardState:
     Attributes:
         sha256 (`str`): of names, shapes and sampled values in float32.
         dtypes (`str`): the weights' dtypes, as they are in memory; a hash of other dtypes cannot be compared.
-        sketches (`dict[str, float]`): a number per weight, by canonical name, that dtypes change by rounding only.
+        sketches (`dict[str, float]`): a number per weight, by canonical name, that dtypes change by rounding only; and
+            the settings of `module_settings`.
         norms (`dict[str, float]`): root mean square of every weight's sample, the unit of that rounding.
         scalings (`dict[str, float]`): sum of the scalings of its active adapters, by canonical path of the layer.
     """
@@ -59,6 +69,7 @@ def forward_state(model: nn.Module, tracked: Iterable[str]) -> ForwardState | No
         digest.update(values.numpy().tobytes())
         sketches[name] = _sketch(values)
         norms[name] = float(values.double().square().mean().sqrt()) if len(values) else 0.0
+    sketches |= dict(module_settings(model))
     scalings = {path: sum(values) for path, values in adapter_scalings(model)}
     return ForwardState(digest.hexdigest(), ",".join(sorted(dtypes)), sketches, norms, scalings)
 
@@ -97,6 +108,28 @@ def adapter_scalings(model: nn.Module) -> Iterator[tuple[str, list[float]]]:
             yield canonical_name(path), [float(scaling[name]) for name in names]
 
 
+def module_settings(model: nn.Module) -> Iterator[tuple[str, float]]:
+    """Yield what modules compute with beside weights, as `path:name` and a number.
+
+    These are modules' numbers, the mean of rotary frequencies, and a few fields of the config; text is hashed.
+    """
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and math.isfinite(value) and _NUMBERS.search(name):
+                yield f"{canonical_name(path)}{SETTING}{name}", value
+        frequencies = module._buffers.get("original_inv_freq")
+        if frequencies is not None and not frequencies.is_meta:
+            yield f"{canonical_name(path)}{SETTING}inv_freq", float(frequencies.to("cpu", torch.float64).mean())
+    config: Any = getattr(base_model(model), "config", None)
+    text = getattr(config, "get_text_config", lambda: config)()
+    for name in _CONFIG:
+        value = getattr(text, name, None)
+        if isinstance(value, str):
+            value = int(hashlib.sha256(value.encode()).hexdigest()[:6], 16)
+        if isinstance(value, int | float):
+            yield f"config{SETTING}{name}", float(value)
+
+
 def _active_adapters(model: nn.Module) -> dict[str, list[str]]:
     """Return the names of the active adapters of every layer with LoRA, by its path."""
     return {
@@ -123,8 +156,9 @@ def _sketch(values: Tensor) -> float:
 class StateMonitor:
     """Notices cheaply that a model's weights or adapters may have changed since it was last asked.
 
-    Weights are compared by memory address and by the number of writes that torch counts; writes through `.data`
-    escape it. What is noticed may be the same values, written again: a fingerprint decides.
+    Weights are compared by memory address, by the number of writes that torch counts, and by one value of each,
+    since writes through `.data` are not counted. What is noticed may be the same values, written again: a fingerprint
+    decides.
     """
 
     def __init__(self, model: nn.Module):
@@ -143,4 +177,13 @@ class StateMonitor:
         weights = [(id(p), p.data_ptr(), p._version) for p in self._model.parameters()]
         adapters = [(path, *values) for path, values in adapter_scalings(self._model)]
         active = list(_active_adapters(self._model).items())
-        return [weights, adapters, active]
+        return [weights, _middle_values(self._model), adapters, active]
+
+
+def _middle_values(model: nn.Module) -> list[float]:
+    """Return one value of every weight, not a number as 0; none of a model that is sharded."""
+    weights = [] if is_sharded(model) else [p.detach() for p in model.parameters() if not p.is_meta and p.numel()]
+    picked = [w[tuple(size // 2 for size in w.shape)] for w in weights]
+    devices = {value.device for value in picked}
+    together = [torch.stack([v.float() for v in picked if v.device == device]) for device in devices]
+    return [value for stacked in together for value in stacked.nan_to_num().tolist()]

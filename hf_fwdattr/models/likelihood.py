@@ -4,12 +4,10 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import UnsupportedError
 from .fsdp import is_sharded
@@ -19,8 +17,8 @@ from .names import base_model
 
 
 __all__ = [
-    "CAUSAL_LM", "IGNORED", "OBJECTIVE_NAMES", "SEQUENCE_CLASSIFICATION", "UNSHIFTED_CAUSAL_LM", "Batch", "Likelihood", "Objective",
-    "log_probabilities", "resolve_objective", "row_losses", "sample_labels",
+    "CAUSAL_LM", "IGNORED", "OBJECTIVE_NAMES", "SEQUENCE_CLASSIFICATION", "UNSHIFTED_CAUSAL_LM", "Batch", "Likelihood",
+    "Objective", "log_probabilities", "resolve_objective", "row_losses", "sample_labels",
 ]  # fmt: skip
 
 IGNORED = -100  # the label of a position that is not supervised, as everywhere in transformers
@@ -45,7 +43,7 @@ class Objective:
     def __post_init__(self) -> None:
         if self.name not in OBJECTIVE_NAMES:
             raise ValueError(
-                f"Objective: {self.name!r} is no known name, and a bank would be refused for it. Call your own one 'custom'"
+                f"Objective: {self.name!r} is no known name, and no bank could be opened. Call your own 'custom'"
             )
 
     @property
@@ -101,7 +99,7 @@ def resolve_objective(model: nn.Module, choice: "str | Objective | Callable" = "
         return objectives[choice]
     inner = base_model(model)
     config, kind = getattr(inner, "config", None), type(inner).__name__
-    if choice == "auto" and (kind.endswith(("ForCausalLM", "LMHeadModel")) or kind in _causal_classes()):
+    if choice == "auto" and _is_causal(kind, config):
         return CAUSAL_LM if _shifts(inner) else UNSHIFTED_CAUSAL_LM
     single = getattr(config, "problem_type", None) in (None, "single_label_classification")
     per_row = kind.endswith("Classification") and not kind.endswith("TokenClassification")
@@ -113,11 +111,11 @@ def resolve_objective(model: nn.Module, choice: "str | Objective | Callable" = "
     )
 
 
-@cache
-def _causal_classes() -> frozenset[str]:
-    """Return the classes that transformers lists as causal language models, whatever they are called."""
-    values = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return frozenset(name for value in values for name in ([value] if isinstance(value, str) else value))
+def _is_causal(kind: str, config: Any) -> bool:
+    """Return whether a class is a causal language model, by its name; models of images and text among them."""
+    if kind.endswith("ForConditionalGeneration"):
+        return not getattr(config, "is_encoder_decoder", False)
+    return kind.endswith(("ForCausalLM", "LMHeadModel", "WithLMHead")) or kind == "BertGenerationDecoder"
 
 
 def _shifts(model: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedError
+from ..errors import MismatchError, UnsupportedError
 from .fsdp import copy_into, full_tensor, is_shard, plain_type, refuse_tensor_parallelism, reshard
 from .names import adapter_of, base_model, canonical_name, is_lora_weight
 
@@ -87,9 +87,19 @@ class TrackedParameters:
         return cls(tuple(name for name, _ in chosen), names, tuple(tuple(p.shape) for _, p in chosen))
 
     def tensors(self, model: nn.Module) -> list[nn.Parameter]:
-        """Return the parameters in order; those of a sharded model are its optimizer's."""
+        """Return the parameters in order; those of a sharded model are its optimizer's.
+
+        Raises:
+            MismatchError: the model no longer has one of them.
+        """
         reshard(model)
         table = dict(model.named_parameters())
+        for name in self.live:
+            if name not in table:
+                raise MismatchError(
+                    f"{name}: this tracked weight is no longer in the model. Its adapter was unloaded, deleted or "
+                    "renamed. Load it again, and make the pipeline anew"
+                )
         return [table[name] for name in self.live]
 
     def read(self, model: nn.Module) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..bank.bank import ResponseBank
 from ..errors import QueryError
-from ..jvp.backend import METHODS
+from ..jvp.backend import Backend
 from ..models.likelihood import IGNORED, Batch, Objective, resolve_objective
 from .locking import one_at_a_time
 from .ranking import scores
@@ -24,7 +24,7 @@ def batch_scores(
     bank: ResponseBank,
     batch: Batch,
     objective: str | Objective | Callable[..., Any] = "auto",
-    readout: str = "jvp",
+    readout: str = "auto",
 ) -> Tensor:
     """Score all rows for a batch of queries, such as images with the labels that are asked about.
 
@@ -38,7 +38,7 @@ def batch_scores(
         bank (`ResponseBank`): its bank.
         batch (`Mapping`): the arguments of the model's forward, queries first, and `labels`.
         objective: as in [`ResponseConfig`]; the bank was made with the same one.
-        readout (`str`, defaults to `jvp`): or `difference`.
+        readout (`str`, defaults to `auto`): `jvp` or `difference`, as of [`Backend`].
 
     Returns:
         (queries, rows) in nats, float32, on the CPU.
@@ -59,7 +59,8 @@ def batch_scores(
     parameters = bank.check_model(model)
     directions = bank.directions()[: bank.manifest.directions].to(next(model.parameters()).device)
     with bank.query_weights(model, parameters):
-        derivatives = METHODS[readout](model, parameters, likelihood, batch).jvp(directions)
+        prepared = Backend(model, parameters, readout).prepare(batch, objective=likelihood)
+        derivatives = prepared.jvp(directions)
     return scores(derivatives, bank.coordinates())
 
 

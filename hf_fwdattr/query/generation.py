@@ -1,5 +1,6 @@
 """Settings of `generate`: names that exist, and no output beyond the model's context."""
 
+import operator
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from inspect import signature
@@ -17,6 +18,7 @@ _DEFAULT_NEW_TOKENS = 20  # of transformers, where neither the caller nor the mo
 
 # The pipeline gives generate its inputs; these name them.
 _INPUTS = {"self", "inputs", "kwargs", "input_ids", "attention_mask"}
+_COUNTS = ("max_new_tokens", "min_new_tokens", "max_length", "min_length")
 _CONSTRUCTION = ("bank", "readout", "precision", "allow_mismatch", "model", "tokenizer", "device")
 
 
@@ -28,7 +30,7 @@ def check_settings(settings: Mapping[str, Any], options: Iterable[str]) -> None:
         options: names of the pipeline's own options of a call.
 
     Raises:
-        ValueError: a setting that does not exist.
+        ValueError: a setting that does not exist, or a number of tokens that is none.
         QueryError: several outputs for one input.
     """
     names = {name for name in vars(GenerationConfig()) if not name.startswith("_")} | {"tokenizer"}
@@ -37,14 +39,30 @@ def check_settings(settings: Mapping[str, Any], options: Iterable[str]) -> None:
     for name in settings:
         if name not in names:
             raise ValueError(f"{name}={settings[name]!r}: {_cure(name, [*options, *sorted(names)])}")
+    config = settings.get("generation_config")
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise ValueError(
+            f"generation_config: a {type(config).__name__}, which generate does not read. Pass GenerationConfig(...), "
+            "or a dictionary as generate_kwargs"
+        )
+    for name in _COUNTS:
+        _check_count(name, settings.get(name))
     count = settings.get("num_return_sequences")
     if count is None:
-        count = getattr(settings.get("generation_config"), "num_return_sequences", None)
+        count = getattr(config, "num_return_sequences", None)
     if count not in (None, 1):
         raise QueryError(
             f"num_return_sequences is more than one ({count}). A result belongs to one output. Ask for one output at "
             "a time"
         )
+
+
+def _check_count(name: str, value: Any) -> None:
+    if value is None or (type(value) is not bool and hasattr(value, "__index__") and operator.index(value) > 0):
+        return
+    if name.startswith("min") and type(value) is int and value == 0:
+        return
+    raise ValueError(f"{name}={value!r}: not a number of tokens. Pass a whole number, 1 or more")
 
 
 def _cure(name: str, names: list[str]) -> str:

@@ -12,7 +12,10 @@ from ..models import positions
 from ..models.likelihood import IGNORED
 
 
-__all__ = ["Query", "check_queries", "check_top_k", "context_length", "pad_queries", "unpadded"]
+__all__ = [
+    "Query", "check_batch_size", "check_queries", "check_tokens", "check_top_k", "context_length", "pad_queries",
+    "unpadded",
+]  # fmt: skip
 
 # `input_ids`, `labels` that are -100 where a token is not part of the output, and perhaps an `attention_mask`.
 Query = Mapping[str, Sequence[int]]
@@ -38,6 +41,19 @@ def check_top_k(top_k: Any) -> int:
     if why is not None:
         raise ValueError(f"top_k={top_k!r}: {why}")
     return operator.index(top_k)
+
+
+def check_batch_size(batch_size: Any) -> int | None:
+    """Return the number of queries that are read together; None for the default.
+
+    Raises:
+        ValueError: not a whole number, or less than one.
+    """
+    if batch_size is None:
+        return None
+    if isinstance(batch_size, bool) or not hasattr(batch_size, "__index__") or operator.index(batch_size) < 1:
+        raise ValueError(f"batch_size={batch_size!r}: not a number of queries to read together. Pass 1 or more")
+    return operator.index(batch_size)
 
 
 def context_length(model: Any) -> int | None:
@@ -121,17 +137,32 @@ def check_queries(queries: Sequence[Query], model: Any) -> None:
         QueryError: no supervised token, labels that do not fit, or too long for the model.
     """
     longest = context_length(model)
-    config = getattr(model, "config", model)
-    vocabulary = getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None)
     if not queries:
         raise QueryError("there are no queries to score")
+    if isinstance(queries, Mapping):
+        raise QueryError("queries: one query, not a list of them. Pass [query]")
     for number, query in enumerate(queries):
         ids, labels = unpadded(query, number)
         if not any(label != IGNORED for label in labels[1:]):
             raise QueryError(f"query {number} has no supervised token (all labels are -100, or only its first token)")
         if longest is not None and len(ids) > longest:
             raise QueryError(f"query {number} has {len(ids)} tokens and the model reads at most {longest}; shorten it")
-        for kind, values in (("token", ids), ("label", [label for label in labels if label != IGNORED])):
-            outside = [value for value in values if value < 0 or (vocabulary is not None and value >= vocabulary)]
-            if outside:
-                raise QueryError(f"query {number} has the {kind} {outside[0]}, which is not in the vocabulary")
+        check_tokens(ids, model, f"query {number} has the token")
+        check_tokens([label for label in labels if label != IGNORED], model, f"query {number} has the label")
+
+
+def check_tokens(ids: Sequence[int], model: Any, what: str) -> None:
+    """Refuse token ids that are not in a model's vocabulary.
+
+    Args:
+        model: the model, or its config.
+        what: the beginning of the message.
+
+    Raises:
+        QueryError: one of them is not.
+    """
+    config = getattr(model, "config", model)
+    vocabulary = getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None)
+    outside = [token for token in ids if token < 0 or (vocabulary is not None and token >= vocabulary)]
+    if outside:
+        raise QueryError(f"{what} {outside[0]}, which is not in the vocabulary")

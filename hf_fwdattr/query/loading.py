@@ -27,8 +27,9 @@ _HEADS = ("score", "classifier", "classification_head", "logits_proj")  # of cla
 class AutoModelForAttribution(AutoModelForCausalLM):
     """A model that remembers where it came from: the bank lies beside the adapter, not the base.
 
-    It is a sequence classifier where the saved model or adapter is one, and a causal language model otherwise. From the Hub, adapter and bank are read at the commit that the name points to now, and the base model at the commit
-    on which the bank was made.
+    It is a sequence classifier where the saved model or adapter is one, and a causal language model otherwise. From
+    the Hub, adapter and bank are read at the commit that the name points to now, and the base model at the commit on
+    which the bank was made.
     """
 
     @classmethod

@@ -59,5 +59,5 @@ class HeldRowCodes:
 
     @property
     def _fits(self) -> bool:
-        """Return whether the codes are few enough to be held decoded."""
-        return 4 * self.bank.manifest.row_codes * self.bank.manifest.size <= _HELD
+        """Return whether the codes are here, and few enough to be held decoded."""
+        return self.bank.remote is None and 4 * self.bank.manifest.row_codes * self.bank.manifest.size <= _HELD

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..bank.bank import ResponseBank
 from ..errors import QueryError
 from ..jvp.backend import Backend
+from .backward_scorer import BackwardScorer
 from .budget import Budget, ResolvedBudget, resolve_budget
 from .derivatives import QueryDerivatives
 from .direction_scorer import DirectionScorer
@@ -44,7 +45,8 @@ class Scorer:
     Args:
         bank (`ResponseBank`): the bank.
         model (`nn.Module`): the model that it belongs to, in evaluation mode.
-        readout (`str`, defaults to `auto`): `auto`, `jvp` or `difference`; see `Backend`.
+        readout (`str`, defaults to `auto`): `auto`, `jvp` or `difference`; see `Backend`. Or `backward`: one backward
+            pass per query instead of forward passes (budgets do not matter then), for comparison.
         precision (`str`, defaults to `auto`): `auto`, `full` or `half`; see `Backend`.
         allow_mismatch (`Sequence[str]`): with "weights", other weights than the bank's are accepted.
         progress (`bool`, defaults to `False`): show a bar over queries that take more than a few seconds.
@@ -59,10 +61,11 @@ class Scorer:
     ):  # fmt: skip
         self.bank, self.model = bank, model
         self.parameters = bank.check_model(model, allow_mismatch)
-        backend = Backend(model, self.parameters, readout, precision)
+        backend = Backend(model, self.parameters, "auto" if readout == "backward" else readout, precision)
         self._derivatives = QueryDerivatives(bank, model, self.parameters, backend, allow_mismatch)
         self._directions = DirectionScorer(self._derivatives)
         self._two_stage = TwoStageScorer(self._derivatives, self._directions, progress)
+        self._backward = BackwardScorer(self._derivatives) if readout == "backward" else None
 
     def resolve_budget(self, budget: Budget) -> ResolvedBudget:
         """Check a budget against the bank, and replace None by the bank's default; see `budget.resolve_budget`."""
@@ -83,6 +86,8 @@ class Scorer:
         resolved, top_k = self.resolve_budget(budget), check_top_k(top_k)
         if self.bank.manifest.privacy.rows == "sources":
             top_k = 0
+        if self._backward is not None:
+            return [self._backward.attribute(query, top_k) for query in queries]
         if resolved == "all" or not top_k:
             return self._directions.attribute(queries, top_k)
         return [self._two_stage.attribute(query, top_k, resolved) for query in queries]
@@ -97,6 +102,8 @@ class Scorer:
         """
         self._check_rows()
         resolved, top_k = self.resolve_budget(budget), check_top_k(top_k)
+        if self._backward is not None:
+            return self._backward.rank(query, top_k)
         if resolved == "all":
             return self._directions.rank(query, top_k)
         return self._two_stage.rank(query, top_k, resolved)
@@ -120,6 +127,8 @@ class Scorer:
         resolved = self.resolve_budget(budget)
         if resolved == "adaptive":
             raise QueryError("budget='adaptive': it chooses rows to name, and here all are scored. Give a number")
+        if self._backward is not None:
+            return self._backward.scores(queries).float()
         if resolved == "all":
             return self._directions.scores(queries, batch_size)
         return self._two_stage.scores(queries, resolved, batch_size)
@@ -132,6 +141,8 @@ class Scorer:
         Only the sources' own directions are read, where the bank has them.
         """
         self._derivatives.batch(queries)  # checked before any is scored
+        if self._backward is not None:
+            return self._backward.source_scores(queries).float()
         return self._directions.source_scores(queries, batch_size).float()
 
     @one_at_a_time

@@ -177,13 +177,15 @@ def _from_row(given: Mapping[str, Any]) -> TokenizedInput:
 def _ids(name: str, column: Any) -> list[int]:
     """Return plain token ids."""
     column = column.tolist() if hasattr(column, "tolist") else column
-    if not isinstance(column, Sequence) or not (len(column) == 0 or _is_ids(column)):
+    if not isinstance(column, Sequence) or not (_is_ids(column) or len(column) == 0):
         raise QueryError(f"{name} are not a list of whole numbers. Pass the token ids of one text")
     return [int(value) for value in column]
 
 
 def _is_ids(given: Any) -> bool:
-    """Return whether something is a nonempty list, array or tensor of token ids."""
+    """Return whether something is a nonempty list, array or tensor of token ids; bytes are text to most."""
+    if isinstance(given, bytes | bytearray | memoryview):
+        return False
     given = given.tolist() if hasattr(given, "tolist") else given
     return (
         isinstance(given, Sequence)

@@ -36,8 +36,9 @@ __all__ = ["TwoStageScorer"]
 _PROGRESS_DELAY = 3.0  # seconds after which a progress bar appears
 _FIRST_STAGE = 4  # one in so many passes goes to directions, the others to rows
 _ADAPTIVE_DIRECTIONS = 16  # read in adaptive mode
-_CANDIDATES = 512  # rows whose codes are read, at least
-_CANDIDATES_PER_ROW = 6  # candidates for every row that is read exactly
+_CANDIDATES = 4096, 32768  # rows whose codes are read, at least and at most
+_CANDIDATES_SHARE = 8  # one in so many rows, between these
+_CANDIDATES_PER_ROW = 16  # candidates for every row that is read exactly
 
 
 @dataclass
@@ -207,12 +208,13 @@ class TwoStageScorer:
 
     def _candidates(self, stage: _FirstStage, top_k: int, rows: int | None) -> Tensor:
         """Return the ascending indices of the rows that may have the highest and the lowest scores."""
-        count = max(_CANDIDATES, _CANDIDATES_PER_ROW * (MOST if rows is None else rows), 8 * top_k)
+        least, most = _CANDIDATES
+        wanted = min(max(least, len(self._bank) // _CANDIDATES_SHARE), most)
+        count = max(wanted, _CANDIDATES_PER_ROW * (MOST if rows is None else rows), 8 * top_k)
         if count >= len(self._bank):
             return torch.arange(len(self._bank))
         scores, stds = self._estimates(stage), self._outside_variance(stage).sqrt()
-        highest = (scores + stds).topk(2 * count // 3).indices
-        lowest = (stds - scores).topk(count // 3).indices
+        highest, lowest = ((side * scores + stds).topk(count // 2).indices for side in (1.0, -1.0))
         return torch.cat([highest, lowest]).unique()
 
     def _candidate_scores(self, stage: _FirstStage, candidates: Tensor) -> CandidateScores:

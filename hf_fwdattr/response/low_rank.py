@@ -5,7 +5,7 @@ G R^T holds the scores of rows against rows. From its singular value decompositi
 along which a query is read, and the adjoint basis S_k^{-1} A_k^T G, which turns a response into coordinates. Of all
 factorisations into k directions this one keeps most of the squared scores (Eckart and Young 1936).
 
-Where gradients are predicted, the errors E of the predictions are queries as well, below those of G and of equal
+Where gradients are predicted, the predictions and their errors E are the queries, one below the other and of equal
 weight: directions then keep what a query shows and what remains to be read of it. Within their span the directions are
 so turned that errors along them are uncorrelated, largest first: they are read in this order.
 """
@@ -42,6 +42,11 @@ class SampleScores:
     def remaining(self) -> Tensor:
         """Scores that remain to be read, (m, m)."""
         return self.whole if self.errors is None else self.errors
+
+    @property
+    def kinds(self) -> list[Tensor]:
+        """Scores of the queries that directions are found from: predictions and their errors, or rows themselves."""
+        return [self.whole] if self.errors is None else [self.whole - self.errors, self.errors]
 
     def without_own(self) -> "SampleScores":
         """Return the scores without those of rows on themselves, the largest of all: no query is a training row."""
@@ -151,9 +156,10 @@ def factorize(
     combined = combine(weights.T, responses)
     squares = ranks.total((combined.double().square() / diagonal.double()).sum(1))
     norms = squares.sqrt().clamp(min=torch.finfo(combined.dtype).tiny)
-    adjoint_basis = combine(coefficients[: len(responses)].T * norms[:, None], gradients)
-    if errors is not None:
-        adjoint_basis += combine(coefficients[len(responses) :].T * norms[:, None], errors)
+    on_gradients, on_errors = coefficients.split(len(responses)) if errors is not None else (coefficients, None)
+    adjoint_basis = combine(on_gradients.T * norms[:, None], gradients)
+    if errors is not None and on_errors is not None:  # a prediction is the gradient less its error
+        adjoint_basis += combine((on_errors - on_gradients).T * norms[:, None], errors)
     combined /= norms[:, None].to(combined.dtype)
     coordinates = weights * norms
     whole, remaining = (part @ weights / norms for part in (others.whole, others.remaining))
@@ -177,7 +183,7 @@ def _growth_for_new_queries(scores: SampleScores, k: int, seed: int, ranks: Rank
     held, fitted = order[: count // 5], order[count // 5 :]
     if k >= len(fitted) or not len(held):
         return torch.ones(2, dtype=torch.float64)
-    kinds = [scores.whole] if scores.errors is None else [scores.whole, scores.errors]
+    kinds = scores.kinds
     fit = torch.cat([kind[fitted] / kind.norm().clamp(min=torch.finfo(kind.dtype).tiny) for kind in kinds])
     vectors = torch.linalg.eigh(fit.T @ fit)[1][:, -k:]
     result = torch.ones(2, dtype=torch.float64)
@@ -197,10 +203,9 @@ def _subspace(scores: SampleScores, count: int, ranks: Ranks) -> tuple[Tensor, T
         (m, k) with orthonormal columns, turned so that what remains to be read is uncorrelated between directions and
         largest first; and (m or 2 m, k) whose product with the queries' scores gives coordinates.
     """
-    scales = [1 / part.norm().clamp(min=torch.finfo(part.dtype).tiny) for part in (scores.whole, scores.remaining)]
-    stacked = scores.whole * scales[0]
-    if scores.errors is not None:
-        stacked = torch.cat([stacked, scores.errors * scales[1]])
+    kinds = scores.kinds
+    scales = [1 / kind.norm().clamp(min=torch.finfo(kind.dtype).tiny) for kind in kinds]
+    stacked = torch.cat([kind * scale for kind, scale in zip(kinds, scales, strict=True)])
     left, values, right = (part.contiguous() for part in torch.linalg.svd(stacked, full_matrices=False))
     ranks.broadcast(left, values, right)
     nonzero = int((values > values[0] * 1e-10).sum()) if values[0] > 0 else 0
@@ -211,6 +216,6 @@ def _subspace(scores: SampleScores, count: int, ranks: Ranks) -> tuple[Tensor, T
     _, turn = torch.linalg.eigh(remaining.T @ remaining)
     ranks.broadcast(turn := turn.flip(1).contiguous())
     coefficients = (left[:, :k] / values[:k]) @ turn
-    coefficients[: len(scores.whole)] *= scales[0]
-    coefficients[len(scores.whole) :] *= scales[1]
+    for part, scale in zip(coefficients.split(len(scores.whole)), scales, strict=True):
+        part *= scale
     return right[:k].T @ turn, coefficients

@@ -1,9 +1,11 @@
 """Columns of a training set that say more about its rows: row ids, sources and text."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,17 +53,20 @@ def rows_in_trained_order(given: Any, trained: Any, wanted: list[str], seed: int
             "and source are read at its index. Leave dataset= out if the training set has the columns, or give the "
             "rows that the trainer ends up with"
         )
-    names = set(_column_names(given) or ()) & set(_column_names(trained) or ())
+    names = set(_column_names(given) or ()) & set(_column_names(trained) or ()) if len(trained) else set()
+    names = {name for name in names if _is_small(trained[0][name])}
     compared = sorted(names - {*wanted, "labels"}) or sorted(names & set(wanted))
     indices = list(range(0, len(trained), max(1, -(-len(trained) // _COMPARED))))
-    expected = [{name: row[name] for name in compared} for row in (trained[index] for index in indices)]
+    expected = list(_values(trained, indices, compared))
     is_constant = all(_match(row[name], expected[0][name]) for row in expected for name in compared)
     if is_constant and seed is None:  # nothing tells the rows apart
         return given
     candidates = [given] if seed is None or not hasattr(given, "shuffle") else [given, given.shuffle(seed=seed)]
     cause = "no column that both have tells the rows apart"
     for candidate in [] if is_constant else candidates:
-        row = _differing_row(candidate, dict(zip(indices, expected, strict=True)))
+        found = zip(indices, _values(candidate, indices, compared), expected, strict=True)
+        differing = (index for index, one, other in found if not all(_match(one[name], other[name]) for name in other))
+        row = next(differing, None)
         if row is None:
             return candidate
         cause = f"row {row} is another there"
@@ -73,13 +78,19 @@ def rows_in_trained_order(given: Any, trained: Any, wanted: list[str], seed: int
     )
 
 
-def _differing_row(dataset: Any, expected: dict[int, dict[str, Any]]) -> int | None:
-    """Return the first row that has other values than expected in some column; None without one."""
-    for index, values in expected.items():
-        row = dataset[index]
-        if not all(_match(row[name], value) for name, value in values.items()):
-            return index
-    return None
+def _values(dataset: Any, indices: list[int], names: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield these columns of rows; others, such as images, are not even decoded."""
+    rows = dataset.select_columns(names) if hasattr(dataset, "select_columns") else dataset
+    for index in indices:
+        row = rows[index] if names else {}
+        yield {name: row[name] for name in names}
+
+
+def _is_small(value: Any) -> bool:
+    """Return whether two thousand values like this one are compared in no time, as those of images are not."""
+    if isinstance(value, Tensor | np.ndarray):
+        return math.prod(value.shape) <= 1 << 16
+    return value is None or isinstance(value, str | int | float | list | dict)
 
 
 def _match(one: Any, other: Any) -> bool:

@@ -120,9 +120,8 @@ class MicroBatch:
 
     def record_token_gradients(self, gradient: Tensor) -> None:
         """Record the gradient by the tokens' log-likelihoods, which holds their whole weight: the divisor is one."""
-        if gradient.numel():
-            least, largest = gradient.detach().aminmax()
-            self.tokens, self.loss_gradient, self.least_gradient = 1, -least, -largest
+        least, largest = gradient.detach().aminmax() if gradient.numel() else [gradient.new_zeros(())] * 2
+        self.tokens, self.loss_gradient, self.least_gradient = 1, -least, -largest
 
 
 @dataclass

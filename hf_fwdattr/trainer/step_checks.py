@@ -204,8 +204,8 @@ class LoopChecks:
             self._note(f"step {self.count + 1}: {message}")
 
     def _arrived(self, name: str) -> None:
-        with self._guard():
-            if self.active:
+        if self.active:
+            with self._guard():
                 self.step.after_backward([name])
 
     def _watched_backward(self, loss: Any, **kwargs: Any) -> None:

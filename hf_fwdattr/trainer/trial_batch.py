@@ -15,6 +15,7 @@ from ..models.fsdp import is_shard, is_sharded
 from ..models.modes import frozen
 from .build_context import BuildContext
 from .columns import texts_of
+from .mode_check import refuse_other_training_mode
 
 
 __all__ = ["refuse_failing_batch"]
@@ -48,6 +49,7 @@ def refuse_failing_batch(context: BuildContext) -> None:
         with frozen(context.model):
             try:
                 _check_gradients(context, indices)
+                refuse_other_training_mode(context.model, context.objective, context.rows.batch(indices))
             except NumericalError:  # weights that are not finite: a training of its own, which ends without a bank
                 return
             except (AttributionError, torch.OutOfMemoryError):

@@ -1,28 +1,43 @@
 """Accuracy against forward passes: lines of a table, and two-stage scores with derivatives looked up in exact ones."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_fwdattr.query.gaussian_process import GaussianProcess
+from hf_fwdattr.query.gaussian_process import CandidateScores, GaussianProcess
 from hf_fwdattr.query.shortlist import refine
 
 
-__all__ = ["TOP", "Covariance", "Curve", "combined", "two_stages"]
+__all__ = ["TOP", "Curve", "ScoreBasis", "shared_top", "two_stages"]
 
 TOP = 10
-ADAPTIVE_COMBINATIONS = 16
 
 
-class Covariance(Protocol):
-    """Covariance of the errors of coarse scores, as `HeldRowCodes` of a bank has it."""
+@dataclass
+class ScoreBasis:
+    """Leading linear combinations of rows' scores, from scores of rows as queries.
 
-    error_covariance: Tensor
+    Attributes:
+        vectors (`Tensor`): (rows, k) orthonormal weights of rows, leading ones first.
+        variances (`Tensor`): (k,) mean squares of the combinations' scores.
+        own (`Tensor`): (rows,) what of a row's mean squared score is outside them.
+    """
 
-    def combinations(self, count: int) -> tuple[Tensor, Any]:
-        """Return the weights (rows, n) of the linear combinations that tell most, first."""
+    vectors: Tensor
+    variances: Tensor
+    own: Tensor
+
+    @classmethod
+    def of(cls, scores: Tensor, count: int) -> "ScoreBasis":
+        """Return the basis of scores (rows as queries, rows); those of rows on themselves are left out."""
+        others = scores.double().clone().fill_diagonal_(0.0)
+        covariance = others.T @ others / len(others)
+        values, vectors = (part.flip(-1)[..., :count] for part in torch.linalg.eigh(covariance))
+        own = covariance.diagonal() - (vectors.square() * values).sum(1)
+        return cls(vectors, values, own.clamp(min=0.0))
 
 
 class Curve:
@@ -69,41 +84,27 @@ def shared_top(scores: Tensor, top: Tensor) -> Tensor:
     return torch.tensor([len(set(a) & set(b)) / len(b) for a, b in pairs], dtype=torch.float64)
 
 
-def two_stages(
-    coarse: Tensor, exact: Tensor, covariance: Covariance | None, budget: int | None, share: int = 4
-) -> tuple[Tensor, float]:
-    """Score in two stages with the library's own shortlist; exact scores stand for derivatives.
+def two_stages(exact: Tensor, basis: ScoreBasis, budget: int, share: int = 4) -> tuple[Tensor, float]:
+    """Score in two stages with the library's own process and shortlist; exact scores stand for derivatives.
 
     Args:
-        coarse, exact (`Tensor`): (queries, rows).
-        covariance (`Covariance`, *optional*): without it rows are chosen by their coarse scores alone.
-        budget (`int`, *optional*): forward passes; None for adaptive mode.
-        share (`int`): one in so many passes goes to linear combinations; 0 for none.
+        exact (`Tensor`): (queries, rows).
+        basis (`ScoreBasis`): combinations that are read first.
+        budget (`int`): forward passes.
+        share (`int`): one in so many passes goes to combinations; 0 for none.
 
     Returns:
         Scores (queries, rows), and the passes of a query.
     """
     scores, passes = [], 0
-    for prior, line in zip(coarse, exact, strict=True):
-        process = None if covariance is None else GaussianProcess(prior, covariance.error_covariance)
-        combinations = 0
-        if covariance is not None and process is not None and share:
-            combinations = ADAPTIVE_COMBINATIONS if budget is None else (budget - 1) // share
-            weights = covariance.combinations(combinations)[0]
-            process.observe_combinations(weights, weights.T @ line)
-        estimate = prior if process is None else process.mean()
-        rows = None if budget is None else budget - 1 - combinations
-        refined = refine(estimate, process, TOP, rows, lambda index, line=line: line[index][None])
+    read_first = (budget - 1) // share if share else 0
+    for line in exact.double():
+        process = GaussianProcess(basis.variances)
+        candidates = CandidateScores(process, torch.zeros_like(line), basis.vectors, basis.own)
+        first = torch.eye(read_first, len(basis.variances))
+        process.observe(first, line @ basis.vectors[:, :read_first], torch.zeros(read_first))
+        rows = budget - 1 - read_first
+        refined = refine(candidates.mean(), candidates, TOP, rows, lambda index, line=line: line[index][None])
         scores.append(refined.scores)
-        passes += 1 + combinations + len(refined.row_indices)
-    return torch.stack(scores), passes / len(coarse)
-
-
-def combined(coarse: Tensor, exact: Tensor, covariance: Covariance, count: int) -> Tensor:
-    """Return scores (queries, rows) from coarse ones and passes along linear combinations of rows."""
-    weights, scores = covariance.combinations(count)[0], []
-    for prior, line in zip(coarse, exact, strict=True):
-        process = GaussianProcess(prior, covariance.error_covariance)
-        process.observe_combinations(weights, weights.T @ line)
-        scores.append(process.mean())
-    return torch.stack(scores)
+        passes += 1 + read_first + len(refined.row_indices)
+    return torch.stack(scores), passes / len(exact)

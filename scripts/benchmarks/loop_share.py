@@ -27,7 +27,7 @@ from .world import World
 
 __all__ = ["loop_shares"]
 
-RUN = 1000  # steps of the run whose share is told
+RUNS = (100, 1000)  # steps of the runs whose shares are told
 # The functions that the loop enters: hooks of model, weights, optimizer and accelerator, and the recording of a step.
 _ENTERED: tuple[tuple[type, str], ...] = (
     (BatchRecorder, "_before_forward"), (BatchRecorder, "_after_forward"), (ResponseRecorder, "_before_step"),
@@ -111,11 +111,8 @@ def loop_shares(world: World, steps: int, pairs: int, settings: dict[str, Any]) 
     without, with_it = (
         statistics.median(run.steps[step] for run in runs for step in ordinary) for runs in (plain, watched)
     )
-    inside = statistics.mean(run.inside[step] for run in watched for step in ordinary)
+    inside = statistics.median(run.inside[step] for run in watched for step in ordinary)
     extra = [statistics.median(run.inside[step] for run in watched) - inside for step in checked]
-    # The same number of steps is checked in every ten times longer run.
-    rare = sum(extra) + extra[-1] * (sum(map(is_checked, range(RUN))) - len(checked))
-    share = inside / without + rare / (without * RUN)
     return [
         _line("before the first step, in steps", statistics.median(before) / without, statistics.median(before)),
         _line("of that, the trial batch", statistics.median(trial) / without, statistics.median(trial)),
@@ -125,8 +122,16 @@ def loop_shares(world: World, steps: int, pairs: int, settings: dict[str, Any]) 
             _line(f"more inside it at step {step + 1}, in steps", seconds / without, seconds)
             for step, seconds in zip(checked, extra, strict=True)
         ),
-        _line(f"inside the callback in {RUN} steps, share", share, share * without * RUN),
+        *(_share(total, inside, extra, without) for total in RUNS),
     ]
+
+
+def _share(steps: int, inside: float, extra: list[float], without: float) -> dict[str, Any]:
+    """Return the line of a run's share; a check that was not measured takes as long as the last one that was."""
+    checks = sum(map(is_checked, range(steps)))
+    rare = sum(extra[:checks]) + extra[-1] * max(0, checks - len(extra))
+    seconds = steps * inside + rare
+    return _line(f"inside the callback in {steps} steps, share", seconds / (steps * without), seconds)
 
 
 def _run(world: World, steps: int, callbacks: list[TrainerCallback]) -> StepClock:

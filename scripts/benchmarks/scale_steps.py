@@ -4,37 +4,30 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
-from hf_fwdattr import ResponseBank, ResponseCallback, ResponseConfig
+from hf_fwdattr import ResponseBank, ResponseCallback, ResponseConfig, ResponseRecorder, build_bank
 from hf_fwdattr.models.likelihood import CAUSAL_LM
 from hf_fwdattr.models.modes import frozen
-from hf_fwdattr.query.loading import AutoModelForAttribution
 from hf_fwdattr.query.scorer import Scorer
 from hf_fwdattr.response.passes import Passes
 from hf_fwdattr.response.segment import Segment
 from hf_fwdattr.response.storage import Storage
 from hf_fwdattr.trainer.build_context import BuildContext
 
-from .meters import PeakMemory, Phases, code_version
+from .meters import PeakMemory, Phases
 from .protocols.cost import Clock
-from .registry import load_world
+from .scale_configuration import Configuration
 from .scale_query import answers
 from .truth import exact_scores, likelihood_gradients, recorded_passes
 from .world import LanguageModelWorld
 
 
-__all__ = ["BITS", "STEPS", "Configuration"]
+__all__ = ["STEPS"]
 
-BITS = "row_code_bits"  # the setting that `--bits` is about
-_BUILT_BY = ("models", "layers", "gradients", "bank", "response", "trainer")  # rooms that a bank depends on
-_ASKED_BY = (*_BUILT_BY, "jvp", "query")
 _PLAIN_STEPS = 50  # of training without a callback
 PHASES = {
     "gradients": "hf_fwdattr.gradients.per_sample:PerSampleGradients.__call__",
@@ -52,97 +45,6 @@ PHASES = {
 }
 
 
-@dataclass(frozen=True)
-class Configuration:
-    """One line of the table: a world with so many rows, and a bank of so many bits.
-
-    Attributes:
-        bits: of a number in a row code, or `default`.
-        queries: number of queries; `timed` of them are timed.
-        budgets: forward passes of a query.
-        work: folder in which banks are kept.
-        curvature: samples of a segment's curvature; 0 for the library's own number.
-        reuse: take a bank of the same settings whatever code it was built by.
-    """
-
-    world_name: str
-    rows: int
-    bits: str
-    queries: int
-    budgets: tuple[int, ...]
-    timed: int
-    work: Path
-    curvature: int = 0
-    reuse: bool = False
-
-    @cached_property
-    def world(self) -> LanguageModelWorld:
-        """The world, with its rows and queries."""
-        world = load_world(self.world_name, rows=self.rows, queries=self.queries)
-        assert isinstance(world, LanguageModelWorld)
-        return world
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Settings of the bank."""
-        settings = self.world.bank | {"quiet": True}
-        if self.curvature:
-            settings["curvature_samples"] = self.curvature
-        if self.bits == "default":
-            return settings
-        if BITS not in ResponseConfig.model_fields:
-            raise SystemExit(f"--bits {self.bits}: this version of the library has no choice of bits. Leave it out")
-        return settings | {BITS: int(self.bits)}
-
-    @property
-    def run_folder(self) -> Path:
-        """Folder of everything about this world with so many rows."""
-        return self.work / f"{self.world_name}-{self.rows}"
-
-    @property
-    def _name(self) -> str:
-        return f"bank-{self.bits}-{self.curvature}"
-
-    @cached_property
-    def bank_folder(self) -> Path:
-        """Folder of the model and its bank, by the code that builds it."""
-        version = code_version(_BUILT_BY, self.world.version, sorted(self.settings.items()))
-        built = self.run_folder.glob(f"{self._name}-*/build.json") if self.reuse else ()
-        kept = max(built, key=lambda path: path.stat().st_mtime, default=None)
-        return kept.parent if kept else self.run_folder / f"{self._name}-{version}"
-
-    @cached_property
-    def files(self) -> dict[str, Path]:
-        """File that each step writes; the step is done when its file is there."""
-        asked = code_version(_ASKED_BY, self.queries, self.budgets, self.timed)
-        return {
-            "plain": self.run_folder / "plain.json",
-            "build": self.bank_folder / "build.json",
-            "truth": self.run_folder / f"truth-{self.queries}-{self.curvature}.pt",
-            "ask": self.bank_folder / f"asked-{asked}.json",
-        }
-
-    def write(self, step: str, result: dict[str, Any]) -> None:
-        """Write the result of a step, which is then done."""
-        self.files[step].parent.mkdir(parents=True, exist_ok=True)
-        self.files[step].write_text(json.dumps(result))
-
-    def read(self, step: str) -> dict[str, Any]:
-        """Return the result of a step."""
-        return json.loads(self.files[step].read_text())
-
-    def done(self, step: str) -> bool:
-        """Return whether the result of a step is there; exact scores are of one trained model and its curvature."""
-        if step != "truth" or not self.files[step].exists():
-            return self.files[step].exists()
-        return torch.load(self.files[step])["of"] == self.read("build")["of"]
-
-    def reopened(self) -> tuple[Any, ResponseBank]:
-        """Return the trained model and its bank."""
-        model = AutoModelForAttribution.from_pretrained(str(self.bank_folder)).eval()
-        return model, ResponseBank.from_pretrained(self.bank_folder)
-
-
 def plain(one: Configuration) -> None:
     """Train some steps without a callback, for the time of a row."""
     clock = Clock()
@@ -155,34 +57,57 @@ def plain(one: Configuration) -> None:
 
 
 def build(one: Configuration) -> None:
-    """Train with the callback, and keep model, bank and record."""
-    clock, phases = Clock(), Phases(PHASES)
-    callback, kept = ResponseCallback(ResponseConfig(**one.settings)), []
-    measure = Passes.measure_curvature
+    """Make the bank, and keep it with the model: while training, or with `reuse` from the record of that training."""
+    phases, measure, kept = Phases(PHASES), Passes.measure_curvature, []
 
     def measured(passes: Passes, samples: int) -> None:
         measure(passes, samples)
         kept.append(passes)
 
     with PeakMemory() as memory, mock.patch.object(Passes, "measure_curvature", measured), phases.measured():
-        _warm(one.world)
-        trainer = one.world.trainer(str(one.bank_folder), [clock, callback])
-        began, wall = time.process_time(), time.perf_counter()
-        trainer.train()
-        spent, wall = time.process_time() - began, time.perf_counter() - wall
+        again = one.reuse and (one.trained / "loop.json").exists()
+        bank, model, spent = (_rebuilt if again else _trained)(one)
         peaks = memory.peaks
-    bank = callback.bank
-    assert bank is not None
-    trainer.save_model(str(one.bank_folder))
-    callback.recorder.record.save(one.bank_folder / "record")
+    model.save_pretrained(str(one.bank_folder))
     sizes: dict[str, int] = {}
     for file in bank.manifest.files:
         sizes[file.kind] = sizes.get(file.kind, 0) + file.size
-    result = {"loop s": clock.loop, "after s": spent - clock.loop, "wall s": wall, "phases s": phases.seconds}
-    result["spectrum"] = [_spectrum(segment) for segment in kept[0].segments]
-    one.write("build", result | {"bytes": sizes, "of": _subject(bank)} | peaks)
+    result = {"loop s": json.loads((one.trained / "loop.json").read_text()), "after s": spent, "bytes": sizes}
+    result |= {"phases s": phases.seconds, "spectrum": [_spectrum(segment) for segment in kept[0].segments]}
+    one.write("build", result | {"of": _subject(bank)} | peaks)
     if not one.done("truth"):  # the curvature is at hand
-        _keep_truth(one, trainer.model, bank, kept[0])
+        _keep_truth(one, model, bank, kept[0])
+
+
+def _trained(one: Configuration) -> tuple[ResponseBank, Any, float]:
+    """Train with the callback; return the bank, the model and the processor's seconds after the loop."""
+    clock, callback, finish = Clock(), ResponseCallback(ResponseConfig(**one.settings)), ResponseRecorder.finish
+
+    def kept_and_finished(recorder: ResponseRecorder, *given: Any) -> ResponseBank:
+        recorder.record.save(one.trained / "record")
+        recorder.model.save_pretrained(str(one.trained))
+        (one.trained / "loop.json").write_text(json.dumps(clock.loop))
+        return finish(recorder, *given)
+
+    with mock.patch.object(ResponseRecorder, "finish", kept_and_finished):
+        _warm(one.world)
+        trainer = one.world.trainer(str(one.bank_folder), [clock, callback])
+        began = time.process_time()
+        trainer.train()
+        spent = time.process_time() - began - clock.loop
+    assert callback.bank is not None
+    return callback.bank, trainer.model, spent
+
+
+def _rebuilt(one: Configuration) -> tuple[ResponseBank, Any, float]:
+    """Make the bank of a training that was recorded; return what `_trained` returns."""
+    model, folder = one.model(one.trained), one.bank_folder / "fwdattr"
+    began = time.process_time()
+    bank = build_bank(
+        model, one.world.rows, ResponseConfig(**one.settings), data_collator=one.world.collate,
+        record=one.trained / "record", folder=folder,
+    )  # fmt: skip
+    return bank, model, time.process_time() - began
 
 
 def truth(one: Configuration) -> None:
@@ -191,7 +116,7 @@ def truth(one: Configuration) -> None:
     parameters, config = bank.check_model(model), ResponseConfig(**one.settings)
     context = BuildContext(model, parameters, config, one.world.rows, one.world.collate, original=one.world.rows)
     with Storage(config.memory_budget) as storage, frozen(model):
-        passes = recorded_passes(context, one.bank_folder / "record", storage)
+        passes = recorded_passes(context, one.trained / "record", storage)
         passes.measure_curvature(bank.manifest.curvature_samples)
         _keep_truth(one, model, bank, passes)
 

@@ -28,9 +28,10 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"^bos_token_id$", 1),
     (r"^(eos|sep|cls|decoder_start|eod|forced_eos)_token_id$", 2),
     (r"token_(id|index)$", VOCABULARY - 1),
-    (r"^(moe|expert|shared|dense|mlp).*(intermediate|ffn|hidden)_size|expert_intermediate_size|shared_experts_inter", 16),
-    (r"intermediate_size|^(encoder_|decoder_)?ffn_(hidden_size|dim)$|^d_?ff$|^d_inner$|^n_inner$|^dim_ff$|hidden_dim$", 48),
-    (r"^(swa_|linear_|mamba_|attention_|qk_nope_|qk_rope_|v_|index_)?(num_|n_)?.*head_?(dim|size)$|^d_kv$|^d_head$", 8),
+    (r"^(moe|expert|shared|dense|mlp).*(intermediate|ffn|hidden)_size|expert_intermediate_size", 16),
+    (r"intermediate_size|^(encoder_|decoder_)?ffn_(hidden_size|dim)$|^d_?ff$", 48),
+    (r"^(d_inner|n_inner|dim_ff)$|hidden_dim$", 48),
+    (r"head_?(dim|size)$|^d_kv$|^d_head$", 8),
     (r"^(linear_(key|value)_head_dim|mamba_(d_head|headdim)|kv_channels|dim_head|linear_head_dim|rotary_dim)$", 8),
     (r"(q|kv|o)_lora_rank$|adapter_rank|laurel_rank|gated_norm_rank|hc_lowrank|hidden_size_per_layer_input", 8),
     (r"^num_(local_|routed_)?experts$|^n_routed_experts$|^moe_num_experts$|^zero_expert_num$", 4),
@@ -40,9 +41,9 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"key_value_heads|kv_heads|kv_n_heads|num_ln_in_parallel", 2),
     (r"heads?$|^n_heads?$|num_query_groups$", 4),
     (r"layers$|^n_layers?$|^depth$|^num_hidden_groups$", 2),
-    (r"chunk_size$|chunk_length$|^block_size$|^(mamba_)?chunk_size$", 0),  # kept: see `_small`
-    (r"hidden_size(_global)?$|^(d_model|n_embd|dim|emb_dim|embed_dim|embedding_(size|dim)|lru_width|dim_model_base)$", 32),
-    (r"(input|output)_embedding_size|^embed_size$|word_embed_proj_dim|attention_hidden_size|_embed_dim$|_emb_size$", 32),
+    (r"chunk_size$|chunk_length$|^block_size$", 0),  # at most 16: see `_small`
+    (r"hidden_size(_global)?$|^(d_model|n_embd|dim|emb_dim|embed_dim|embedding_(size|dim)|lru_width)$", 32),
+    (r"^(dim_model_base|embed_size)$|(input|output)_embedding_size|word_embed_proj_dim|_embed_dim$|_emb_size$", 32),
     (r"positions$|max_position_embeddings|^n_ctx$|max_seq_len|context_length|max_sequence_length", 64),
     (r"^image_size$|^crop_size$", 16),
     (r"^patch_size$", 8),
@@ -81,7 +82,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
     "kimi_linear": _HYBRID,
-    "layoutlmv3": {"visual_embed": False},
+    "layoutlmv3": {"visual_embed": False, "coordinate_size": 4, "shape_size": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lfm3": {"layer_types": ["conv", "full_attention"]},
     "lilt": {"channel_shrink_ratio": 2, "hidden_size": 48},
@@ -96,12 +97,12 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _HYBRID,
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "attention_window_size": 16},
     "reformer": {
-        "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8], "attn_layers": ["local", "local"],
+        "axial_pos_embds": False, "axial_pos_embds_dim": [16, 16], "attn_layers": ["local", "local"],
         "local_attn_chunk_length": 4, "is_decoder": True,
     },
     "zamba": {
         "layers_block_type": ["hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 3,
-        "attention_head_dim": 16, "mamba_dt_rank": 4,
+        "attention_head_dim": 16, "attention_hidden_size": 64, "mamba_dt_rank": 4,
     },
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "n_mamba_heads": 8, "num_key_value_heads": 4},
     "zaya": {"num_experts_per_tok": 1},
@@ -145,7 +146,8 @@ def tiny_model(kind: str, name: str) -> PreTrainedModel:
 
 def _tiny_config(kind: type[PreTrainedConfig], more: dict[str, Any]) -> PreTrainedConfig:
     values = _small(kind)
-    kept = {key: value for key, value in values.items() if key in _fields(kind)}
+    accepted = _fields(kind) | set(_SPECIAL.get(kind.model_type, {}))
+    kept = {key: value for key, value in values.items() if key in accepted}
     return kind(**(kept | {key: value for key, value in more.items() if key not in values or key != "is_decoder"}))
 
 

@@ -43,10 +43,11 @@ def test_weights_lessen_the_noise_where_gradients_and_responses_differ() -> None
     exact, vectors = (torch.randn(50, 2048, generator=generator) * size for size in sizes)
     truth, noise = vectors.double() @ exact.double().T, []
     for power in (0.0, 0.25, 0.5, 1.0):
-        codes = RowCodes.of(exact, 2, (sizes[1] / sizes[0]) ** power)
+        weights = (sizes[1] / sizes[0]) ** power
+        codes = RowCodes.of(exact, 2, weights)
         noise.append(float((codes.products(vectors) - truth).norm()))
         agree(codes.products(vectors), vectors.double() @ codes.decode().double().T, 1e-5)
-        agree((codes.decode() * exact * codes.weights**2).sum(1), (exact * codes.weights).square().sum(1), 1e-4)
+        agree((codes.decode() * exact * weights**2).sum(1), (exact * weights).square().sum(1), 1e-4)
     assert noise[2] == min(noise)
     assert noise[2] < 0.7 * noise[0]
 

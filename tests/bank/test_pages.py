@@ -44,7 +44,7 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> ResponseBank:
     contents = BankContents(
         fields, [torch.randn(3, size, generator=generator)], torch.randn(ROWS, 3, generator=generator),
         torch.arange(ROWS), torch.zeros(ROWS, 16, dtype=torch.uint8), torch.full((ROWS,), -1),
-        row_codes=RowCodes.of(torch.randn(ROWS, size, generator=generator)),
+        row_codes=RowCodes.of(torch.randn(ROWS, size, generator=generator), 8),
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("bank")
     made = write_bank(folder, contents, shard_size=250 * size)
@@ -133,7 +133,7 @@ def test_wrong_page_is_refused_and_not_kept(hub: World, bank: ResponseBank) -> N
 
 
 def test_answer_that_breaks_off_is_continued(hub: World, bank: ResponseBank) -> None:
-    remote, cuts = opened(hub, bank), []
+    remote, cuts = opened(hub, bank), list[str]()
 
     def fault(method: str, path: str) -> int | None:
         if method == "GET" and "row_codes" in path and len(cuts) < 5:
@@ -272,7 +272,10 @@ def test_threads_that_read_at_once_agree(hub: World, bank: ResponseBank) -> None
                 failures.append(rows)
 
     threads = [threading.Thread(target=read, args=pair) for pair in enumerate(readers)]
-    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert not failures
     assert hub.server.sent("row_codes") < bank.manifest.bytes  # no page twice
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import registry, scale_steps, truth
+from benchmarks import registry, scale_configuration, truth
 from benchmarks.__main__ import main
 from benchmarks.meters import PeakMemory, Phases
 from benchmarks.protocols import scale
 from benchmarks.report import results
-from benchmarks.scale_steps import STEPS, Configuration
+from benchmarks.scale_configuration import Configuration
+from benchmarks.scale_steps import STEPS
 from torch import Tensor
 
 from hf_fwdattr import ResponseConfig
@@ -32,7 +33,7 @@ def in_this_process(one: Configuration, step: str) -> None:
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Folder of the steps, which run in this process."""
     monkeypatch.setattr(scale, "step_in_a_process", in_this_process)
-    monkeypatch.setattr(scale_steps, "code_version", lambda *_: "now")
+    monkeypatch.setattr(scale_configuration, "code_version", lambda *_: "now")
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     return tmp_path / "work"
 
@@ -73,12 +74,15 @@ def test_scale_of_a_tiny_world_names_rows_and_is_resumed(work: Path, monkeypatch
         f"scale --world tiny --rows 30 --queries 4 --budgets 21 31 --timed 1 --work {work} --results {results.FOLDER}"
     )
     assert main(words.split()) == 0
-    (line,) = json.loads((results.FOLDER / "scale_tiny.json").read_text())["rows"]
+    result = json.loads((results.FOLDER / "scale_tiny.json").read_text())
+    (line,), (beside,) = result["rows"], result["beside"].values()
     assert line["recall, 31"] >= 0.9  # as many passes as rows
     assert line["recall, 31"] >= line["recall, 21"] > 0.5
     assert line["error, %"] < 1
     assert line["forwards, 31"] > 1
-    assert line["query MiB"] >= line["query MiB without files"] > 100
+    assert line["query MiB"] >= beside["without files MiB"]["query"] > 100
+    assert beside["phases"]["gradients"] > 0
+    assert beside["query"]["derivatives"] > 0
     assert line["bytes / row"] > TrackedParameters.of(registry.load_world("tiny").model(), "lora").size
     monkeypatch.setattr(scale, "step_in_a_process", lambda one, step: pytest.fail(f"{step} was done again"))
     assert main(words.split()) == 0

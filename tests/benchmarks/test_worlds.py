@@ -112,6 +112,13 @@ def test_cost_of_a_tiny_world(folder: Path) -> None:
     assert rows[2]["ratio"] > 0  # the fit of the gradient predictor was timed
 
 
+def test_loop_of_a_tiny_world_is_timed_from_inside(folder: Path) -> None:
+    rows = measured(folder, "cost --world tiny --loop 12 --pairs 1", "cost_loop_tiny")
+    assert [row["what"].split(",")[0] for row in rows][:2] == ["before the first step", "of that"]
+    assert all(row["seconds"] > 0 for row in rows[:4])
+    assert rows[3]["seconds"] < rows[2]["seconds"]
+
+
 def test_derivative_of_a_tiny_world_predicts_removal(folder: Path) -> None:
     rows = measured(folder, "leave_one_out_derivative --world tiny --rows 1 --workers 1", "derivative_tiny")
     assert [row["predicted by"] for row in rows][2] == "scores"

@@ -170,10 +170,22 @@ def test_user_errors_are_one_message_without_traceback(tmp_path: Path, folder: P
     for kind, content in latin.items():
         (tmp_path / f"bytes{kind}").write_bytes(content)
     (tmp_path / "table.xls").write_text("")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "ragged.csv").write_text("text,source\nw1,a\nw2,b,c\n")
     (tmp_path / "damaged" / "fwdattr").mkdir(parents=True)
     (tmp_path / "damaged" / "fwdattr" / "bank.json").write_text("{")
     mistakes: list[tuple[tuple[Any, ...], str]] = [
         (("inspect", tmp_path), "no bank in"),
+        (("attribute", folder, "w3", "--dataset", tmp_path / "empty.jsonl"), "empty.jsonl: the file is empty"),
+        (("attribute", folder, "w3", "--dataset", tmp_path / "ragged.csv"), "Expected 2 fields in line 3, saw 3)"),
+        (("attribute", folder, "w3", "--dataset", ""), "--dataset: an empty name"),
+        (("attribute", "", "w3"), "MODEL: an empty name"),
+        (("attribute", folder, "w3", "--revision", "v9"), "which has no revisions. Leave the option out"),
+        (
+            ("attribute", folder, "w3", "--quiet", "--max-new-tokens", "0"),
+            "--max-new-tokens 0: not a number of tokens",
+        ),
+        (("build", folder, text, "--config", tmp_path), "It cannot be read (Is a directory)"),
         (("inspect", tmp_path / "damaged"), "is not sound JSON"),
         (("build", folder, text), "neither a record nor a horizon was given"),
         (("build", folder, text, "--config", tmp_path / "bad.json"), "It is not sound JSON in UTF-8"),
@@ -207,7 +219,8 @@ def test_user_errors_are_one_message_without_traceback(tmp_path: Path, folder: P
         result = call(*words)
         assert result.exit_code == 1, (words, result.output)
         assert isinstance(result.exception, SystemExit), (words, result.exception)
-        assert result.stderr.count("error: ") == 1, (words, result.stderr)
+        lines = result.stderr.splitlines()
+        assert sum(line.startswith("error: ") for line in lines) == 1, (words, result.stderr)
         assert message in result.stderr, (words, result.stderr)
         assert "Traceback" not in result.output
         assert "allow_mismatch" not in result.output

@@ -5,7 +5,7 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
-from hf_fwdattr.evaluation.agreement import Interval, agreement, leave_sources_out, loo, sum_over_sources
+from hf_fwdattr.evaluation.agreement import Interval, agreement, loo, sum_over_sources
 from tests.helpers.reference import agree
 
 
@@ -119,14 +119,14 @@ def test_score_of_a_source_is_the_sum_over_its_rows() -> None:
         sum_over_sources(scores.T, row_sources, 3)
 
 
-def test_leave_sources_out_compares_as_loo_does() -> None:
+def test_scores_of_sources_are_compared_as_those_of_rows() -> None:
     scores, _, _, _ = world()
     row_sources = torch.arange(20) % 4
     per_source = sum_over_sources(scores, row_sources, 4)
     losses = torch.cat([torch.ones(1, 6, dtype=torch.float64), 1 + per_source[:, [2, 0]].T])
-    result = leave_sources_out(per_source, torch.tensor([2, 0]), losses)
+    result = loo(per_source, torch.tensor([2, 0]), losses)
     assert (result.pearson, result.slope) == pytest.approx((1.0, 1.0))
-    assert leave_sources_out(-per_source, torch.tensor([2, 0]), losses).slope == pytest.approx(-1.0)
+    assert loo(-per_source, torch.tensor([2, 0]), losses).slope == pytest.approx(-1.0)
 
 
 def test_interval_covers_95_percent_of_means() -> None:

@@ -7,14 +7,39 @@ import pytest
 import torch
 from peft import PromptEncoderConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 
 from hf_fwdattr.errors import NumericalError, UnsupportedError
 from hf_fwdattr.gradients.per_sample import PerSampleGradients
-from hf_fwdattr.models.likelihood import CAUSAL_LM, IGNORED, SEQUENCE_CLASSIFICATION, Batch, Objective
+from hf_fwdattr.models.likelihood import (
+    CAUSAL_LM,
+    IGNORED,
+    SEQUENCE_CLASSIFICATION,
+    Batch,
+    Objective,
+    resolve_objective,
+)
 from hf_fwdattr.models.modes import frozen
 from hf_fwdattr.models.parameters import TrackedParameters
-from tests.helpers.cases import ARCHITECTURES, DIGITS, VOCABULARY, Classifier, adapted, gpt2, llama, padded, token_rows
+from tests.helpers.cases import (
+    ARCHITECTURES,
+    DIGITS,
+    VOCABULARY,
+    Classifier,
+    adapted,
+    finished,
+    gpt2,
+    llama,
+    padded,
+    qwen2_vl,
+    token_rows,
+)
 from tests.helpers.reference import agree, exact_fisher, row_gradient
 
 
@@ -56,6 +81,37 @@ def test_layers_that_rows_share_a_call_of_are_differentiated_row_by_row() -> Non
     with frozen(model):
         gradients, _ = PerSampleGradients(model, parameters, CAUSAL_LM)(batch)
     agree(gradients, rows_alone(model, parameters, CAUSAL_LM, batch), DIGITS["llama"])
+
+
+def test_lora_on_fused_experts_has_row_gradients() -> None:
+    """PEFT adds such a product to the weight of all experts, and never calls the LoRA matrices."""
+    torch.manual_seed(0)
+    sizes = dict(llama().config.to_dict(), num_local_experts=3, num_experts_per_tok=2)
+    model = finished(MixtralForCausalLM(MixtralConfig(**sizes)), torch.float32)
+    names = [name for name, weight in model.named_parameters() if weight.ndim == 3]
+    adapter = adapted(model, target_modules=[], target_parameters=names)
+    parameters, batch = TrackedParameters.of(adapter, "lora"), padded(token_rows(3))
+    with frozen(adapter):
+        gradients, _ = PerSampleGradients(adapter, parameters, CAUSAL_LM)(batch)
+    agree(gradients, rows_alone(adapter, parameters, CAUSAL_LM, batch), 1e-4)
+
+
+def test_patches_of_all_images_in_one_tensor_need_rows_one_by_one() -> None:
+    model = adapted(qwen2_vl(), target_modules=["q_proj", "qkv"])
+    tokens = torch.tensor([[20, 21, 22, 3, 4, 5], [20, 21, 22, 6, 7, 8]])
+    batch = {
+        "input_ids": tokens, "labels": tokens.clone(), "attention_mask": torch.ones_like(tokens),
+        "mm_token_type_ids": (tokens == 21).int(), "image_grid_thw": torch.tensor([[1, 2, 2], [1, 2, 2]]),
+        "pixel_values": torch.linspace(-1, 1, 96).view(8, 12),
+    }  # fmt: skip
+    single = {key: value[:1] for key, value in batch.items()} | {"pixel_values": batch["pixel_values"][:4]}
+    parameters = TrackedParameters.of(model, "lora")
+    with frozen(model):
+        gradients, _ = PerSampleGradients(model, parameters, CAUSAL_LM)(single)
+        with pytest.raises(UnsupportedError, match=r"pixel_values: shape \(8, 12\) in a batch of 2.*batch_size=1"):
+            PerSampleGradients(model, parameters, CAUSAL_LM)(batch)
+    agree(gradients[0], row_gradient(model, parameters, CAUSAL_LM, single), 1e-4)
+    assert resolve_objective(model) is CAUSAL_LM
 
 
 @pytest.mark.parametrize("choice", ["lora", "everything"])

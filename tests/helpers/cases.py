@@ -15,6 +15,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
 )
 
 from hf_fwdattr.models.likelihood import IGNORED, Objective
@@ -43,6 +45,21 @@ def qwen2(dtype: torch.dtype = torch.float64, **changes: Any) -> PreTrainedModel
     """As Llama, with biases on queries, keys and values, and the head tied to the embedding."""
     torch.manual_seed(0)
     return finished(Qwen2ForCausalLM(Qwen2Config(**(_LLAMA_SIZES | {"tie_word_embeddings": True} | changes))), dtype)
+
+
+def qwen2_vl() -> PreTrainedModel:
+    """A model of images and text, whose images are patches in one tensor."""
+    sizes: dict[str, Any] = dict(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    text = sizes | dict(
+        intermediate_size=16, num_key_value_heads=1, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    )  # fmt: skip
+    vision = dict(depth=1, embed_dim=16, hidden_size=16, num_heads=2, mlp_ratio=2, patch_size=2, temporal_patch_size=1)
+    settings = Qwen2VLConfig(
+        text_config=text, vision_config=vision, image_token_id=21, vision_start_token_id=20, vision_end_token_id=22
+    )
+    torch.manual_seed(0)
+    return finished(Qwen2VLForConditionalGeneration(settings), torch.float32)
 
 
 _LLAMA_SIZES: dict[str, Any] = dict(

@@ -81,7 +81,7 @@ class KilledCallback(ResponseCallback):
 
 def passes(folder: Path) -> dict[str, Any]:
     """Kills in the callback's passes; afterwards the bank is finished from the record."""
-    model, data = adapted(base()), training_set(40)
+    model, data = adapted(base()), training_set(16)
     callback = KilledCallback(config(directions=8))
     trainer_for(folder / "run", model, data, callback, max_steps=6).train()
     made = build_bank(

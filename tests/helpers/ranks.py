@@ -256,10 +256,12 @@ def main(folder: Path, names: list[str]) -> None:
             rebuilt = build_bank(
                 model, callback.recorder.original, callback.config, data_collator=padded, record=where / RECORD
             )
+        attribute = ask(model, bank)
+        scores = attribute.scores(queries())
         results = {
-            "scores": ask(model, bank).scores(queries()),
-            "rebuilt": ask(model, rebuilt).scores(queries()),
-            "sources": ask(model, bank).source_scores(queries()),
+            "scores": scores,
+            "rebuilt": scores if rebuilt is bank else ask(model, rebuilt).scores(queries()),
+            "sources": attribute.source_scores(queries()),
             "weights": weights(model),
             "unit": unit_weights(callback),
             "clips": record.clips,

@@ -33,7 +33,7 @@ def shared_pipeline(folder: Path) -> TrainingDataAttributionPipeline:
     bank = fine_tune(folder, model, settings).bank
     assert bank is not None
     assert bank.manifest.averaging == "trajectory"
-    assert bank.manifest.error_covariance
+    assert bank.manifest.error_variances
     return ask(model, bank)
 
 

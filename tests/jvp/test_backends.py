@@ -12,7 +12,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2ForSeq
 
 from hf_fwdattr.errors import NumericalError, UnsupportedError
 from hf_fwdattr.jvp.analytic import AnalyticJVP
-from hf_fwdattr.jvp.backend import METHODS
+from hf_fwdattr.jvp.backend import METHODS, Backend
 from hf_fwdattr.jvp.finite_difference import FiniteDifferenceJVP
 from hf_fwdattr.jvp.torch_func import TorchFuncJVP
 from hf_fwdattr.models.likelihood import (
@@ -293,6 +293,10 @@ def test_operation_without_forward_derivative_is_named(kernel: Callable[[Tensor]
     )
     assert bool(torch.isfinite(differences).all())
     assert bool((differences != 0).any())
+    backend = Backend(model, parameters)  # chooses differences itself, and remembers
+    chosen = backend.prepare(batch, objective=objective).jvp(random_directions(parameters, dtype=torch.float64))
+    assert torch.equal(chosen, differences)
+    assert isinstance(backend.prepare(batch, objective=objective), FiniteDifferenceJVP)
 
 
 def test_nan_weights_are_refused() -> None:

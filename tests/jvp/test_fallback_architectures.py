@@ -48,10 +48,11 @@ from tests.jvp.test_backends import by_reverse_mode, random_directions
 def test_experts_in_one_product_are_differentiated_one_by_one(choice: str) -> None:
     """transformers multiplies all experts of a mixture at once, which has no forward-mode derivative."""
     torch.manual_seed(0)
-    sizes = MixtralConfig(**(SIZES | {"head_dim": 3}), num_local_experts=3, num_experts_per_tok=2)
+    sizes = MixtralConfig(**SIZES, num_local_experts=3, num_experts_per_tok=2)
     model = adapted(finished(MixtralForCausalLM(sizes), torch.float32), target_modules=["q_proj", "v_proj"])
     config = model.get_base_model().config
-    before, parameters, batch = config._experts_implementation, TrackedParameters.of(model, "lora"), padded(token_rows())
+    before, batch = config._experts_implementation, padded(token_rows())
+    parameters = TrackedParameters.of(model, "lora")
     directions = random_directions(parameters, 3)
     actual = Backend(model, parameters, choice).prepare(batch).jvp(directions)
     agree(actual, by_reverse_mode(model, parameters, batch, directions.double()), 1e-4)

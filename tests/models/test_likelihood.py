@@ -28,7 +28,7 @@ from hf_fwdattr.models.likelihood import (
     row_losses,
     sample_labels,
 )
-from tests.helpers.cases import CONTEXT, VOCABULARY, adapted, gpt2, llama, padded, token_rows
+from tests.helpers.cases import CONTEXT, VOCABULARY, adapted, gpt2, llama, padded, qwen2_vl, token_rows
 from tests.helpers.reference import agree
 
 
@@ -39,12 +39,13 @@ def test_auto_objective_follows_the_model_class() -> None:
     assert resolve_objective(gpt2()) is CAUSAL_LM
     assert resolve_objective(adapted(llama())) is CAUSAL_LM
     assert resolve_objective(GPT2ForSequenceClassification(SIZES)) is SEQUENCE_CLASSIFICATION
-    # A causal language model by transformers' list, whatever its name.
+    # Causal language models with other names.
     sizes = BertGenerationConfig(
         vocab_size=VOCABULARY, hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12,
         is_decoder=True,
     )  # fmt: skip
     assert resolve_objective(BertGenerationDecoder(sizes)) is CAUSAL_LM
+    assert resolve_objective(qwen2_vl()) is CAUSAL_LM
 
 
 def test_only_names_that_a_bank_knows_are_accepted() -> None:

@@ -6,7 +6,20 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPTJConfig,
+    GPTJForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    XGLMConfig,
+    XGLMForCausalLM,
+)
 
 from hf_fwdattr.errors import QueryError
 from hf_fwdattr.models.positions import context_length
@@ -81,6 +94,37 @@ def test_classifiers_read_as_many_tokens_as_their_table_has_lines_for(kind: str)
     model.eval()(input_ids=torch.full((1, CONTEXT), 5))
     with pytest.raises(QueryError, match="a query has 17 tokens and the model reads at most 16"):
         classifier_batch([{"input_ids": [5] * 17, "labels": [1]}], model, torch.device("cpu"))
+
+
+_SIZES: dict[str, Any] = dict(vocab_size=VOCABULARY, n_embd=8, n_layer=1, n_head=2, n_positions=CONTEXT)
+TABLES: dict[str, Any] = {
+    "learned": lambda: gpt2(torch.float32),
+    "learned, after two lines": lambda: OPTForCausalLM(
+        OPTConfig(
+            vocab_size=VOCABULARY, hidden_size=8, word_embed_proj_dim=8, ffn_dim=8, num_hidden_layers=1,
+            num_attention_heads=2, max_position_embeddings=CONTEXT,
+        )
+    ),
+    "learned, of another name": lambda: OpenAIGPTLMHeadModel(OpenAIGPTConfig(**_SIZES)),
+    "fixed": lambda: GPTJForCausalLM(GPTJConfig(**_SIZES, rotary_dim=4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_limit_is_where_a_models_table_ends(kind: str) -> None:
+    model = TABLES[kind]().eval()
+    assert context_length(model) == CONTEXT
+    model(input_ids=torch.full((1, CONTEXT), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, CONTEXT + 1), 5))
+
+
+def test_growing_and_rotary_positions_have_no_limit() -> None:
+    sizes = dict(vocab_size=VOCABULARY, d_model=8, ffn_dim=8, num_layers=1, attention_heads=2)
+    growing = XGLMForCausalLM(XGLMConfig(max_position_embeddings=CONTEXT, **sizes))
+    for model in (growing, llama(torch.float32)):
+        assert context_length(model) is None
+        model.eval()(input_ids=torch.full((1, 3 * CONTEXT), 5))
 
 
 def test_config_alone_tells_rotary_positions_too() -> None:

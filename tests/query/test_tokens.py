@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from trl.data_utils import common_prefix_length
 
@@ -58,6 +58,59 @@ def bytelevel() -> PreTrainedTokenizerFast:
     letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     letters.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<end>")
+
+
+def prefixed() -> PreTrainedTokenizerFast:
+    """As RoBERTa: every byte is a token, a space is put before every text, and every text begins and ends."""
+    result = bytelevel()
+    backend = result.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.post_processor = processors.RobertaProcessing(("<end>", 256), ("<end>", 256))
+    return result
+
+
+def legacy() -> PreTrainedTokenizerFast:
+    """As Llama 2: a normalizer puts the space before every text, and the decoder takes the first one away."""
+    result = sentencepiece()
+    backend = result.backend_tokenizer
+    backend.pre_tokenizer = None
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    strip = decoders.Strip(content=" ", left=1)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), strip])
+    return result
+
+
+def wordpiece() -> PreTrainedTokenizerFast:
+    """As BERT: lower case, parts of words, a token at either end, and no beginning or end of its own."""
+    words = ["[UNK]", "[CLS]", "[SEP]", "the", "sky", "is", "blue", "now", "b", "##lue", "##s", "i"]
+    pieces = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
+    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    pieces.decoder = decoders.WordPiece()
+    ends = [("[CLS]", 1), ("[SEP]", 2)]
+    pieces.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    special = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=pieces, **special)
+
+
+@pytest.mark.parametrize("seam", [("the sky is", " blue"), ("the sky is ", "blue"), ("the sky i", "s blue"),
+                                  ("the", "  is blue"), ("The Sky", " IS\nblue")])  # fmt: skip
+@pytest.mark.parametrize(("kind", "ends"), [(prefixed, 1), (legacy, 0), (wordpiece, 1)])
+def test_prompt_and_output_have_the_tokens_of_the_text_that_they_are(
+    kind: Any, ends: int, seam: tuple[str, str]
+) -> None:
+    tokens, (prompt, completion) = kind(), seam
+    whole = tokens(prompt + completion)["input_ids"]
+    whole = whole[: len(whole) - ends]
+    asked = tokenize_input(tokens, {"prompt": prompt, "completion": completion})
+    assert asked.input_ids == whole
+    alone = tokenize_input(tokens, prompt).input_ids
+    cut = common_prefix_length(alone, whole)
+    assert asked.labels == [-100] * cut + whole[cut:]
+    shown = output_text(tokens, whole, range(cut, len(whole)))
+    assert shown.text == "".join(shown.tokens) or "[UNK]" in shown.tokens or "<unk>" in shown.tokens
+    if kind is not wordpiece and seam[0] == "the sky is":
+        assert shown.text == completion
 
 
 def output(tokenized: Any) -> list[int]:

@@ -1,4 +1,4 @@
-"""Data sets of TRL as their owner has them: trained on by a real SFTTrainer, then handed to the pipeline as they are."""
+"""Data sets of TRL as their owner has them: trained on by a real SFTTrainer, then handed to the pipeline."""
 
 import json
 from pathlib import Path
@@ -143,5 +143,5 @@ def test_chats_that_a_formatting_function_rendered_are_found(tmp_path: Path) -> 
         for line in attribute("the sky", dataset=same, top_k=2, max_new_tokens=1)["examples"]:
             assert line["example"] == data[line["row"]]
     _, attribute = trained(tmp_path / "other", data, {}, formatting_func=lambda row: row["dialog"][0]["content"])
-    with pytest.raises(QueryError, match="as by a formatting_func. Pass the tokenized training set"):
+    with pytest.raises(QueryError, match=r"as by a formatting_func\. Pass the tokenized training set"):
         attribute("the sky", dataset=data)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import BartConfig, BartForCausalLM, PreTrainedModel
+from transformers import BartConfig, BartForCausalLM, PhimoeConfig, PhimoeForCausalLM, PreTrainedModel
 
 from hf_fwdattr.errors import UnsupportedError
 from hf_fwdattr.jvp.analytic import AnalyticJVP
@@ -73,6 +73,29 @@ def test_dora_is_read_by_differences_and_refused_for_jvp() -> None:
     assert isinstance(Backend(model, parameters).prepare(batch), FiniteDifferenceJVP)
     with pytest.raises(UnsupportedError, match=r"DoRA.*readout='difference'"):
         Backend(model, parameters, "jvp").prepare(batch)
+
+
+def test_a_router_that_samples_experts_while_training_is_refused() -> None:
+    """PhiMoE draws experts at random within its jitter noise; without noise, and with dropout, all is as queried."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = dict(
+        vocab_size=VOCABULARY, hidden_size=12, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=16, pad_token_id=0, bos_token_id=0,
+        eos_token_id=0, attention_dropout=0.5,
+    )  # fmt: skip
+    changes: dict[str, Any] = dict(target_modules=["q_proj"], lora_dropout=0.5)
+    noisy = finished(PhimoeForCausalLM(PhimoeConfig(**sizes, router_jitter_noise=1.0)), torch.float32)
+    with pytest.raises(UnsupportedError, match=r"PhimoeForCausalLM: in training mode its logits differ by"):
+        record(adapted(noisy, **changes), padded)
+    still = finished(
+        PhimoeForCausalLM(PhimoeConfig(**sizes, router_jitter_noise=0.0, input_jitter_noise=0.0)), torch.float32
+    )
+    adapter = adapted(still, **changes).train()
+    record(adapter, padded).detach()
+    dropouts = [module.p for module in adapter.modules() if isinstance(module, torch.nn.Dropout)]
+    assert 0.5 in dropouts
+    assert still.config.attention_dropout == still.model.layers[0].self_attn.attention_dropout == 0.5
+    assert all(module.training for module in adapter.modules())
 
 
 def test_only_learned_positions_limit_a_row() -> None:

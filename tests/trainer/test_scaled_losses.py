@@ -109,6 +109,8 @@ def test_losses_of_unknown_or_unequal_weight_are_refused() -> None:
     micro.record_token_gradients(torch.tensor([[-0.5, -0.25]]))
     with pytest.raises(UnsupportedError, match="weighs some tokens more"):
         OptimizerStep(0.1, [micro]).finalize(1, None)
+    micro.record_token_gradients(torch.zeros(1, 0))  # a micro-batch without supervised tokens
+    assert OptimizerStep(0.1, [micro]).finalize(1, None)[2].tolist() == [0.0, 0.0]
 
 
 def test_bitsandbytes_layers_on_a_cpu_are_refused_before_the_first_step(tmp_path: Path) -> None:

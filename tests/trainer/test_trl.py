@@ -110,7 +110,7 @@ def test_padding_free_rows_are_recorded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(packing=True), "set packing=False"),
+        (dict(packing=True), "Set packing=False"),
         (dict(loss_type="dft"), "weighs some tokens more than others"),
     ],
 )

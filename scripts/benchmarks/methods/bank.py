@@ -130,7 +130,7 @@ class TwoStages(Method):
             else:
                 values = torch.stack([scorer.rank(query, self.top, self.budget).scores for query in queries])
             spent = time.process_time() - began
-            kinds = ("coordinates", "row_codes", "error_covariance")
+            kinds = ("coordinates", "row_codes")
             cost = {
                 "directions": run.bank.manifest.directions, "build s": run.build_s, "s / query": spent / len(queries),
                 "bytes / row": run.bytes_per_row(*kinds),

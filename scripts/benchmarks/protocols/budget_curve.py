@@ -1,8 +1,7 @@
 """Accuracy against forward passes: everything that a query can be read with, against exact scores.
 
 The top ten are the ten rows with the highest exact scores (gradients by reverse mode times the rows' responses): how
-often all of them are found, and what share of them is. Derivatives are looked up in exact scores, with the library's
-own shortlist; for one budget they are really computed for every query, to check that they say the same. --lds adds LDS
+often all of them are found, and what share of them is. What the library does is measured as it does it. --lds adds LDS
 against the retrainings of `lds`. Time is the processor's, in plain float32 forward passes of the same query. What did
 not make it into the library (directions alone, rows without coarse scores, clusters, upper layers) is computed from
 the same exact scores.
@@ -27,7 +26,7 @@ from hf_fwdattr.models.parameters import TrackedParameters
 from hf_fwdattr.query.row_codes import HeldRowCodes
 from hf_fwdattr.query.scorer import Scorer
 
-from ..curve import TOP, Curve, combined, shared_top, two_stages
+from ..curve import TOP, Curve, shared_top
 from ..methods.bank import AttributedRun, attributed_run, kept_run
 from ..methods.baselines import gradients
 from ..registry import load_world
@@ -76,8 +75,7 @@ class Reading:
         names = [f"^{re.escape(name)}$" for name in self.parameters.names]
         batches = (self.scorer.batch(queries[start : start + 8]) for start in range(0, len(queries), 8))
         self.gradients = -gradients(run.model, batches, names).float()
-        self.codes = HeldRowCodes(run.bank)
-        self.responses = self.codes.rows(torch.arange(run.bank.manifest.row_codes))
+        self.responses = HeldRowCodes(run.bank).rows(torch.arange(run.bank.manifest.row_codes))
         self.exact = (self.gradients @ self.responses.T).double()
         self.coarse = torch.cat([self.scorer.scores([query], budget=1).double() for query in queries])
         self.layers = [int(re.search(r"\.(?:layers|h)\.(\d+)\.", name)[1]) for name in self.parameters.names]
@@ -116,21 +114,18 @@ class Reading:
 
 
 def in_use(curve: Curve, reading: Reading, budgets: tuple[int, ...], times: dict) -> None:
-    """Add what the library does, and the same without each of its parts."""
-    coarse, exact, codes = reading.coarse, reading.exact, reading.codes
-    curve.add("coarse scores", 1, coarse, *times.get(("whole", 1), ()))
+    """Add what the library does."""
+    scorer, queries = reading.scorer, reading.queries
+    curve.add("coarse scores", 1, reading.coarse, *times.get(("whole", 1), ()))
     for budget in budgets:
-        scores = combined(coarse, exact, codes, budget - 1)
-        curve.add("coarse scores, then linear combinations", budget, scores, *times.get(("whole", budget), ()))
-    for budget in [*(budget for budget in budgets if budget > 2 * TOP), None]:
-        scores, passes = two_stages(coarse, exact, codes, budget)
-        label = "two stages, adaptive budget" if budget is None else "two stages"
-        curve.add(label, passes, scores, *times.get(("rows", budget), ()))
-        if budget is not None:
-            scores, passes = two_stages(coarse, exact, codes, budget, share=0)
-            curve.add("two stages, no linear combinations", passes, scores)
-            scores, passes = two_stages(torch.zeros_like(coarse), exact, codes, budget)
-            curve.add("rows and linear combinations, no coarse scores", passes, scores)
+        scores = torch.cat([scorer.scores([query], budget=budget).double() for query in queries])
+        curve.add("coarse scores, then directions", budget, scores, *times.get(("whole", budget), ()))
+    for read in [*(budget for budget in budgets if budget > 2 * TOP), "adaptive"]:
+        rankings = [scorer.rank(query, TOP, read) for query in queries]
+        passes = sum(ranking.passes for ranking in rankings) / len(rankings)
+        label = "two stages, adaptive budget" if read == "adaptive" else "two stages"
+        scores = torch.stack([ranking.scores for ranking in rankings])
+        curve.add(label, passes, scores, *times.get(("rows", read), ()))
 
 
 def not_in_use(curve: Curve, reading: Reading, budgets: tuple[int, ...]) -> None:
@@ -146,8 +141,8 @@ def not_in_use(curve: Curve, reading: Reading, budgets: tuple[int, ...]) -> None
         refined = estimate.scatter(1, best, exact.gather(1, best))
         curve.add("directions, then as many rows, no coarse scores", k + rows + 1, refined)
     for budget in [budget for budget in budgets if budget > 2 * TOP]:
-        scores, passes = two_stages(reading.coarse, exact, None, budget)
-        curve.add("rows chosen by coarse scores alone", passes, scores)
+        best = reading.coarse.topk(budget - 1, 1).indices
+        curve.add("rows chosen by coarse scores alone", budget, reading.coarse.scatter(1, best, exact.gather(1, best)))
     for clusters in [clusters for clusters in (32, 64) if clusters < exact.shape[1] // 4]:
         scores, passes = in_clusters(reading.responses, exact, clusters, 3)
         curve.add(f"{clusters} clusters, the best 3 read", passes, scores)

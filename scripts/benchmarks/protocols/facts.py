@@ -143,7 +143,7 @@ def bank(exchange: Exchange, budget: int | None) -> Result:
         scores = scorer.scores(queries)
     else:
         scores = torch.stack([scorer.rank(query, 10, budget).scores for query in queries])
-    kinds = ("coordinates",) if budget is None else ("coordinates", "row_codes", "error_covariance")
+    kinds = ("coordinates",) if budget is None else ("coordinates", "row_codes")
     stored = sum(file.size for file in own.manifest.files if file.kind in kinds)
     return Result(scores, None, seconds() - began, stored / len(exchange.rows))
 

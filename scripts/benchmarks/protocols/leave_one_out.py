@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, default_data_collator
 
-from hf_fwdattr.evaluation.agreement import agreement, leave_sources_out, loo
+from hf_fwdattr.evaluation.agreement import agreement, loo
 from hf_fwdattr.evaluation.designs import (
     random_rows,
     without_random,
@@ -58,7 +58,7 @@ def run(
             "a row": loo(by_row, left_out, without_row),
             "a row that came later": loo(by_row, left_out[later], without_row[with_base]),
             "a row of the first three batches": loo(by_row, first, without_first),
-            "a source": leave_sources_out(by_source, some, without_source),
+            "a source": loo(by_source, some, without_source),
         }
         for label, found in panels.items():
             head = {"left out": f"{label}, {number} segments", "n": found.predicted.shape[1]}

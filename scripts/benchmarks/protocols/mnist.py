@@ -19,10 +19,9 @@ from hf_fwdattr.evaluation.agreement import spearman
 from hf_fwdattr.evaluation.cost import cost
 from hf_fwdattr.evaluation.designs import without_rows
 from hf_fwdattr.evaluation.metrics import noise_ceiling
-from hf_fwdattr.query.gaussian_process import error_covariance
 from hf_fwdattr.response.horizon import ExplicitHorizon
 
-from ..curve import Curve, two_stages
+from ..curve import Curve, ScoreBasis, two_stages
 from ..methods.inner_products import Gradients, gradients, scores
 from ..methods.mnist_networks import FIRST_SEED, ONE, SEVERAL, Network, Truth, networks
 from ..registry import load_world
@@ -210,20 +209,20 @@ def run_budget_curve(world: str = "mnist", queries: int = 100) -> None:
     """The top ten of 5,000 digits against forward passes, without coarse scores.
 
     The first network and its exact scores (five segments, trajectory average). Gradient predictors are for language
-    models, so a query's expected scores are zero before it is read, and the covariance of two stages is that of exact
-    scores themselves, each digit having been a query once. Derivatives are looked up in exact scores, with the
-    library's own shortlist.
+    models, so a query's expected scores are zero before it is read, and what two stages read first are the leading
+    combinations of exact scores themselves, each digit having been a query once. Derivatives are looked up in exact
+    scores, with the library's own shortlist.
     """
     started, chosen = time.time(), load_world(world)
     network, truth = networks(chosen)[0], Truth(chosen)
-    exact, covariance = exact_scores(network, queries)
-    curve, none = Curve(exact, truth.lds), torch.zeros_like(exact)
+    exact, basis = exact_scores(network, queries)
+    curve = Curve(exact, truth.lds)
     curve.add("exact", len(chosen.images) + 1, exact)
     for budget in BUDGETS:
-        basis = covariance.combinations(budget - 1)[0]
-        curve.add("directions alone", budget, exact @ basis @ basis.T)
-        for label, share in (("two stages", 4), ("two stages, no linear combinations", 0)):
-            values, passes = two_stages(none, exact, covariance, budget, share)
+        vectors = basis.vectors[:, : budget - 1]
+        curve.add("directions alone", budget, exact @ vectors @ vectors.T)
+        for label, share in (("two stages", 4), ("two stages, no directions", 0)):
+            values, passes = two_stages(exact, basis, budget, share)
             curve.add(label, passes, values)
     name = result_name("budget_curve", world)
     title = f"The top ten of {len(chosen.images)} digits, without coarse scores"
@@ -231,27 +230,15 @@ def run_budget_curve(world: str = "mnist", queries: int = 100) -> None:
     pictures.budget_curve({"rows": curve.rows}, name)
 
 
-class ScoreCovariance:
-    """Covariance of exact scores, and its leading eigenvectors, in place of a bank's row codes."""
-
-    def __init__(self, scores: Tensor):
-        self.error_covariance = error_covariance(scores).float()
-        self._vectors = torch.linalg.eigh(self.error_covariance)[1].flip(1)
-
-    def combinations(self, count: int) -> tuple[Tensor, None]:
-        """Return the weights (rows, n) of the linear combinations that tell most."""
-        return self._vectors[:, :count].double(), None
-
-
-def exact_scores(network: Network, queries: int, count: int = 5) -> tuple[Tensor, ScoreCovariance]:
-    """Return exact scores (queries, rows), and the covariance of the rows' own scores."""
+def exact_scores(network: Network, queries: int, count: int = 5) -> tuple[Tensor, ScoreBasis]:
+    """Return exact scores (queries, rows), and the basis of the rows' own scores."""
     segments, spectra = network.run(count)
     mean = torch.stack([segment.theta for segment in segments]).mean(0)
 
     def score(asked: Gradients) -> Tensor:
         return scores(network.world, asked, segments, spectra, average=True)
 
-    return score(network.queries(mean).take(slice(0, queries))), ScoreCovariance(score(network.rows(mean)))
+    return score(network.queries(mean).take(slice(0, queries))), ScoreBasis.of(score(network.rows(mean)), 256)
 
 
 def run_literal(world: str = "mnist", rows: int = 10, steps: int = 10, size: float = 0.5) -> None:

@@ -21,10 +21,16 @@ from torch import Tensor
 from ..corpora import cache_folder
 from ..curve import TOP
 from ..report.results import report, result_name
-from ..scale_steps import STEPS, Configuration
+from ..scale_configuration import Configuration
+from ..scale_steps import STEPS
 
 
-FIXED = ("directions", "error_projections", "averaged_weights")  # kinds of shards that do not grow with rows
+BESIDE = (  # what the result file shows beside the table
+    "worst tenth, %", "exact", "ms", "first query s", "loop", "training MiB", "without files MiB", "phases", "query",
+    "bytes",
+)  # fmt: skip
+# Kinds of shards that do not grow with rows.
+FIXED = ("directions", "error_projections", "averaged_weights", "code_weights")
 
 
 def run(
@@ -48,13 +54,13 @@ def run(
             print(line, flush=True)
             (folder / f"result-{world}-{count:09}-{width}-{curvature}.json").write_text(json.dumps(line, indent=2))
     kept = [json.loads(path.read_text()) for path in sorted(folder.glob(f"result-{world}-*.json"))]
-    phases = {f"build of {line['rows']} rows": line.pop("phases") for line in kept}
-    times = {f"ms of a query of {line['rows']} rows": line.pop("query") for line in kept}
-    sizes = {f"bytes of {line['rows']} rows": line.pop("bytes") for line in kept}
-    report(
-        result_name("scale", world), f"{world}: the top {TOP} of many rows", kept, started,
-        queries=queries, phases=phases, times=times, sizes=sizes,
-    )  # fmt: skip
+    lines = [{key: value for key, value in line.items() if key not in BESIDE} for line in kept]
+    beside = {
+        f"{line['rows']} rows, {line['bits']} bits, {line['curvature']} samples": {key: line[key] for key in BESIDE}
+        for line in kept
+    }
+    title = f"{world}: the top {TOP} of many rows"
+    report(result_name("scale", world), title, lines, started, queries=queries, beside=beside)
 
 
 def step_in_a_process(one: Configuration, step: str) -> None:
@@ -79,12 +85,12 @@ def judged(one: Configuration) -> dict[str, Any]:
     line["of opponents"] = recall(scores, most["queries"], "opponents")
     line |= errors(scores, most["queries"])
     line |= {f"forwards, {budget}": asked[str(budget)]["forwards"] for budget in one.budgets}
-    line["ms"], line["first query s"] = most["ms"], asked["first query s"]
+    line |= {"ms": most["ms"], "first query s": asked["first query s"]}
     training = alone["row s"] * one.rows
     line["loop"], line["build"] = built["loop s"] / training, built["after s"] / training
-    for process, peaks in (("training", alone), ("build", built), ("query", asked)):
-        line[f"{process} MiB"] = peaks["peak MiB"]
-        line[f"{process} MiB without files"] = peaks["peak without files MiB"]
+    processes = {"training": alone, "build": built, "query": asked}
+    line |= {f"{process} MiB": peaks["peak MiB"] for process, peaks in processes.items()}
+    line["without files MiB"] = {process: peaks["peak without files MiB"] for process, peaks in processes.items()}
     growing = sum(size for kind, size in built["bytes"].items() if kind not in FIXED)
     line |= {"bytes / row": round(growing / one.rows), "bank MB": round(sum(built["bytes"].values()) / 1e6, 1)}
     phases = built["phases s"] | {"other": built["after s"] - sum(built["phases s"].values())}

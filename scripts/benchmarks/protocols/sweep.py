@@ -1,9 +1,9 @@
 """Sweep over the causal and sequence-classification classes of transformers: scores by conservation, or a refusal.
 
 Every class that can be built tiny is trained with plain LoRA, DoRA, all Linears, a trained head, gradient accumulation
-and padding on the left. Under plain SGD with small steps the scores of all rows must sum to what the training changed, to
-1 %, or the training is refused before its first step. Cases that are in `sweep.jsonl` are kept, so that a run goes on
-where another ended; `--again` runs named verdicts or classes anew. About two seconds a case.
+and padding on the left. Under plain SGD with small steps the scores of all rows must sum to what the training changed,
+to 1 %, or the training is refused before its first step. Cases that are in `sweep.jsonl` are kept, so that a run goes
+on where another ended; `--again` runs named verdicts or classes anew. About two seconds a case.
 """
 
 import gc
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..report import results
+from ..report import results, support
 from ..sweep import CASES, TOLERANCE, run_case
 from ..tiny_models import KINDS, class_names
 
@@ -32,9 +32,8 @@ def run(classes: tuple[str, ...] = (), cases: tuple[str, ...] = (), again: tuple
             for name in class_names(kind):
                 known = lines.get((kind, name, case))
                 repeated = known is not None and ({known["verdict"], name, "all"} & set(again))
-                if name not in (CASES[case].get("classes", (name,)) if not classes else classes) or (
-                    known is not None and not repeated
-                ):
+                wanted = classes or CASES[case].get("classes", (name,))
+                if name not in wanted or (known is not None and not repeated):
                     continue
                 gc.freeze()  # what is imported is not searched for garbage, as Accelerate does at each training
                 line = lines[(kind, name, case)] = run_case(kind, name, case)
@@ -45,6 +44,20 @@ def run(classes: tuple[str, ...] = (), cases: tuple[str, ...] = (), again: tuple
         print(f"{case:14} {verdict:12} {count}")
     print(f"right: the sum of scores is that of the change to {TOLERANCE:.0%}; wrote {path}", file=sys.stderr)
     return int(any(line["verdict"] in ("wrong", "late", "crash") for line in lines.values()))
+
+
+def run_list(check: bool = False) -> int:
+    """Write the list of classes in the trainer's README from the result of the sweep; --check only compares."""
+    page = support.PAGE.read_text(encoding="utf-8")
+    text = support.updated(page, load(results.FOLDER / NAME))
+    if text == page:
+        return 0
+    if check:
+        print(f"{support.PAGE} is stale: run `python -m benchmarks sweep_list`", file=sys.stderr)
+        return 1
+    support.PAGE.write_text(text, encoding="utf-8")
+    print(f"wrote {support.PAGE}")
+    return 0
 
 
 def key(line: dict[str, Any]) -> tuple[str, str, str]:

@@ -1,8 +1,8 @@
 """Calls from many threads to one pipeline, against the same calls one after the other.
 
-The pipeline is of a tiny GPT-2 whose bank is of means over the run, so that every call swaps the model's weights. Calls
-are of eight kinds: given and generated outputs, chats, batches, rows by a budget, rows and sources of token lists. A
-result counts as equal if every number in it is.
+The pipeline is of a tiny GPT-2 whose bank is of means over the run, so that every call swaps the model's weights.
+Calls are of eight kinds: given and generated outputs, chats, batches, rows by a budget, rows and sources of token
+lists. A result counts as equal if every number in it is.
 """
 
 import tempfile

@@ -16,7 +16,7 @@ class SmolLM2Shape(LanguageModelWorld):
     """Random weights in the shape of SmolLM2-135M, LoRA of rank 8 on q and v, rows of 64 random tokens."""
 
     version = "smollm2-shape-1"
-    training = dict(per_device_train_batch_size=6, num_train_epochs=3, learning_rate=5e-4)
+    training = dict(per_device_train_batch_size=2, num_train_epochs=3, learning_rate=5e-4)
     bank = {"parameters": "lora", "batch_size": 6}
 
     def __init__(self, rows: int = 72):
