@@ -29,7 +29,8 @@ class ResponseConfig(BaseModel):
 
     parameters: str | list[str] = "auto"
     """The tracked weights: 'auto' (LoRA B matrices and a new head's weights if there is LoRA, else every trainable
-    Linear weight), 'lora_B', 'lora', 'linear', 'trainable', or regular expressions on canonical names."""
+    Linear weight, or where there is none all that is trained), 'lora_B', 'lora', 'linear', 'trainable', or regular
+    expressions on canonical names."""
     segments: AtLeastOne = 3
     """Number of pieces into which the run is cut, each with one gradient per row and one curvature; each costs two
     passes over the rows. More for a long run or one whose learning rate changes much."""
@@ -51,8 +52,8 @@ class ResponseConfig(BaseModel):
     source_column: str | None = None
     """Column that names each row's source, such as its publisher; sources are then scored too."""
     objective: str | Callable[..., Any] = "auto"
-    """'auto', 'causal-lm', 'sequence-classification', or, for any other cross-entropy, a function (model, batch) ->
-    (logits, labels)."""
+    """'auto', 'causal-lm', 'causal-lm-unshifted' (logits and labels at the same position), 'sequence-classification',
+    or, for any other cross-entropy, a function (model, batch) -> (logits, labels)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
     """Number type in which directions and coordinates are stored: 'auto' takes float32 where they are small, and 8
     bits a number where they are not."""

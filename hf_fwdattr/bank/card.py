@@ -110,10 +110,11 @@ def _facts(manifest: Manifest) -> dict[str, str]:
     }
     if manifest.error_projections:
         explained = f"{manifest.predictor_explained_variance or 0:.2f} of the variance of training rows' scores"
-        codes = "; the rows' responses are kept as codes, one byte a number" * bool(manifest.row_codes)
-        facts["gradient predictor"] = f"one forward pass explains {explained}{codes}"
+        facts["gradient predictor"] = f"one forward pass explains {explained}"
     elif manifest.predictor_missing:
-        facts["gradient predictor"] = f"none, and no reading in two stages: {_plain(manifest.predictor_missing)}"
+        facts["gradient predictor"] = f"none: {_plain(manifest.predictor_missing)}"
+    if manifest.row_codes:
+        facts["row codes"] = f"every row's response in {manifest.row_code_bits} bits a number"
     if manifest.notes:
         facts["notes of the training"] = "scores may be wrong: " + "; ".join(_plain(note) for note in manifest.notes)
     quality = _plain(quality_text(manifest.quality)) or "not measured"

@@ -49,7 +49,7 @@ class Backend:
             in forward mode, and `jvp` for others.
         precision (`str`): precision of the products that tangents pass through in the analytic backend. `full` is the
             model's own; `half` is bfloat16 (relative error of a score about 4e-3; sums over layers stay in float32).
-            `auto` is half for rows that are chosen in two stages, whose codes have eight bits anyhow, in a float32
+            `auto` is half for rows that are chosen in two stages, whose codes have few bits anyhow, in a float32
             model of more than thirty million weights where the processor multiplies bfloat16, and full otherwise.
 
     Raises:

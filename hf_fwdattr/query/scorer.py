@@ -117,7 +117,7 @@ class Scorer:
             batch_size (`int`, *optional*): queries that are read together; by default 8 on a GPU, and one at a time on
                 a CPU, where the tangents of several leave its caches.
             budget (`Budget`): all of the bank's directions by default. With a number of forward passes, the first
-                gives coarse scores and the others correct them along linear combinations of rows; no row is read.
+                gives coarse scores and the others correct them along directions; no row is read.
 
         Raises:
             QueryError: a query that cannot be scored, or a budget that the bank cannot serve.
