@@ -1,5 +1,6 @@
 """Attribution pipeline of transformers: tokenizes, generates, and formats the scores of `query.Scorer`."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,10 @@ class TrainingDataAttributionPipeline(Pipeline):
      'token_ids': [399, 6, 35, 39159, 8107, 13],
      'offsets': [(0, 2), (2, 3), (3, 4), (4, 7), (7, 10), (10, 11)],
      'examples': [
-        {'row': 241, 'score': 3.1, 'token_scores': [0.9, 0.1, 0.8, 0.7, 0.5, 0.1], 'source': 'almanac',
+        {'row': 241, 'score': 3.1, 'std': 0.02, 'exact': True,
+         'token_scores': [0.9, 0.1, 0.8, 0.7, 0.5, 0.1], 'source': 'almanac',
          'example': {'text': "Chad's capital is N'Djamena.", ...}},
-        {'row': 87, 'score': -0.4, 'token_scores': [-0.3, ...], 'source': 'web', 'example': {...}}],
+        {'row': 87, 'score': -0.4, 'std': 0.01, 'exact': True, 'token_scores': [-0.3, ...], 'source': 'web', ...}],
      'sources': [{'source': 'almanac', 'score': 4.2}, {'source': 'web', 'score': -0.2}]}
     ```
 
@@ -304,6 +306,8 @@ class TrainingDataAttributionPipeline(Pipeline):
         return {
             "row": int(rows.ids[index]),
             "score": float(rows.scores[index]),
+            "std": None if math.isnan(float(rows.stds[index])) else float(rows.stds[index]),
+            "exact": bool(rows.exact[index]),
             "token_scores": rows.token_scores[index, positions].tolist(),
             "source": self.bank.manifest.sources[source] if source >= 0 else None,
             "example": examples.get(int(rows.row_indices[index])),

@@ -51,8 +51,8 @@ def same(one: Any, other: Any) -> None:
     assert one["generated_text"] == other["generated_text"]
     assert one["tokens"] == other["tokens"]
     for name in ("examples", "sources"):
-        assert [{**line, "score": 0, "token_scores": 0} for line in one[name]] == [
-            {**line, "score": 0, "token_scores": 0} for line in other[name]
+        assert [{**line, "score": 0, "std": 0, "token_scores": 0} for line in one[name]] == [
+            {**line, "score": 0, "std": 0, "token_scores": 0} for line in other[name]
         ]
         assert [line["score"] for line in one[name]] == pytest.approx(
             [line["score"] for line in other[name]], rel=1e-5
@@ -355,11 +355,12 @@ def test_settings_that_do_not_exist_are_refused_with_a_completion_too(
 
 @pytest.mark.parametrize("batch_size", [0, -1, "2", 1.5, True])
 def test_batch_size_that_is_no_count_is_refused(attribute: TrainingDataAttributionPipeline, batch_size: Any) -> None:
+    one: Any = queries(1)[0]
     for score in (attribute.scores, attribute.source_scores):
         with pytest.raises(ValueError, match=f"batch_size={batch_size!r}: not a number of queries"):
             score(queries(2), batch_size)
         with pytest.raises(QueryError, match=r"one query, not a list of them\. Pass \[query\]"):
-            score(queries(1)[0])
+            score(one)
 
 
 def test_bank_that_is_none_is_refused(attribute: TrainingDataAttributionPipeline) -> None:

@@ -173,11 +173,15 @@ class ResponseBank(BankFiles):
             start += len(block)
             yield ids, sources, finite(values, file.name) if checked else values
 
-    def stored_coordinates(self) -> tuple[Tensor, Tensor]:
-        """Coordinates (rows, k) of all rows as they are stored, and in 8 bits their scales (rows,), else none."""
-        blocks = [parts for _, parts in self._row_blocks(*self._coordinate_names)]
-        stored = torch.cat([parts[0] for parts in blocks])
-        return stored, torch.cat([parts[1] for parts in blocks]) if len(blocks[0]) > 1 else torch.zeros(0)
+    def stored_coordinates(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield coordinates (n, k) as they are stored, and in 8 bits their scales (n,), else none, shard by shard.
+
+        They are mapped from disk: memory is taken only by what is looked at, and can be had back by the system.
+        """
+        for file in self.manifest.files_of("coordinates"):
+            with open_shard(self.path(file)) as shard:
+                parts = [shard.get_tensor(name) for name in self._coordinate_names]
+                yield parts[0], parts[1] if len(parts) > 1 else torch.zeros(0)
 
     def outside(self) -> Tensor:
         """(rows,), float32: norm of every response's part outside the directions, in the metric 1 / D; or empty."""

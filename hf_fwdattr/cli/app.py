@@ -190,7 +190,7 @@ def attribute(
     split: Split = "train",
     top_k: Annotated[int, typer.Option(help="Rows to name on either side.")] = 5,
     max_new_tokens: Annotated[int, typer.Option(help="Largest length of the output.")] = 16,
-    readout: Annotated[str, typer.Option(help="Directional derivatives: auto, jvp or difference; or backward.")] = "auto",
+    readout: Annotated[str, typer.Option(help="Directional derivatives: auto, jvp, difference, backward.")] = "auto",
     precision: Annotated[str, typer.Option(help="Precision of their products: auto, full or half.")] = "auto",
     budget: Annotated[
         str | None, typer.Option(help="Forward passes for naming rows: a number, 'adaptive', or 'all'.")

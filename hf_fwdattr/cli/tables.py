@@ -30,13 +30,13 @@ def attribution_table(prompt: str, result: Mapping[str, Any], text_column: str) 
     output = result["generated_text"] if "generated_text" in result else f"\n{result['label']}"
     console.print(answer.append(printable(output, lines=True), style="not bold cyan"))
     lines = [
-        (line["score"], str(line["row"]), line["source"] or "", _row_text(line["example"], text_column))
+        (line["score"], line["std"], str(line["row"]), line["source"] or "", _row_text(line["example"], text_column))
         for line in result["examples"]
     ]
     title = "rows, in nats of this output's log-likelihood"
     console.print(_scores(title, ("row", "source", "text"), lines, console.width))
     if result["sources"]:
-        sources = [(line["score"], line["source"]) for line in result["sources"][:20]]
+        sources = [(line["score"], None, line["source"]) for line in result["sources"][:20]]
         console.print(_scores("sources", ("source",), sources, console.width))
 
 
@@ -57,18 +57,23 @@ def _scores(title: str, names: Sequence[str], lines: Sequence[tuple[Any, ...]], 
     """Return a table of scores; in a narrow terminal, paragraphs."""
     if width < _NARROW:
         text = Text(title, style="italic", overflow="fold")
-        for score, *values in lines:
-            text.append(f"\n{score:+.4f}", style="green" if score > 0 else "red")
+        for score, std, *values in lines:
+            text.append(f"\n{_shown(score, std)}", style="green" if score > 0 else "red")
             text.append("".join(f"  {printable(value)}" for value in values if value), style="none")
         return text
     table = Table(title=title, title_justify="left")
     table.add_column("score", justify="right", no_wrap=True)
     for name in names:
         table.add_column(name, justify="right" if name == "row" else "left", overflow="fold")
-    for score, *values in lines:
-        shown = Text(f"{score:+.4f}", style="green" if score > 0 else "red")
+    for score, std, *values in lines:
+        shown = Text(_shown(score, std), style="green" if score > 0 else "red")
         table.add_row(shown, *(Text(printable(value), overflow="fold") for value in values))
     return table
+
+
+def _shown(score: float, std: float | None) -> str:
+    """Return a score with its standard deviation, where that is known and not zero."""
+    return f"{score:+.4f} ± {std:.4f}" if std else f"{score:+.4f}"
 
 
 def _pairs(title: str, values: Mapping[str, Any]) -> None:

@@ -27,17 +27,23 @@ class HeldRows:
 
     def blocks(self) -> Iterator[Tensor]:
         """Yield coordinates of all rows in order, (n, k) in float32."""
-        stored, scales = self._stored
-        for start in range(0, len(stored), width := max(1, _BLOCK // max(stored.shape[1], 1))):
-            yield self._dense(stored[start : start + width], scales[start : start + width])
+        for stored, scales in self._shards:
+            width = max(1, _BLOCK // max(stored.shape[1], 1))
+            for start in range(0, len(stored), width):
+                yield self._dense(stored[start : start + width], scales[start : start + width])
 
     def coordinates(self, row_indices: Tensor) -> Tensor:
         """Return coordinates (n, k) of rows in float32."""
-        stored, scales = self._stored
-        if self.bank.manifest.directions_are_rows:
-            places = torch.nn.functional.one_hot(row_indices, self.bank.manifest.directions)
-            return places * stored[row_indices].float()
-        return self._dense(stored[row_indices], scales[row_indices] if len(scales) else scales)
+        result, first = torch.zeros(len(row_indices), self.bank.manifest.directions), 0
+        for stored, scales in self._shards:
+            inside = ((row_indices >= first) & (row_indices < first + len(stored))).nonzero().flatten()
+            lines = row_indices[inside] - first
+            if self.bank.manifest.directions_are_rows:
+                result[inside, row_indices[inside]] = stored[lines, 0].float()
+            else:
+                result[inside] = self._dense(stored[lines], scales[lines] if len(scales) else scales)
+            first += len(stored)
+        return result
 
     def _dense(self, stored: Tensor, scales: Tensor) -> Tensor:
         values = stored.float()
@@ -51,9 +57,9 @@ class HeldRows:
         return torch.tensor(self.bank.manifest.coordinate_scales)
 
     @cached_property
-    def _stored(self) -> tuple[Tensor, Tensor]:
-        """Coordinates (rows, k) as stored, and their scales (rows,), none where they are floats."""
-        return self.bank.stored_coordinates()
+    def _shards(self) -> list[tuple[Tensor, Tensor]]:
+        """Coordinates (n, k) of each shard as stored, and their scales (n,), none where they are floats."""
+        return list(self.bank.stored_coordinates())
 
     @cached_property
     def outside(self) -> Tensor:

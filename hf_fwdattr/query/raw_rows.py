@@ -117,13 +117,13 @@ class RawRows:
             MismatchError: a row of the bank is not in the dataset.
             QueryError: no way of tokenizing makes a row of the bank.
         """
-        wanted, places = Counter(stored), defaultdict[bytes, deque[int]](deque)
+        wanted, indices = Counter(stored), defaultdict[bytes, deque[int]](deque)
         spare = len(rows) - len(stored)
         for index in range(len(rows)):
             row = rows[index]
             found = self._match(row, wanted)
-            if found is not None and wanted[found] > len(places[found]):
-                places[found].append(index)
+            if found is not None and wanted[found] > len(indices[found]):
+                indices[found].append(index)
                 continue
             spare -= 1
             if spare < 0 and not self._proven:
@@ -133,7 +133,7 @@ class RawRows:
                     f"row {index} of the dataset is not the row that was trained on (token hash "
                     f"{(found or self._guess(row)).hex()}, in no such row of the bank). Pass the training set"
                 )
-        order = [places[key].popleft() for key in stored]
+        order = [indices[key].popleft() for key in stored]
         return None if order == list(range(len(rows))) else order
 
     def _match(self, row: Any, wanted: Collection[bytes]) -> bytes | None:
@@ -185,10 +185,10 @@ def _is_chat(value: Any) -> bool:
 
 def _content(row: Mapping[str, Any], column: str) -> Any:
     """Return a row's messages or text; of prompt and completion both joined."""
-    content, completion = row.get(column), row.get("completion")
-    if column != "prompt" or completion is None or type(content) is not type(completion):
-        return content
-    return content + completion
+    content: Any = row.get(column)
+    completion: Any = row.get("completion")
+    both = column == "prompt" and content is not None and type(content) is type(completion)
+    return content + completion if both else content
 
 
 def _ways(row: Any, tokenizer: Any) -> Iterator[_Way]:

@@ -37,6 +37,8 @@ class RowScore(TypedDict):
 
     row: int  # its position in the training set, or its value of `row_id_column`
     score: float  # nats of the output's log-likelihood that are owed to the row
+    std: float | None  # standard deviation of the score: what codes leave out, or the estimate's; None if unknown
+    exact: bool  # whether the score was read along the row's own response, and not estimated
     token_scores: list[float]  # the score by output token
     source: str | None
     example: Any  # the row itself, where the dataset is given or the bank holds its text; else None

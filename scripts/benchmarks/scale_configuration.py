@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import load_peft_weights, set_peft_model_state_dict
 
-from hf_fwdattr import ResponseBank, ResponseConfig
+from hf_fwdattr import ResponseBank
 
 from .meters import code_version
 from .registry import load_world
@@ -18,7 +18,6 @@ from .world import LanguageModelWorld
 
 __all__ = ["Configuration"]
 
-BITS = "row_code_bits"  # the setting that `--bits` is about
 _BUILT_BY = ("models", "layers", "gradients", "bank", "response", "trainer")  # rooms that a bank depends on
 _ASKED_BY = (*_BUILT_BY, "jvp", "query")
 
@@ -59,16 +58,12 @@ class Configuration:
         settings = self.world.bank | {"quiet": True}
         if self.curvature:
             settings["curvature_samples"] = self.curvature
-        if self.bits == "default":
-            return settings
-        if BITS not in ResponseConfig.model_fields:
-            raise SystemExit(f"--bits {self.bits}: this version of the library has no choice of bits. Leave it out")
-        return settings | {BITS: int(self.bits)}
+        return settings if self.bits == "default" else settings | {"row_code_bits": int(self.bits)}
 
     @property
     def run_folder(self) -> Path:
         """Folder of everything about this world with so many rows."""
-        return self.work / f"{self.world_name}-{self.rows}"
+        return self.work / f"{self.world_name}-{self.world.version}-{self.rows}"
 
     @property
     def trained(self) -> Path:

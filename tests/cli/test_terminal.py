@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,12 @@ import pytest
 import torch
 
 from hf_fwdattr.bank.printable import printable
+from hf_fwdattr.bank.schema import Manifest
 from hf_fwdattr.cli.chat import choose_chat, query_of
-from hf_fwdattr.cli.tables import attribution_table
+from hf_fwdattr.cli.tables import attribution_table, bank_table
 from hf_fwdattr.cli.terminal import command_words, write_json
 from hf_fwdattr.errors import QueryError
+from tests.bank.test_bank import described
 from tests.helpers.runs import tokenizer
 
 
@@ -180,3 +183,10 @@ def test_queries_of_chat_and_prompt() -> None:
 
 def test_tables_accept_rows_that_are_no_dictionaries() -> None:
     attribution_table("[b]", RESULT | {"examples": [RESULT["examples"][0] | {"example": "[red]"}]}, "text")  # type: ignore[operator]
+
+
+def test_notes_of_a_bank_are_shown_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    bank_table(Manifest.model_validate(described(notes=["step 11: \x1b[31mred"]) | {"files": []}))
+    shown = "".join(capsys.readouterr().out.split())
+    assert r"scoresmaybewrong:step11:\x1b[31mred" in re.sub("[^ -~]", "", shown)
+    assert "\x1b[31mred" not in shown

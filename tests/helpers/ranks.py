@@ -96,7 +96,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "revived": dict(save_strategy="steps", save_steps=5, resume=10),
     "sharded": SHARDED,
     "sharded, all weights": SHARDED | dict(adapter=False, settings=dict(parameters="linear")),
-    "sharded, streamed": SHARDED | dict(settings=dict(directions=8, sample_rows=9)),
+    "sharded, streamed": SHARDED
+    | dict(settings=dict(directions=8, sample_rows=9, gradient_predictor=False)),  # a sharded model has none
     "sharded in one group, evaluated": dict(
         fsdp=True, fsdp_config={"version": 2, "auto_wrap_policy": "NO_WRAP"}, eval_strategy="steps", eval_steps=3
     ),
