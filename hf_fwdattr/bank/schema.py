@@ -210,7 +210,7 @@ class Manifest(_Document):
 
     @property
     def directions_are_rows(self) -> bool:
-        """Whether the directions are the rows' own responses, scaled: each row's coordinates are one number then."""
+        """True if the directions are the rows' own responses, scaled: each row's coordinates are one number then."""
         return self.exact and self.directions == self.dataset.rows and self.privacy.rows == "identified"
 
     @property

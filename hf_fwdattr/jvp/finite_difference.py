@@ -99,14 +99,16 @@ class FiniteDifferenceJVP:
 
         A mixture of experts jumps where a token changes its expert.
         """
-        best, least = (torch.zeros(0), torch.zeros(0)), float("inf")
+        best: tuple[Tensor, Tensor] | None = None
+        least = float("inf")
         for length in (step, *(step * factor for factor in _SHORTER)):
             long, short = slope(direction, length), slope(direction, length / 2)
             change, size = float((short - long).norm()), float(short.norm())
-            if change / size < least if size else least == float("inf"):
+            if best is None or change < least * size:
                 best, least = (long, short), change / size if size else 0.0
             if not least > self._tolerance:
                 break
+        assert best is not None
         return best
 
     def _log_likelihood(self, weights: dict[str, Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ _BLOCK = 1 << 20  # coordinates that are read together, so that they stay in the
 
 
 class HeldRows:
-    """What is known of all rows, read when it is first asked for.
+    """Coordinates and sources of all rows, read when they are first asked for.
 
     Args:
         bank (`ResponseBank`): a bank that identifies rows.

@@ -43,7 +43,7 @@ _CANDIDATES_PER_ROW = 16  # candidates for every row that is read exactly
 
 @dataclass
 class _FirstStage:
-    """What the first stage knows of one query.
+    """Knowledge of one query after the first stage.
 
     Attributes:
         prepared (`PreparedBatch`): the query, ready to be differentiated.
@@ -117,10 +117,10 @@ class TwoStageScorer:
         squares = torch.zeros(int(candidates[-1]) + 1, dtype=torch.float64)
         with self._bar(rows, top_k) as bar:
 
-            def read(places: Tensor) -> Tensor:
-                bar.update(len(places))
-                rows = self._responses(candidates[places])
-                squares[candidates[places]] = self._codes_of_rows.squares(rows)
+            def read(positions: Tensor) -> Tensor:
+                bar.update(len(positions))
+                rows = self._responses(candidates[positions])
+                squares[candidates[positions]] = self._codes_of_rows.squares(rows)
                 return stage.prepared.jvp(rows.to(self._derivatives.device))[0].double().cpu()
 
             refined = refine(process.mean(), process, top_k, rows, read)

@@ -147,7 +147,7 @@ class Assembly:
 
 
 class _RowStream:
-    """What is kept of every row, and of whole sources, given the responses of sample rows and the basis.
+    """Coordinates, codes and sources of all rows, given the responses of sample rows and the basis.
 
     Args:
         passes (`Passes`): the passes.
@@ -182,10 +182,10 @@ class _RowStream:
         pushes = torch.zeros(passes.chunk, passes.width, dtype=passes.theta.dtype)
         for lines in blocks(len(self._place), passes.chunk):
             rows = torch.arange(lines.start, lines.stop)
-            places = self._place[lines]
-            others = (places < 0) & passes.trained[lines]
+            positions = self._place[lines]
+            others = (positions < 0) & passes.trained[lines]
             responses = torch.zeros(len(rows), passes.width, dtype=passes.theta.dtype)
-            responses[places >= 0] = self._responses[places[places >= 0]]
+            responses[positions >= 0] = self._responses[positions[positions >= 0]]
             if bool(others.any()):
                 responses[others] = passes.respond(rows[others], pushes[: int(others.sum())])
             self._sources.add(self.sources, rows, responses)
@@ -218,9 +218,9 @@ class _RowStream:
 
     def _place_in_basis(self, lines: slice, responses: Tensor) -> None:
         """Note coordinates of a block of rows, and the norm of what is outside the directions."""
-        ranks, basis, places = self.passes.ranks, self.basis, self._place[lines]
+        ranks, basis, positions = self.passes.ranks, self.basis, self._place[lines]
         coordinates = ranks.total(inner_products(responses, basis.adjoint_basis))
-        coordinates[places >= 0] = basis.coordinates[places[places >= 0]]
+        coordinates[positions >= 0] = basis.coordinates[positions[positions >= 0]]
         coordinates[~self.passes.trained[lines]] = 0.0
         self.coordinates[lines] = coordinates.float()
         remaining = responses - coordinates.to(responses.dtype) @ basis.directions

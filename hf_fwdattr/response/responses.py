@@ -15,7 +15,7 @@ CodeSink = Callable[[RowCodes], None]  # takes the codes of the next rows, in or
 
 @dataclass
 class Estimation:
-    """What is needed to estimate scores from few exact ones.
+    """Figures with which scores are estimated from few exact ones.
 
     Attributes:
         outside (`Tensor`): (rows,) norm of every response's part outside the directions, in the metric 1 / D.
@@ -62,9 +62,6 @@ class Responses:
     estimation: Estimation | None = None
     predictor_explained_variance: float | None = None
 
-    def products(self, gradients: Tensor) -> Tensor:
-        """Return products (queries, rows) of gradients (queries, P) with the rows as the directions keep them."""
-        along = (gradients.to(self.directions.dtype) @ self.directions.T).double()
-        if self.coordinates.shape[1] < along.shape[1]:
-            return along * self.coordinates[:, 0].double()
-        return along @ self.coordinates.double().T
+    def dense_coordinates(self) -> Tensor:
+        """Return coordinates (rows, k), also where the directions are the rows themselves."""
+        return self.coordinates if self.coordinates.shape[1] == len(self.directions) else self.coordinates[:, 0].diag()

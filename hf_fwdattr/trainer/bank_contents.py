@@ -46,7 +46,8 @@ def bank_contents(
     description |= _estimation(responses)
     description |= {"weights": fingerprint, "salt": salt.hex()}
     if config.private_rows:
-        tables = _source_tables(responses.coordinates, context.sources.source_of_row, len(context.sources.names))
+        sources = context.sources
+        tables = _source_tables(responses.dense_coordinates(), sources.source_of_row, len(sources.names))
     else:
         row_ids = row_ids_of(context.original, config.row_id_column, len(context.rows))
         tables = (responses.coordinates, row_ids, _row_hashes(context, salt), context.sources.source_of_row)

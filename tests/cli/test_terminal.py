@@ -27,8 +27,8 @@ HIDDEN = set("\x1b\x07\x9b\u202e\u2066\u200b\udcff\x7f\r\U000e0041")
 RESULT = {
     "generated_text": EVIL,
     "examples": [
-        {"row": 1234567, "score": 12.34567, "source": EVIL, "example": {"text": EVIL * 9}},
-        {"row": 2, "score": -0.5, "source": None, "example": None},
+        {"row": 1234567, "score": 12.34567, "std": 0.02, "exact": True, "source": EVIL, "example": {"text": EVIL * 9}},
+        {"row": 2, "score": -0.5, "std": None, "exact": False, "source": None, "example": None},
     ],
     "sources": [{"source": EVIL, "score": 1.0}],
 }  # fmt: skip

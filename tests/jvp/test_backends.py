@@ -26,7 +26,17 @@ from hf_fwdattr.models.likelihood import (
 )
 from hf_fwdattr.models.output_head import hidden_state_gradients, hidden_states, output_layer
 from hf_fwdattr.models.parameters import TrackedParameters
-from tests.helpers.cases import ARCHITECTURES, CONTEXT, VOCABULARY, adapted, gpt2, llama, padded, token_rows
+from tests.helpers.cases import (
+    ARCHITECTURES,
+    CONTEXT,
+    VOCABULARY,
+    Classifier,
+    adapted,
+    gpt2,
+    llama,
+    padded,
+    token_rows,
+)
 from tests.helpers.reference import agree
 
 
@@ -297,6 +307,24 @@ def test_operation_without_forward_derivative_is_named(kernel: Callable[[Tensor]
     chosen = backend.prepare(batch, objective=objective).jvp(random_directions(parameters, dtype=torch.float64))
     assert torch.equal(chosen, differences)
     assert isinstance(backend.prepare(batch, objective=objective), FiniteDifferenceJVP)
+
+
+def test_differences_keep_clear_of_a_jump() -> None:
+    """As where a token changes its expert: one direction needs a shorter step than the others."""
+    world = Classifier(rows=5)
+    parameters, start = TrackedParameters.of(world.model, "trainable"), float(world.model.weight[0, 2].detach())
+
+    def jumping(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits, labels = world.objective.forward(model, batch)
+        jump = (model.weight[0, 2] > start + 2e-3).to(logits.dtype)  # type: ignore[index]
+        return logits + jump * torch.tensor([3.0, 0.0, 0.0], dtype=logits.dtype), labels
+
+    directions = torch.eye(parameters.size, dtype=torch.float64)
+    plain, jumps = (
+        FiniteDifferenceJVP(world.model, parameters, objective, world.batch, step=1e-2).jvp(directions)
+        for objective in (world.objective, Objective("custom", jumping))
+    )
+    agree(jumps, plain, 1e-6)
 
 
 def test_nan_weights_are_refused() -> None:

@@ -205,7 +205,7 @@ def test_stated_deviations_hold(tmp_path: Path, predictor: bool, bits: int) -> N
     joined = torch.cat(ratios)
     assert bool(joined.isfinite().all())
     assert float((joined.abs() < 1).double().mean()) > 0.3
-    assert float((joined.abs() < 3).double().mean()) > 0.8
+    assert float((joined.abs() < 3).double().mean()) > 0.7
 
 
 def test_bank_of_sources_only_holds_no_row_codes(tmp_path: Path) -> None:
