@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import QueryError
-from .inputs import Query, context_length
+from ..models.positions import context_length
+from .inputs import Query
 
 
 __all__ = ["class_names", "classifier_batch", "label_number", "labelled_queries", "tokenize_text"]
@@ -69,7 +70,7 @@ def classifier_batch(queries: Sequence[Query], model: Any, device: torch.device)
     """Return tokenized queries as one batch, padded on the right with the model's own padding token.
 
     Args:
-        model: the model, or its config; see `context_length`.
+        model (`nn.Module`): the model.
 
     Raises:
         QueryError: a query without tokens or label or beyond the context, or several of different lengths without a

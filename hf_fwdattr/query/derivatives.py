@@ -50,8 +50,8 @@ class QueryDerivatives:
             QueryError: no supervised token, labels that do not fit, or too long for the model.
         """
         if self.objective is not CAUSAL_LM:
-            return classifier_batch(queries, self.model.config, self.device)
-        check_queries(queries, self.model.config)
+            return classifier_batch(queries, self.model, self.device)
+        check_queries(queries, self.model)
         return pad_queries(queries, self.device)
 
     def prepare(self, queries: Sequence[Query], two_stage: bool = False) -> PreparedBatch:

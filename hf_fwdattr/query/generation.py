@@ -9,7 +9,7 @@ from typing import Any
 from transformers import GenerationConfig, GenerationMixin
 
 from ..errors import QueryError
-from .inputs import context_length
+from ..models.positions import context_length
 
 
 __all__ = ["check_room", "check_settings"]

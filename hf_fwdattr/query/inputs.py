@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import QueryError
-from ..models import positions
 from ..models.likelihood import IGNORED
+from ..models.positions import context_length
 
 
 __all__ = [
-    "Query", "check_batch_size", "check_queries", "check_tokens", "check_top_k", "context_length", "pad_queries",
+    "Query", "check_batch_size", "check_queries", "check_tokens", "check_top_k", "pad_queries",
     "unpadded",
 ]  # fmt: skip
 
@@ -54,19 +54,6 @@ def check_batch_size(batch_size: Any) -> int | None:
     if isinstance(batch_size, bool) or not hasattr(batch_size, "__index__") or operator.index(batch_size) < 1:
         raise ValueError(f"batch_size={batch_size!r}: not a number of queries to read together. Pass 1 or more")
     return operator.index(batch_size)
-
-
-def context_length(model: Any) -> int | None:
-    """Return the number of tokens that a model reads at most; None if its positions set no limit, as rotary ones do.
-
-    Args:
-        model: the model, or its config, which tells rotary positions from others by their parameters alone.
-    """
-    if isinstance(model, nn.Module):
-        return positions.context_length(model)
-    text = getattr(model, "get_text_config", lambda: model)()
-    rotary = getattr(text, "rope_parameters", None) is not None
-    return None if rotary else getattr(text, "max_position_embeddings", None)
 
 
 def unpadded(query: Query, number: int = 0) -> tuple[list[int], list[int]]:
@@ -127,11 +114,11 @@ def pad_queries(queries: Sequence[Query], device: torch.device) -> dict[str, Ten
     }
 
 
-def check_queries(queries: Sequence[Query], model: Any) -> None:
+def check_queries(queries: Sequence[Query], model: nn.Module) -> None:
     """Refuse queries that cannot be scored, before anything is computed.
 
     Args:
-        model: the model, or its config; see `context_length`.
+        model (`nn.Module`): the model.
 
     Raises:
         QueryError: no supervised token, labels that do not fit, or too long for the model.

@@ -12,7 +12,7 @@ from .backward_scorer import BackwardScorer
 from .budget import Budget, ResolvedBudget, resolve_budget
 from .derivatives import QueryDerivatives
 from .direction_scorer import DirectionScorer
-from .inputs import Query, check_top_k
+from .inputs import Query, check_batch_size, check_top_k
 from .locking import one_at_a_time
 from .results import Attribution, Ranking
 from .two_stage import TwoStageScorer
@@ -130,8 +130,8 @@ class Scorer:
         if self._backward is not None:
             return self._backward.scores(queries).float()
         if resolved == "all":
-            return self._directions.scores(queries, batch_size)
-        return self._two_stage.scores(queries, resolved, batch_size)
+            return self._directions.scores(queries, check_batch_size(batch_size))
+        return self._two_stage.scores(queries, resolved, check_batch_size(batch_size))
 
     @one_at_a_time
     @torch.no_grad()
@@ -143,7 +143,7 @@ class Scorer:
         self._derivatives.batch(queries)  # checked before any is scored
         if self._backward is not None:
             return self._backward.source_scores(queries).float()
-        return self._directions.source_scores(queries, batch_size).float()
+        return self._directions.source_scores(queries, check_batch_size(batch_size)).float()
 
     @one_at_a_time
     @torch.no_grad()

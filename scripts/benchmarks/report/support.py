@@ -13,6 +13,7 @@ BEGIN, END = "<!-- sweep: `python -m benchmarks sweep_list` -->", "<!-- end of s
 _TRIED = ("right", "refused", "wrong", "late", "crash")
 # Causes of refusals in the list's words, by what their messages have in common.
 _CAUSES = (
+    (r"in training mode", "layers draw at random while they train"),
     (r"Pad on the right", "padding on the left moves a row (learned positions, or states that read the padding)"),
     (r"gradient alone|rows influence", "a row's gradient depends on the rows beside it"),
     (r"the model's loss", "the model's loss is not the likelihood of its logits"),
