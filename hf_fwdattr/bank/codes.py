@@ -1,10 +1,10 @@
 """Row codes: vectors of length P in 1, 2, 4 or 8 bits a number, so that a bank can keep every row's response.
 
-A vector is cut into blocks, whose signs are flipped at random and which go through a Hadamard transform: whatever the
-numbers were, afterwards they look like draws from a normal distribution of their block's size, and one step serves all
-of them. Numbers are rounded to 2^b levels that are evenly spaced at the best distance for a normal distribution (Max
-1960, "Quantizing for minimum distortion"). Each block has a scale, so chosen that the code's inner product with the
-vector itself is the vector's squared norm: no inner product is too small on average.
+A vector's numbers are dealt out to blocks in turn, their signs are flipped at random and blocks go through a Hadamard
+transform: whatever the numbers were, afterwards they look like draws from one normal distribution, and one step serves
+all of them. Numbers are rounded to 2^b levels that are evenly spaced at the best distance for a normal distribution
+(Max 1960, "Quantizing for minimum distortion"). Each block has a scale, so chosen that the code's inner product with
+the vector itself is the vector's squared norm: no inner product is too small on average.
 
 Parameters may be weighed before. The noise of an inner product of a code of w * r with g / w grows with the product of
 both norms, which is least where w^2 is the usual size of a gradient's number over that of a response's.
@@ -37,12 +37,12 @@ def rotate(vectors: Tensor) -> Tensor:
     size = vectors.shape[1]
     count, block = code_blocks(size)
     padded = torch.nn.functional.pad(vectors.float(), (0, count * block - size))
-    return _transform((padded * _signs(count * block)).unflatten(1, (count, block)))
+    return _transform((padded * _signs(count * block)).unflatten(1, (block, count)).transpose(1, 2).contiguous())
 
 
 def unrotate(rotated: Tensor, size: int) -> Tensor:
     """Return (n, P) with P = `size`: the inverse of `rotate`."""
-    return (_transform(rotated).flatten(1) * _signs(rotated.shape[1] * rotated.shape[2]))[:, :size]
+    return (_transform(rotated).transpose(1, 2).flatten(1) * _signs(rotated.shape[1] * rotated.shape[2]))[:, :size]
 
 
 @dataclass

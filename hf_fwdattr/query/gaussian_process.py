@@ -8,6 +8,8 @@ remains is estimated by a linear system of n unknowns (Gaussian process regressi
 2006, eq. 2.25-2.26). Nothing here grows with the number of rows.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -98,9 +100,19 @@ class CandidateScores:
     def __init__(self, process: GaussianProcess, predicted: Tensor, coordinates: Tensor, own: Tensor):
         self.process, self.predicted = process, predicted.double()
         self._coordinates, self._own = coordinates.double(), own.double()
+        self._surprises = torch.zeros(0, dtype=torch.float64)
+
+    @property
+    def surprise(self) -> float:
+        """Root mean square of how far exact scores were off what was expected, in standard deviations; at least 1."""
+        known = self._surprises[self._surprises.isfinite()]
+        return max(1.0, float(known.square().mean().sqrt())) if len(known) else 1.0
 
     def observe_rows(self, row_indices: Tensor, scores: Tensor) -> None:
         """Add the exact scores (n,) of candidates."""
+        stds = self.process.std(self._coordinates[row_indices], self._own[row_indices])
+        off = torch.where(stds.isfinite() & (stds > 0), (scores.double() - self.mean()[row_indices]) / stds, math.nan)
+        self._surprises = torch.cat([self._surprises, off])
         residuals = scores.double() - self.predicted[row_indices]
         self.process.observe(self._coordinates[row_indices], residuals, self._own[row_indices])
 
@@ -109,5 +121,8 @@ class CandidateScores:
         return self.predicted + self._coordinates @ self.process.mean()
 
     def std(self) -> Tensor:
-        """Return the posterior standard deviation of every candidate's score, (n,), float64."""
-        return self.process.std(self._coordinates, self._own)
+        """Return the posterior standard deviation of every candidate's score, (n,), float64.
+
+        It is larger by what reading this query's rows has shown to be necessary.
+        """
+        return self.process.std(self._coordinates, self._own) * self.surprise

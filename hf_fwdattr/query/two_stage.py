@@ -133,7 +133,7 @@ class TwoStageScorer:
         )  # fmt: skip
         scores, stds = torch.zeros(0), None
         if all_rows:  # what was read tells of the rows that are no candidates, too
-            scores, stds = self._estimates(stage), self._standard_deviations(stage)
+            scores, stds = self._estimates(stage), self._standard_deviations(stage) * process.surprise
             scores[candidates], stds[candidates] = refined.scores, process.std()
             stds[read_rows] = noise
         passes = 1 + stage.process.observations

@@ -67,20 +67,6 @@ class Curvature:
         self._measured, self.vectors = values[kept], vectors[:, kept]
         self.values = self._measured * (1.0 - self.shrinkage)
 
-    def reduce(self, kept: Tensor, allocate: Callable[[int], Tensor]) -> None:
-        """Forget eigenvalues: products then take as many vectors as are kept, and no longer all samples.
-
-        Args:
-            kept (`Tensor`): (eigenvalues,) bool; the others count as zero from now on.
-            allocate (`Callable`): rows -> matrix (rows, P) for the new factor.
-        """
-        vectors = self.vectors[:, kept]
-        reduced = allocate(vectors.shape[1])
-        for columns in blocks(reduced.shape[1], _WIDTH):
-            reduced[:, columns] = vectors.T.to(reduced.dtype) @ self.factor[:, columns]
-        self.factor, self.vectors = reduced, torch.eye(len(reduced), dtype=torch.float64)
-        self._measured, self.values = self._measured[kept], self.values[kept]
-
     def apply(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
         """Apply f(H~) to each of the vectors (n, P); return (n, P)."""
         return self.apply_sum((function, vectors))

@@ -22,7 +22,6 @@ from .storage import Storage, blocks, rows_in_flight
 
 __all__ = ["SEED_OFFSET", "PassSettings", "Passes"]
 
-_MANY = 256  # curvature samples of which those that change nothing are worth leaving out
 _CHUNK = 256  # rows that pass through a segment together, if memory allows
 SEED_OFFSET = 0x5A17 << 16  # so that no seed draws the rows that training with the same seed saw first
 
@@ -121,11 +120,6 @@ class Passes:
             for lines in blocks(samples, self.chunk):
                 factor[lines] /= max(int(tokens), 1) ** 0.5
             segment.curvature = Curvature(factor, segment.weight_decay, sampled=True, ranks=self.ranks)
-            kept = ~segment.negligible_curvature()
-            self.ranks.broadcast(kept)
-            if samples > _MANY and 2 * int(kept.sum()) < samples:
-                segment.curvature.reduce(kept, self.zeros)
-                self.storage.release(factor)
 
     def respond(self, row_indices: Tensor, pushes: Tensor) -> Tensor:
         """Return the responses (n, own columns) of the rows (n,); `pushes` is scratch memory of the same shape.

@@ -11,7 +11,6 @@ coordinates are then plain inner products of its gradients, and no (rows, P) mat
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .curvature import Curvature
@@ -19,8 +18,6 @@ from .horizon import Horizon
 
 
 __all__ = ["Segment"]
-
-_NEGLIGIBLE = 1e-3  # of a response, along an eigenvector
 
 
 @dataclass
@@ -43,16 +40,6 @@ class Segment:
     row_weights: Tensor
     weight_decay: float = 0.0
     curvature: Curvature | None = None
-
-    def negligible_curvature(self) -> Tensor:
-        """Return (eigenvalues,): whether leaving an eigenvalue out changes no response by more than `_NEGLIGIBLE`."""
-        assert self.curvature is not None, "the curvature pass comes first"
-        floor = torch.tensor([self.weight_decay], dtype=torch.float64)
-        result = torch.ones(len(self.curvature.values), dtype=torch.bool)
-        for function in (self.horizon.push, self.horizon.decay):
-            whole, without = function(self.curvature.values + self.weight_decay), function(floor)
-            result &= (whole - without).abs() <= _NEGLIGIBLE * without.abs()
-        return result
 
     def propagate(self, earlier: Tensor | None, pushes: Tensor) -> Tensor:
         """Return the responses after the segment, (n, P).

@@ -29,7 +29,6 @@ class Storage:
         self.budget, self.parent = budget, folder
         self.held = 0
         self.spilled = 0
-        self._sizes: dict[int, int] = {}  # bytes of matrices in memory, by their address
         self._folder: Path | None = None
 
     def __enter__(self) -> "Storage":
@@ -48,9 +47,7 @@ class Storage:
         size = rows * columns * dtype.itemsize
         if self.held + size <= self.budget or size == 0:
             self.held += size
-            matrix = torch.zeros(rows, columns, dtype=dtype)
-            self._sizes[matrix.data_ptr()] = size
-            return matrix
+            return torch.zeros(rows, columns, dtype=dtype)
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="fwdattr-", dir=self.parent))
         free = shutil.disk_usage(self._folder).free
@@ -68,10 +65,6 @@ class Storage:
             else:
                 file.truncate(size)
         return torch.from_numpy(np.memmap(path, _NUMPY[dtype], "r+", shape=(rows, columns)))
-
-    def release(self, matrix: Tensor) -> None:
-        """Count a matrix in memory that was given out before no longer; its owner drops it."""
-        self.held -= self._sizes.pop(matrix.data_ptr(), 0)
 
 
 def blocks(size: int, width: int) -> list[slice]:

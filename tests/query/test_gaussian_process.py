@@ -74,7 +74,19 @@ def test_observations_in_turns_equal_observations_at_once() -> None:
     for row in (1, 6, 3):
         in_turns.observe_rows(torch.tensor([row]), world.scores[[row]])
     agree(in_turns.mean(), at_once.mean(), 1e-9)
-    agree(in_turns.std(), at_once.std(), 1e-9)
+    assert at_once.surprise == 1.0
+    agree(in_turns.std() / in_turns.surprise, at_once.std(), 1e-9)
+
+
+def test_deviations_grow_with_what_readings_have_shown() -> None:
+    world = World()
+    candidates = world.candidates()
+    candidates.observe_rows(OBSERVED, world.scores[OBSERVED])
+    before, expected = candidates.std()[[0, 8]], candidates.mean()[[0, 8]]
+    assert candidates.surprise == 1.0
+    candidates.observe_rows(torch.tensor([0, 8]), expected + torch.tensor([3.0, -4.0]) * before)
+    assert candidates.surprise == pytest.approx(12.5**0.5)
+    agree(candidates.std(), candidates.process.std(world.coordinates, world.own) * 12.5**0.5, 1e-12)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 5.0])
