@@ -97,7 +97,7 @@ def two_stages(exact: Tensor, basis: ScoreBasis, budget: int, share: int = 4) ->
         Scores (queries, rows), and the passes of a query.
     """
     scores, passes = [], 0
-    read_first = (budget - 1) // share if share else 0
+    read_first = min((budget - 1) // share, len(basis.variances)) if share else 0
     for line in exact.double():
         process = GaussianProcess(basis.variances)
         candidates = CandidateScores(process, torch.zeros_like(line), basis.vectors, basis.own)

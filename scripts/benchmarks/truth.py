@@ -40,7 +40,7 @@ def likelihood_gradients(
     result = []
     for batch in batches:
         logits, labels = objective.forward(double, batch)
-        gradients = torch.autograd.grad(row_losses(logits, labels).sum(), live)
+        gradients = torch.autograd.grad(-row_losses(logits, labels).sum(), live)
         result.append(torch.cat([gradient.flatten() for gradient in gradients]))
     return torch.stack(result)
 

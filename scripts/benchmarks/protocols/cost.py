@@ -26,7 +26,7 @@ from hf_fwdattr.evaluation.cost import Cost, cost
 from hf_fwdattr.jvp.backend import READOUT_OPTIONS
 from hf_fwdattr.models.likelihood import CAUSAL_LM
 from hf_fwdattr.query.scorer import Scorer
-from hf_fwdattr.trainer import bank_contents
+from hf_fwdattr.trainer.fit_predictor import PredictorFit
 
 from ..loop_share import loop_shares
 from ..methods.bank import attributed_run
@@ -95,7 +95,7 @@ def train(world: World, callbacks: list[TrainerCallback], **changes: Any) -> tup
 
 def training_ratios(world: World, pairs: int, epochs: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Return ratios of paired runs with and without the callback: of the loop, and of all after it in epochs."""
-    fit, spent = bank_contents.fit_predictor, [0.0]
+    fit, spent = PredictorFit.__call__, [0.0]
 
     def timed(*given: Any) -> Any:
         began = time.process_time()
@@ -105,7 +105,7 @@ def training_ratios(world: World, pairs: int, epochs: int, settings: dict[str, A
 
     train(world, [], max_steps=2)  # warm up
     found: list[tuple[float, ...]] = []  # loop, passes, fit of the predictor, seconds of an epoch
-    with mock.patch.object(bank_contents, "fit_predictor", timed):
+    with mock.patch.object(PredictorFit, "__call__", timed):
         for _ in range(pairs):
             plain, _ = train(world, [], num_train_epochs=epochs)
             callback = ResponseCallback(ResponseConfig(quiet=True, **(world.bank | settings)))
