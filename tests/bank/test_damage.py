@@ -29,6 +29,11 @@ def shard(folder: Path, kind: str) -> Path:
     return min(folder.glob(f"{kind}-*.safetensors"))
 
 
+def of_kind(values: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Return the first shard of a kind in a bank.json."""
+    return next(file for file in values["files"] if file["kind"] == kind)
+
+
 def edited(change: Callable[[dict[str, Any]], Any]) -> Damage:
     """Change a field of bank.json, and its checksum with it, as a forger would."""
 
@@ -238,13 +243,13 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "truncated": (truncated, r"has \d+ bytes and bank\.json says \d+\. Download the bank again"),
     "flipped bit": (lambda f: flipped(shard(f, "coordinates")),
         r"was changed: its sha256 is \w{16}\.\.\. and bank\.json says"),
-    "lines": (edited(lambda v: v["files"][0].update(lines=4)), "begins at line 3 and should begin at 4"),
+    "lines": (edited(lambda v: of_kind(v, "directions").update(lines=4)), "begins at line 3 and should begin at 4"),
     "wrong order": (edited(lambda v: v["files"][0].update(first=1)), "begins at line 1 and should begin at 0"),
     "fewer rows": (edited(lambda v: v["dataset"].update(rows=9)),
         "row_codes=10 are neither none nor those of 9 identified rows"),
     "no shards": (put("files", []), "the shards hold 0 lines of directions and bank.json says 5"),
     "other shapes": (edited(lambda v: v["parameters"][0].update(shape=[2, 3])),
-        r"'directions': \('F32', \(3, 6\)\).* and bank\.json says .*\(3, 8\)"),
+        r"'code_weights': \('F32', \(6,\)\).* and bank\.json says .*\(8,\)"),
     "pickle in disguise": (forged("directions", lambda p: p.write_bytes(PICKLE)),
         "sound safetensors file .its header"),
     "zip in disguise": (forged("directions", lambda p: torch.save({"directions": torch.zeros(3)}, p)),

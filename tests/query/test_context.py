@@ -127,10 +127,7 @@ def test_growing_and_rotary_positions_have_no_limit() -> None:
         model.eval()(input_ids=torch.full((1, 3 * CONTEXT), 5))
 
 
-def test_config_alone_tells_rotary_positions_too() -> None:
-    check_queries([ROW], llama().config)
-    with pytest.raises(QueryError, match="at most 16"):
-        check_queries([ROW], gpt2().config)
+def test_token_outside_the_vocabulary_is_refused() -> None:
     with pytest.raises(QueryError, match="the token 99, which is not in the vocabulary"):
         check_queries([ROW | {"input_ids": [99] * len(IDS)}], llama())
 
