@@ -21,7 +21,7 @@ from .columns import Sources, sources_of
 
 __all__ = ["BuildContext"]
 
-_FEW = 16 << 20  # bytes of row codes that a bank takes without a thought for their size
+_FEW = 64 << 20  # bytes of row codes that a bank takes without a thought for their size
 
 
 @dataclass(frozen=True)
