@@ -162,13 +162,10 @@ class ResponseBank(BankFiles):
             checked (`bool`, defaults to `True`): refuse values that are not finite. That takes many times as long as
                 a product with them, which shows the same: what comes of such a value is not finite either.
         """
-        manifest, start = self.manifest, 0
+        start = 0
         for file, parts in self._row_blocks("row_ids", "sources", *self._coordinate_names):
             ids, sources, block = parts[:3]
-            if len(sources) and not -1 <= int(sources.min()) <= int(sources.max()) < len(manifest.sources):
-                raise BankError(
-                    f"{file.name} names sources beyond the {len(manifest.sources)} of bank.json. Build the bank again"
-                )
+            self._check_sources(sources, file)
             values = self._dense(parts[2:], start)
             start += len(block)
             yield ids, sources, finite(values, file.name) if checked else values
@@ -199,7 +196,13 @@ class ResponseBank(BankFiles):
                     lines = row_indices[inside] - file.first
                     ids[inside] = shard.get_tensor("row_ids")[lines]
                     sources[inside] = shard.get_tensor("sources")[lines].long()
+                self._check_sources(sources[inside], file)
         return ids, sources
+
+    def _check_sources(self, sources: Tensor, file: ShardFile) -> None:
+        count = len(self.manifest.sources)
+        if len(sources) and not -1 <= int(sources.min()) <= int(sources.max()) < count:
+            raise BankError(f"{file.name} names sources beyond the {count} of bank.json. Build the bank again")
 
     @property
     def _coordinate_names(self) -> list[str]:

@@ -182,6 +182,8 @@ class Manifest(_Document):
             raise ValueError(
                 f"row_codes={self.row_codes} are neither none nor those of {self.dataset.rows} identified rows"
             )
+        if self.exact and self.row_codes:
+            raise ValueError(f"row_codes={self.row_codes} of rows that exact directions hold already")
         if self.error_variances and (len(self.error_variances) != self.directions or not self.row_codes):
             raise ValueError(
                 f"{len(self.error_variances)} error_variances do not fit {self.directions} directions and "

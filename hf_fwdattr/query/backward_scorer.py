@@ -14,8 +14,9 @@ from torch import Tensor
 from ..bank.codes import NOISE
 from ..gradients.per_sample import PerSampleGradients
 from .derivatives import QueryDerivatives
+from .held_rows import HeldRows
 from .inputs import Query
-from .ranking import RankedRows, source_coordinates
+from .ranking import RankedRows
 from .results import Attribution, Ranking
 from .row_codes import HeldRowCodes
 
@@ -32,6 +33,7 @@ class BackwardScorer:
 
     def __init__(self, derivatives: QueryDerivatives):
         self._derivatives, self._bank = derivatives, derivatives.bank
+        self._held = HeldRows(self._bank)
         self._codes = HeldRowCodes(self._bank) if self._bank.manifest.row_codes else None
         self._gradients = PerSampleGradients(derivatives.model, derivatives.parameters, derivatives.objective)
 
@@ -77,7 +79,7 @@ class BackwardScorer:
             along = (gradients @ self._directions(manifest.directions, last).T).double()
             return along * torch.tensor(manifest.source_scales, dtype=torch.float64)
         along = (gradients @ self._directions(0, manifest.directions).T).double()
-        return along @ source_coordinates(self._bank.coordinates(), len(manifest.sources)).T
+        return along @ self._held.source_coordinates.T
 
     def _named(self, query: Query, gradient: Tensor, scores: Tensor, top_k: int, sign: float) -> RankedRows:
         """Return the first rows of one sign, with their scores by token along the rows' own responses."""
@@ -91,8 +93,7 @@ class BackwardScorer:
             noise = NOISE[manifest.row_code_bits] * self._codes.square(gradient) / manifest.size
             stds = (self._codes.squares(responses) * noise).sqrt().float()
         else:
-            coordinates = torch.cat([block for _, _, block in self._bank.coordinates()])[rows]
-            responses = coordinates @ self._directions(0, manifest.directions)
+            responses = self._held.coordinates(rows) @ self._directions(0, manifest.directions)
         prepared = self._derivatives.prepare([query], two_stage=True)
         token_scores = prepared.jvp(responses.to(self._derivatives.device))[0].T.float().cpu()
         if manifest.exact:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import NumericalError
 
 
-__all__ = ["Block", "RankedRows", "rank", "scores", "source_coordinates"]
+__all__ = ["Block", "RankedRows", "finite", "rank", "scores", "source_coordinates"]
 
 Block = tuple[Tensor, Tensor, Tensor]  # ids (n,), sources (n,), coordinates (n, k)
 
@@ -52,7 +52,7 @@ def scores(derivatives: Tensor, blocks: Iterable[Block]) -> Tensor:
         NumericalError: a score is not finite.
     """
     summed = derivatives.double().sum(1).cpu().float()
-    return torch.cat([_finite(summed @ block.float().T) for _, _, block in blocks], dim=1)
+    return torch.cat([finite(summed @ block.float().T) for _, _, block in blocks], dim=1)
 
 
 def source_coordinates(blocks: Iterable[Block], count: int) -> Tensor:
@@ -88,7 +88,7 @@ def rank(
     for ids, sources, block in blocks:
         row_indices = torch.arange(start, start + len(ids))
         start += len(ids)
-        for query, values in enumerate(_finite(summed @ block.float().T)):
+        for query, values in enumerate(finite(summed @ block.float().T)):
             for side, sign in enumerate((1.0, -1.0)):
                 top = torch.topk(sign * values, min(count, len(values))).indices
                 top = top[sign * values[top] > 0]
@@ -104,7 +104,12 @@ def rank(
     ]
 
 
-def _finite(scores: Tensor) -> Tensor:
+def finite(scores: Tensor) -> Tensor:
+    """Return the scores themselves, if every one is finite.
+
+    Raises:
+        NumericalError: one is not.
+    """
     if not bool(torch.isfinite(scores).all()):
         raise NumericalError(
             "a row's score is not finite: the bank's coordinates or the query's directional derivatives hold NaN or "

@@ -25,7 +25,7 @@ from .direction_scorer import DirectionScorer
 from .gaussian_process import CandidateScores, GaussianProcess
 from .held_rows import HeldRows
 from .inputs import Query
-from .ranking import RankedRows
+from .ranking import RankedRows, finite
 from .results import Attribution, Ranking
 from .row_codes import HeldRowCodes
 from .shortlist import MOST, refine
@@ -108,8 +108,8 @@ class TwoStageScorer:
         if not self._bank.manifest.error_variances:
             assert budget != "adaptive"
             return self._rank_without_codes(query, top_k, budget), None
-        directions = _ADAPTIVE_DIRECTIONS if budget == "adaptive" else (budget - 1) // _FIRST_STAGE
-        directions = min(directions, self._bank.manifest.directions)
+        wanted = _ADAPTIVE_DIRECTIONS if budget == "adaptive" else (budget - 1) // _FIRST_STAGE
+        directions = self._directions_within(wanted)
         stage = self._first_stage(query, directions)
         rows = None if budget == "adaptive" else budget - 1 - directions
         candidates = self._candidates(stage, top_k, rows)
@@ -119,9 +119,9 @@ class TwoStageScorer:
 
             def read(positions: Tensor) -> Tensor:
                 bar.update(len(positions))
-                rows = self._responses(candidates[positions])
-                squares[candidates[positions]] = self._codes_of_rows.squares(rows)
-                return stage.prepared.jvp(rows.to(self._derivatives.device))[0].double().cpu()
+                responses = self._responses(candidates[positions])
+                squares[candidates[positions]] = self._codes_of_rows.squares(responses)
+                return self._read(stage.prepared, responses)
 
             refined = refine(process.mean(), process, top_k, rows, read)
         read_rows, token_scores = candidates[refined.row_indices], refined.token_scores
@@ -147,17 +147,13 @@ class TwoStageScorer:
         if self._bank.manifest.exact and budget > 1:
             return torch.stack([self.rank(query, 1, budget).scores for query in queries]).float()
         step = batch_size or 8
-        spent = 0 if self._bank.manifest.exact else min(budget - 1, self._bank.manifest.directions)
+        spent = self._directions_within(budget - 1)
         parts = [self._corrected(queries[at : at + step], spent) for at in range(0, len(queries), step)]
         return torch.cat(parts).float()
 
     def row_scores(self, query: Query, row_indices: Tensor) -> Tensor:
         """Return exact scores of chosen rows: (n,) nats, float64; a forward pass for each."""
-        return self._exact(self._derivatives.prepare([query]), row_indices).sum(0)
-
-    def coarse_scores(self, queries: Sequence[Query]) -> Tensor:
-        """Return predicted gradients times row responses: (queries, rows) nats, float64; one forward pass."""
-        return self._products(self.predicted_gradients(queries))
+        return self._read(self._derivatives.prepare([query]), self._responses(row_indices)).sum(0)
 
     def predicted_gradients(self, queries: Sequence[Query]) -> Tensor:
         """Return the predicted gradient of each query's log-likelihood: (queries, P), float32, on the CPU."""
@@ -188,7 +184,7 @@ class TwoStageScorer:
     def _estimates(self, stage: _FirstStage) -> Tensor:
         """Return estimates of all rows' scores by their coordinates, (rows,), float64."""
         derivatives = stage.derivatives.float()
-        return torch.cat([(coordinates @ derivatives).double() for coordinates in self._held.blocks()])
+        return finite(torch.cat([(coordinates @ derivatives).double() for coordinates in self._held.blocks()]))
 
     def _standard_deviations(self, stage: _FirstStage) -> Tensor:
         """Return the standard deviations of these estimates, (rows,), float64."""
@@ -223,7 +219,9 @@ class TwoStageScorer:
         if stage.gradient is not None:
             predicted = self._codes_of_rows.products(stage.gradient, candidates)[0]
         own = manifest.outside_error_variance * self._held.outside[candidates].double().square()
-        return CandidateScores(stage.process, predicted, coordinates, own)
+        result = CandidateScores(stage.process, predicted, coordinates, own)
+        finite(result.mean())
+        return result
 
     def _code_noise(self, stage: _FirstStage, squares: Tensor) -> Tensor:
         """Return the standard deviation (n,) that codes leave in scores along rows of these squared norms, float64."""
@@ -253,7 +251,7 @@ class TwoStageScorer:
 
             def read(row_indices: Tensor) -> Tensor:
                 bar.update(len(row_indices))
-                return self._exact(prepared, row_indices)
+                return self._read(prepared, self._responses(row_indices))
 
             refined = refine(estimate, None, top_k, rows, read)
         index, token_scores = refined.row_indices, refined.token_scores
@@ -290,10 +288,9 @@ class TwoStageScorer:
             return self._codes.rows(row_indices)
         return self._held.coordinates(row_indices) @ self._row_directions()
 
-    def _exact(self, prepared: PreparedBatch, row_indices: Tensor) -> Tensor:
-        """Return the exact token scores of ascending rows: (positions, n), float64, on the CPU."""
-        responses = self._responses(row_indices).to(self._derivatives.device)
-        return prepared.jvp(responses)[0].double().cpu()
+    def _read(self, prepared: PreparedBatch, responses: Tensor) -> Tensor:
+        """Return the exact token scores along responses (n, P): (positions, n), float64, on the CPU."""
+        return prepared.jvp(responses.to(self._derivatives.device))[0].double().cpu()
 
     def _corrected(self, queries: Sequence[Query], spent: int) -> Tensor:
         """Return predicted scores (queries, rows), float64, corrected by `spent` exact derivatives."""

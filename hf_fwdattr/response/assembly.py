@@ -132,13 +132,15 @@ class Assembly:
         explained = None
         if basis.scores.errors is not None:
             explained = _explained(*(part[self._held_out] for part in (basis.scores.whole, basis.scores.errors)))
-        weights, square = _code_weights(passes, gradients, responses)
-        stream = _RowStream(passes, self.sources, rows, responses, basis, weights)
-        if codes is None and len(rows) < len(passes.trained):
+        stream, estimation = _RowStream(passes, self.sources, rows, responses, basis), None
+        if codes is not None:
+            weights, square = _code_weights(passes, gradients, responses)
+            stream.respond(codes, weights)
+            estimation = stream.estimation(square)
+        elif len(rows) < len(passes.trained):
             stream.project()
         else:
-            stream.respond(codes)
-        estimation = None if codes is None else stream.estimation(square)
+            stream.respond()
         scales = passes.normalize(stream.sources)
         return Responses(
             passes.gather(basis.directions), stream.coordinates, passes.gather(stream.sources), scales,
@@ -155,7 +157,6 @@ class _RowStream:
         sample_rows (`Tensor`): (m,) ascending.
         responses (`Tensor`): (m, own columns).
         basis (`LowRankBasis`): directions in the own columns.
-        code_weights (`Tensor`): (P,) of row codes.
 
     Attributes:
         coordinates (`Tensor`): (rows, k).
@@ -163,10 +164,8 @@ class _RowStream:
     """
 
     def __init__(
-        self, passes: Passes, sources: ExactSources, sample_rows: Tensor, responses: Tensor, basis: LowRankBasis,
-        code_weights: Tensor,
-    ):  # fmt: skip
-        self._code_weights = code_weights
+        self, passes: Passes, sources: ExactSources, sample_rows: Tensor, responses: Tensor, basis: LowRankBasis
+    ):
         self.passes, self.basis, self._sources = passes, basis, sources
         self._sample_rows, self._responses = sample_rows, responses
         total = len(passes.trained)
@@ -176,8 +175,13 @@ class _RowStream:
         self.outside = torch.zeros(total)
         self.sources = torch.zeros(sources.count, passes.width, dtype=passes.theta.dtype)
 
-    def respond(self, codes: CodeSink | None) -> None:
-        """Take the response of every row, in chunks, for its coordinates, codes and sources."""
+    def respond(self, codes: CodeSink | None = None, code_weights: Tensor | None = None) -> None:
+        """Take the response of every row, in chunks, for its coordinates, codes and sources.
+
+        Args:
+            codes (`Callable`, *optional*): takes the row codes.
+            code_weights (`Tensor`, *optional*): (P,) of row codes.
+        """
         passes = self.passes
         pushes = torch.zeros(passes.chunk, passes.width, dtype=passes.theta.dtype)
         for lines in blocks(len(self._place), passes.chunk):
@@ -187,11 +191,11 @@ class _RowStream:
             responses = torch.zeros(len(rows), passes.width, dtype=passes.theta.dtype)
             responses[positions >= 0] = self._responses[positions[positions >= 0]]
             if bool(others.any()):
-                responses[others] = passes.respond(rows[others], pushes[: int(others.sum())])
+                responses[others] = passes.respond(rows[others], pushes[: int(others.sum())], "responses of all rows")
             self._sources.add(self.sources, rows, responses)
             self._place_in_basis(lines, responses)
             if codes is not None:
-                self._encode(responses, codes)
+                self._encode(responses, codes, code_weights)
 
     def project(self) -> None:
         """Take coordinates alone, in one walk of the adjoint basis; what is outside the directions stays unknown."""
@@ -229,14 +233,14 @@ class _RowStream:
         outside, whole = ranks.total(squares)
         self.outside[lines] = torch.where(outside > _NEGLIGIBLE * whole, outside, 0.0).sqrt().float()
 
-    def _encode(self, responses: Tensor, sink: CodeSink) -> None:
+    def _encode(self, responses: Tensor, sink: CodeSink, weights: Tensor | None) -> None:
         """Encode a block of rows, each rank its share, and give the codes to the sink on rank 0."""
         ranks, bits = self.passes.ranks, self.passes.settings.code_bits
-        share = RowCodes.of(ranks.share_rows(responses, self.passes.size), bits, self._code_weights)
+        share = RowCodes.of(ranks.share_rows(responses, self.passes.size), bits, weights)
         codes, scales = (ranks.gather_rows(part, len(responses)) for part in (share.codes, share.scales))
         with ranks.raise_on_all_ranks():
             if ranks.rank == 0:
-                sink(RowCodes(codes, scales, bits, self.passes.size, self._code_weights))
+                sink(RowCodes(codes, scales, bits, self.passes.size, weights))
 
 
 def _code_weights(passes: Passes, gradients: Tensor, responses: Tensor) -> tuple[Tensor, float]:

@@ -13,6 +13,7 @@ from ..models.likelihood import Batch, Objective
 from ..models.parameters import TrackedParameters
 from .dataset import TrainingRows, uniforms
 from .distributed import SINGLE_PROCESS, Ranks
+from .progress import progress_bar
 
 
 __all__ = ["GradientStream"]
@@ -47,7 +48,7 @@ class GradientStream:
     @contextmanager
     def progress(self, total: int) -> Iterator[None]:
         """Show one bar of `total` rows for all that is streamed inside the context."""
-        with tqdm(total=total, unit="row", disable=self._quiet, leave=False) as self._bar:
+        with progress_bar(total=total, unit="row", disable=self._quiet) as self._bar:
             yield
 
     def by_columns(
@@ -99,7 +100,7 @@ class GradientStream:
             row indices (m,), gradients (m, P) on the CPU, and the number of supervised positions.
         """
         self.parameters.write(self.model, theta)
-        self._bar.set_description(title)
+        self._bar.set_description(title, refresh=False)
         for indices, batch in self._batches(row_indices):
             count, labels, drawn = len(indices), batch["labels"], None
             if sampling_key is not None and count:

@@ -121,10 +121,11 @@ class Passes:
                 factor[lines] /= max(int(tokens), 1) ** 0.5
             segment.curvature = Curvature(factor, segment.weight_decay, sampled=True, ranks=self.ranks)
 
-    def respond(self, row_indices: Tensor, pushes: Tensor) -> Tensor:
+    def respond(self, row_indices: Tensor, pushes: Tensor, title: str = "") -> Tensor:
         """Return the responses (n, own columns) of the rows (n,); `pushes` is scratch memory of the same shape.
 
-        A row's gradients are taken in the segments that saw it, and in no others.
+        A row's gradients are taken in the segments that saw it, and in no others. `title` is that of the progress bar,
+        by default one for each segment.
         """
         allocate = self.zeros if len(row_indices) > self.chunk else self._zeros_in_memory
         responses = allocate(len(row_indices))
@@ -132,11 +133,11 @@ class Passes:
         mean = allocate(len(row_indices)) if averaged else responses
         for number, segment in enumerate(self.segments):
             weights = segment.row_weights[row_indices].to(pushes.dtype)[:, None]
-            seen, title = weights[:, 0].nonzero().flatten(), self._title("responses", number)
+            seen, shown = weights[:, 0].nonzero().flatten(), title or self._title("responses", number)
             if len(seen) < len(row_indices):
                 pushes.zero_()
             smoothing = self.settings.smoothing
-            stream = self.stream.by_columns(segment.theta, row_indices[seen], title, smoothing=smoothing)
+            stream = self.stream.by_columns(segment.theta, row_indices[seen], shown, smoothing=smoothing)
             for at, gradients, _ in stream:
                 pushes[seen[at]] = gradients * weights[seen[at]]
             for lines in blocks(len(row_indices), self.chunk):

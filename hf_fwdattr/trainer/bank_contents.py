@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..bank.hashing import content_hash, longest_row, row_hashes
 from ..bank.identity import dataset_identity, libraries, model_identity, tokenizer_hash
@@ -13,6 +12,7 @@ from ..bank.model_state import describe_forward_pass
 from ..bank.tokenizer_identity import tokenizer_parts
 from ..bank.writing import BankContents
 from ..response.passes import Passes
+from ..response.progress import progress_bar
 from ..response.responses import Responses
 from ..response.segment import Segment
 from .build_context import BuildContext
@@ -149,6 +149,7 @@ def _row_hashes(context: BuildContext, salt: bytes) -> Tensor:
     if hashes is None:
         hashes = (content_hash(rows.batch([index]), salt) for index in range(len(rows)))
     result = torch.zeros(len(rows), 16, dtype=torch.uint8)
-    for index, value in enumerate(tqdm(hashes, "row hashes", len(rows), unit="row", disable=quiet, leave=False)):
+    bar = progress_bar(hashes, desc="row hashes", total=len(rows), unit="row", disable=quiet)
+    for index, value in enumerate(bar):
         result[index] = torch.frombuffer(bytearray(value), dtype=torch.uint8)
     return result

@@ -12,6 +12,7 @@ from ..errors import UnsupportedError
 from ..gradients.predictor import GradientPredictor
 from ..models.fsdp import is_sharded
 from ..models.likelihood import Batch
+from ..response.progress import progress_bar
 from ..response.storage import Storage, blocks
 from .build_context import BuildContext
 
@@ -87,12 +88,12 @@ class PredictorFit:
         """Return the predicted gradients (n, P) of `rows`."""
         source, quiet = self.context.rows, self.context.config.quiet
         predictor = _unfitted(self.context)
-        with tqdm(total=len(fit_rows), desc="gradient predictor", unit="row", disable=quiet, leave=False) as bar:
+        with progress_bar(total=len(fit_rows), desc="gradient predictor", unit="row", disable=quiet) as bar:
             self.error_projections = predictor.fit(_counted(source.batches(fit_rows), bar))
         place = torch.full((len(source),), -1)
         place[torch.tensor(rows)] = torch.arange(len(rows))
         predicted = self.storage.zeros(len(rows), self.context.parameters.size)
-        with tqdm(total=len(rows), desc="predicted gradients", unit="row", disable=quiet, leave=False) as bar:
+        with progress_bar(total=len(rows), desc="predicted gradients", unit="row", disable=quiet) as bar:
             for indices, batch in source.batches(rows):
                 predicted[place[indices]] = predictor(batch).cpu()
                 bar.update(len(indices))

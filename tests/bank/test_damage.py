@@ -199,6 +199,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "other bits of row codes": (put("row_code_bits", 8), r"\('U8', \(10, 4\)\).*'codes': \('U8', \(10, 8\)\)"),
     "unknown bits of row codes": (put("row_code_bits", 3), "row_code_bits: Input should be 1, 2, 4 or 8"),
     "fewer variances": (put("error_variances", [1.0]), "1 error_variances do not fit 3 directions and 10 row codes"),
+    "codes of exact directions": (put("exact", True), "row_codes=10 of rows that exact directions hold already"),
     "no variances": (put("error_variances", []), "'outside'"),
     "negative variance": (put("error_variances", [-1.0, 1.0, 1.0]), "greater than or equal to 0"),
     "scales of coordinates that are floats": (put("coordinate_scales", [1.0] * 3),

@@ -181,8 +181,11 @@ def test_queries_of_chat_and_prompt() -> None:
     assert query_of("a", "b", True) == {"prompt": [message], "completion": "b"}
 
 
-def test_tables_accept_rows_that_are_no_dictionaries() -> None:
+def test_tables_accept_rows_that_are_no_dictionaries(capsys: pytest.CaptureFixture[str]) -> None:
     attribution_table("[b]", RESULT | {"examples": [RESULT["examples"][0] | {"example": "[red]"}]}, "text")  # type: ignore[operator]
+    shown = capsys.readouterr().out
+    assert "[red]" in shown  # as text, and not as markup
+    assert "[b]" in shown
 
 
 def test_notes_of_a_bank_are_shown_escaped(capsys: pytest.CaptureFixture[str]) -> None:
