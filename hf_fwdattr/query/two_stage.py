@@ -39,6 +39,7 @@ _ADAPTIVE_DIRECTIONS = 16  # read in adaptive mode
 _CANDIDATES = 4096, 32768  # rows whose codes are read, at least and at most
 _CANDIDATES_SHARE = 8  # one in so many rows, between these
 _CANDIDATES_PER_ROW = 16  # candidates for every row that is read exactly
+_CANDIDATES_PER_NAME = 8  # candidates for every row that is named on either side
 
 
 @dataclass
@@ -206,7 +207,7 @@ class TwoStageScorer:
         """Return the ascending indices of the rows that may have the highest and the lowest scores."""
         least, most = _CANDIDATES
         wanted = min(max(least, len(self._bank) // _CANDIDATES_SHARE), most)
-        count = max(wanted, _CANDIDATES_PER_ROW * (MOST if rows is None else rows), 8 * top_k)
+        count = max(wanted, _CANDIDATES_PER_ROW * (MOST if rows is None else rows), _CANDIDATES_PER_NAME * top_k)
         if count >= len(self._bank):
             return torch.arange(len(self._bank))
         scores, stds = self._estimates(stage), self._outside_variance(stage).sqrt()

@@ -12,7 +12,7 @@ from tests.bank.test_bank import ROWS, K, described, parts
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "rows"])
-@pytest.mark.parametrize("shard_size", [1 << 30, 1])
+@pytest.mark.parametrize("shard_size", [1 << 30, 3 * (4 * K + 36), 1])
 def test_blocks_and_single_rows_are_those_of_the_bank(
     tmp_path: Path, kind: str, shard_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -190,6 +190,44 @@ def test_bank_without_predictor_is_read_in_two_stages(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("predictor", [True, False])
+def test_candidates_are_the_best_and_the_worst_by_estimate(
+    tmp_path: Path, predictor: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fewer candidates than rows, the others keep the estimate of their coordinates."""
+    monkeypatch.setattr("hf_fwdattr.query.two_stage._CANDIDATES", (6, 6))
+    monkeypatch.setattr("hf_fwdattr.query.two_stage._CANDIDATES_PER_ROW", 1)
+    monkeypatch.setattr("hf_fwdattr.query.two_stage._CANDIDATES_PER_NAME", 1)
+    model, bank = tune(tmp_path, directions=6, gradient_predictor=predictor)
+    scorer, read = Scorer(bank, model), list[int]()
+    decode = ResponseBank.decode_rows
+    monkeypatch.setattr("hf_fwdattr.query.row_codes._HELD", 0)
+    monkeypatch.setattr(ResponseBank, "decode_rows", lambda bank, rows: (read.extend(rows), decode(bank, rows))[1])
+    for query in queries():
+        read.clear()
+        along = scorer.scores([query], budget="all")[0].double()  # all directions
+        stage = scorer._two_stage._first_stage(query, 6)  # the same, read in the first stage
+        chosen = scorer._two_stage._candidates(stage, 1, 3)
+        outside = (
+            bank.outside().double()
+            * (
+                bank.manifest.outside_variance
+                * float(stage.derivatives.square().sum())
+                / bank.manifest.derivative_square
+            )
+            ** 0.5
+        )
+        sides = [(side * along + outside).topk(3).indices.tolist() for side in (1.0, -1.0)]
+        assert set(chosen.tolist()) == set(sides[0] + sides[1])
+        ranking = scorer.rank(query, 1, 9)
+        assert len(set(read)) <= 6
+        named = torch.cat([ranking.proponents.row_indices, ranking.opponents.row_indices])
+        truth = scorer.row_scores(query, named.tolist())
+        agree(torch.cat([ranking.proponents.scores, ranking.opponents.scores]).double(), truth, 1e-4)
+        assert ranking.stds is not None
+        assert bool(ranking.stds.isfinite().all())
+
+
+@pytest.mark.parametrize("predictor", [True, False])
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_stated_deviations_hold(tmp_path: Path, predictor: bool, bits: int) -> None:
     """Rows beyond the sample are coded in few bits; scores are off by as much as is said."""

@@ -71,6 +71,8 @@ def test_predictions_and_their_errors_are_queries_of_equal_weight(k: int) -> Non
     weights = torch.linalg.lstsq(responses.T, basis.directions.T).solution
     stacked = torch.cat([kind / kind.norm() for kind in (kinds[0] - kinds[1], kinds[1])])
     agree(torch.linalg.lstsq(stacked @ weights, stacked).solution.T, basis.coordinates, 1e-8)
+    if 2 * k >= ROWS:
+        agree(responses @ basis.adjoint_basis.T, basis.coordinates, 1e-8)
     along = kinds[1] @ weights
     covariance = along.T @ along / ROWS
     agree(covariance, covariance.diagonal().diag(), 1e-8)
