@@ -361,6 +361,9 @@ def test_values_are_checked_as_they_are_read(tmp_path: Path, kind: str, change: 
     bank = ResponseBank(tmp_path)
     with pytest.raises(BankError, match=message):
         bank.directions() if kind == "directions" else list(bank.coordinates())
+    if "sources" in message:
+        with pytest.raises(BankError, match=message):
+            bank.row_labels(torch.tensor([1]))
 
 
 def test_exchanged_shards_of_a_kind_are_refused(tmp_path: Path) -> None:

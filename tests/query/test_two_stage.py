@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_fwdattr import ResponseBank
-from hf_fwdattr.errors import MismatchError, QueryError, UnsupportedError
+from hf_fwdattr.errors import MismatchError, NumericalError, QueryError, UnsupportedError
 from hf_fwdattr.gradients.predictor import GradientPredictor
 from hf_fwdattr.jvp.backend import Backend, PreparedBatch
 from hf_fwdattr.models.likelihood import CAUSAL_LM
@@ -187,6 +187,15 @@ def test_bank_without_predictor_is_read_in_two_stages(tmp_path: Path) -> None:
         agree(side.scores.double(), expected[side.row_indices], 1e-3)
     assert ranking.passes == 9
     agree(scorer.rank(queries()[0], 2, 100).scores, expected, 1e-3)
+
+
+def test_coordinates_that_are_not_finite_give_no_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not looked at when a bank is opened; see `tests/bank/test_damage.py`."""
+    model, bank = tune(tmp_path, directions=3)
+    stored = [(torch.full_like(part, float("nan")), scales) for part, scales in bank.stored_coordinates()]
+    monkeypatch.setattr(ResponseBank, "stored_coordinates", lambda bank: iter(stored))
+    with pytest.raises(NumericalError, match="a row's score is not finite"):
+        Scorer(bank, model).rank(queries()[0], 2, 9)
 
 
 @pytest.mark.parametrize("predictor", [True, False])
