@@ -43,7 +43,7 @@ class GradientStream:
         self.model, self.parameters, self.rows, self.ranks = model, parameters, rows, ranks
         self._gradients = PerSampleGradients(model, parameters, objective)
         self._quiet, self._sharded = quiet or ranks.rank > 0, is_sharded(model)
-        self._bar = tqdm(disable=True)
+        self._bar, self._title = tqdm(disable=True), ""
 
     @contextmanager
     def progress(self, total: int) -> Iterator[None]:
@@ -100,7 +100,8 @@ class GradientStream:
             row indices (m,), gradients (m, P) on the CPU, and the number of supervised positions.
         """
         self.parameters.write(self.model, theta)
-        self._bar.set_description(title, refresh=False)
+        self._bar.set_description(title, refresh=title != self._title)  # each phase has its line in a log
+        self._title = title
         for indices, batch in self._batches(row_indices):
             count, labels, drawn = len(indices), batch["labels"], None
             if sampling_key is not None and count:
