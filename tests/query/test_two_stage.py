@@ -1,5 +1,6 @@
 """Two-stage scores against all directions and against reverse mode."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -209,8 +210,13 @@ def test_candidates_are_the_best_and_the_worst_by_estimate(
     model, bank = tune(tmp_path, directions=6, gradient_predictor=predictor)
     scorer, read = Scorer(bank, model), list[int]()
     decode = ResponseBank.decode_rows
+
+    def decode_rows(bank: ResponseBank, rows: Sequence[int]) -> torch.Tensor:
+        read.extend(rows)
+        return decode(bank, rows)
+
     monkeypatch.setattr("hf_fwdattr.query.row_codes._HELD", 0)
-    monkeypatch.setattr(ResponseBank, "decode_rows", lambda bank, rows: (read.extend(rows), decode(bank, rows))[1])
+    monkeypatch.setattr(ResponseBank, "decode_rows", decode_rows)
     for query in queries():
         read.clear()
         along = scorer.scores([query], budget="all")[0].double()  # all directions
