@@ -44,6 +44,9 @@ class ResponseConfig(BaseModel):
     horizon: dict[str, float] | None = None
     """How long a row's effect is carried through training; None: along the recorded run. For a model without a
     record: {'steps': K, 'step_size': eta, 'damping': lambda} at the final weights, where 'steps' may be infinite."""
+    capture: Literal["auto", "training", "after"] = "auto"
+    """Where rows' gradients come from: 'training' takes them from the backward passes that train, coded on disk until
+    the bank is written; 'after' reads every row again when training is done; 'auto' captures where it can."""
     averaging: Literal["none", "trajectory"] = "none"
     """'none': a score is the change of this very model. 'trajectory': it is the mean over models that stop at the end
     of each segment, smaller but closer to what other runs on these rows would show."""

@@ -24,7 +24,7 @@ from ..models.parameters import TrackedParameters, is_linear
 from .linear_calls import LinearCalls, RowlessActivation, refuse_rowless_tensors, wide
 
 
-__all__ = ["PerSampleGradients", "refuse_unhooked_shards"]
+__all__ = ["PerSampleGradients", "refuse_unhooked_shards", "split_by_method"]
 
 # Largest difference between hooks and plain autograd on one row, relative to its gradient, by the layers' dtype.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3, torch.bfloat16: 0.2, torch.float16: 0.1}
@@ -37,7 +37,7 @@ def refuse_unhooked_shards(model: nn.Module, parameters: TrackedParameters) -> N
         UnsupportedError: the message names one.
     """
     table = dict(model.named_parameters())
-    unhooked = [name for name in _split_by_method(model, parameters)[1] if is_shard(table[name])]
+    unhooked = [name for name in split_by_method(model, parameters)[1] if is_shard(table[name])]
     if unhooked:
         raise UnsupportedError(
             f"{unhooked[0]} is sharded by FSDP and not the weight of one Linear layer, so that rows have no gradient "
@@ -66,7 +66,7 @@ class PerSampleGradients:
         refuse_unhooked_shards(model, parameters)
         self.model, self.parameters, self.objective = model, parameters, objective
         self._sharded = is_sharded(model)
-        self._hooked, self._others = _split_by_method(model, parameters)
+        self._hooked, self._others = split_by_method(model, parameters)
         self._is_checked, self._uses_vmap, self._dtypes = False, True, set[torch.dtype]()
 
     def __call__(self, batch: Batch, uniforms: Tensor | None = None, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -258,7 +258,7 @@ class PerSampleGradients:
                 handle.remove()
 
 
-def _split_by_method(model: nn.Module, parameters: TrackedParameters) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def split_by_method(model: nn.Module, parameters: TrackedParameters) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return live names differentiated by hooks, and by vmap (norms, embeddings, weights used in two places)."""
     uses: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):

@@ -65,7 +65,11 @@ class Assembly:
         self.plan = Plan(
             rows=len(trained),
             size=passes.size,
-            segment_rows=[int(segment.row_weights.ne(0).sum()) for segment in passes.segments],
+            segment_rows=[
+                0 if segment.visits is not None else int(segment.row_weights.ne(0).sum())
+                for segment in passes.segments
+            ],
+            captured=sum(len(segment.visits) for segment in passes.segments if segment.visits is not None),
             curvature_samples=min(len(trained), _MAX_CURVATURE) if samples is None else samples,
             sample_rows=len(self.sample_rows),
             query_gradients=(len(held_out) if predicts else 0) if self._exact else len(self.sample_rows),
@@ -137,7 +141,7 @@ class Assembly:
             weights, square = _code_weights(passes, gradients, responses)
             stream.respond(codes, weights)
             estimation = stream.estimation(square)
-        elif len(rows) < len(passes.trained):
+        elif len(rows) < len(passes.trained) and passes.captures is None:
             stream.project()
         else:
             stream.respond()

@@ -26,6 +26,8 @@ from .storage import blocks
 
 __all__ = ["Curvature", "ledoit_wolf"]
 
+Function = Callable[[Tensor], Tensor]
+Term = tuple[Function, Tensor] | tuple[Function, Tensor, Tensor]
 _WIDTH = 1 << 16  # columns of Z held at a time; bounds memory when Z is mapped from disk
 
 
@@ -67,23 +69,32 @@ class Curvature:
         self._measured, self.vectors = values[kept], vectors[:, kept]
         self.values = self._measured * (1.0 - self.shrinkage)
 
-    def apply(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
+    def apply(self, function: Function, vectors: Tensor) -> Tensor:
         """Apply f(H~) to each of the vectors (n, P); return (n, P)."""
         return self.apply_sum((function, vectors))
 
-    def apply_sum(self, *terms: tuple[Callable[[Tensor], Tensor], Tensor]) -> Tensor:
-        """Return the sum of f(H~) x over terms (f, x) of one shape (n, P), with a single product by Z^T."""
+    def apply_sum(self, *terms: Term) -> Tensor:
+        """Return the sum of f(H~) x over terms (f, x) of one shape (n, P), with a single product by Z^T.
+
+        A third item of a term, (m,), names the line of the result to which each of its vectors (m, P) is added; then f
+        may return values for each of them, (m, values). The first term has none.
+        """
         result = torch.zeros_like(terms[0][1])
         spectral = torch.zeros(len(result), len(self.values), dtype=torch.float64)
         columns = blocks(result.shape[1], _WIDTH)
-        for function, vectors in terms:
+        for function, vectors, *lines in terms:
             floor = function(torch.tensor([self.weight_decay], dtype=torch.float64))
             gain = (function(self.values + self.weight_decay) - floor) / self._measured
             products = torch.zeros(len(vectors), self.factor.shape[0], dtype=torch.float64)
             for block in columns:
                 products += (vectors[:, block] @ self.factor[:, block].T).double()
-            spectral += (self.ranks.total(products) @ self.vectors) * gain
-            result.add_(vectors, alpha=float(floor))
+            found = (self.ranks.total(products) @ self.vectors) * gain
+            if lines:
+                spectral.index_add_(0, lines[0], found)
+                result.index_add_(0, lines[0], vectors * floor.to(vectors.dtype))
+            else:
+                spectral += found
+                result.add_(vectors, alpha=float(floor))
         combination = (spectral @ self.vectors.T).to(result.dtype)
         for block in columns:
             result[:, block] += combination @ self.factor[:, block]

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ..errors import QueryError
 from .averaging import segment_weights
+from .captures import Captures
 from .curvature import Curvature
 from .exact_sources import ExactSources
 from .gradient_stream import GradientStream
-from .segment import Segment
+from .segment import Segment, Visits
 from .storage import Storage, blocks, rows_in_flight
 
 
@@ -58,6 +59,8 @@ class Passes:
         theta (`Tensor`): (P,) tracked parameters at which queries are read; see `averaging.query_theta`.
         storage (`Storage`): where large matrices go.
         settings (`PassSettings`, *optional*): settings.
+        captures (`Captures`, *optional*): the gradients that training took; then every segment has its `visits`, and
+            no row is read for its response.
 
     Attributes:
         trained (`Tensor`): (rows,) whether any segment saw the row.
@@ -74,9 +77,10 @@ class Passes:
         theta: Tensor,
         storage: Storage,
         settings: PassSettings | None = None,
+        captures: Captures | None = None,
     ):
         self.stream, self.ranks, self.storage = stream, stream.ranks, storage
-        self.theta, self.settings = theta.cpu(), settings or PassSettings()
+        self.theta, self.settings, self.captures = theta.cpu(), settings or PassSettings(), captures
         self.size = stream.parameters.size
         self._columns = self.ranks.columns(self.size)
         self.width = self._columns.stop - self._columns.start
@@ -124,9 +128,11 @@ class Passes:
     def respond(self, row_indices: Tensor, pushes: Tensor, title: str = "") -> Tensor:
         """Return the responses (n, own columns) of the rows (n,); `pushes` is scratch memory of the same shape.
 
-        A row's gradients are taken in the segments that saw it, and in no others. `title` is that of the progress bar,
-        by default one for each segment.
+        A row's gradients are taken in the segments that saw it, and in no others, or come from the captured ones.
+        `title` is that of the progress bar, by default one for each segment.
         """
+        if self.captures is not None:
+            return self._respond_captured(row_indices)
         allocate = self.zeros if len(row_indices) > self.chunk else self._zeros_in_memory
         responses = allocate(len(row_indices))
         averaged = self.segment_weights[-1] < 1.0
@@ -146,6 +152,48 @@ class Passes:
                 if averaged:
                     mean[lines] += self.segment_weights[number] * responses[lines]
         return mean
+
+    def _respond_captured(self, row_indices: Tensor) -> Tensor:
+        """Return the responses (n, own columns) of the rows (n,) from the gradients that training took of them."""
+        result = self.zeros(len(row_indices)) if len(row_indices) > self.chunk else None
+        for lines in blocks(len(row_indices), self.chunk):
+            responses = self._zeros_in_memory(len(row_indices[lines]))
+            mean, moved = torch.zeros_like(responses), torch.zeros(len(responses), dtype=torch.bool)
+            for segment, weight in zip(self.segments, self.segment_weights, strict=True):
+                assert segment.visits is not None, "with captured gradients every segment has its visits"
+                visits, at = segment.visits.of(row_indices[lines])
+                moved[at] = True
+                active = moved.nonzero().flatten()
+                if len(active):
+                    place = torch.searchsorted(active, at)
+                    responses[active] = self._propagate(segment, responses[active], visits, place)
+                mean += weight * responses
+            if result is None:
+                return mean
+            result[lines] = mean
+        return self._zeros_in_memory(0) if result is None else result
+
+    def _propagate(self, segment: Segment, earlier: Tensor, visits: Visits, lines: Tensor) -> Tensor:
+        """Return the responses after a segment, so many visits at a time."""
+        result = None
+        for some in blocks(len(visits), self.chunk) or [slice(0)]:
+            gradients = self._captured(visits.captured[some])
+            result_of = segment.propagate_visits(earlier, gradients, visits[some], lines[some])
+            result = result_of if result is None else result.add_(result_of)
+            earlier = torch.zeros_like(earlier)
+        assert result is not None
+        return result
+
+    def _captured(self, positions: Tensor) -> Tensor:
+        """Return captured gradients (n, own columns); each rank reads its share of them."""
+        assert self.captures is not None
+        own = torch.arange(self.ranks.rank, len(positions), self.ranks.size)
+        with self.ranks.raise_on_all_ranks():
+            read = self.captures.read(positions[own]).to(self.theta.dtype)
+        at, gradients = self.ranks.exchange(own, read, max(1, -(-len(positions) // self.ranks.size)))
+        result = torch.empty_like(gradients)
+        result[at] = gradients
+        return result
 
     def _zeros_in_memory(self, rows: int) -> Tensor:
         return torch.zeros(rows, self.width, dtype=self.theta.dtype)

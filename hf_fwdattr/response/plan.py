@@ -19,6 +19,7 @@ class Plan:
         query_gradients (`int`): rows whose gradients are taken at the end.
         ranks (`int`): processes that share the passes.
         matrices (`int`): matrices of sample rows times P that are held together.
+        captured (`int`): gradients that training took; then no row is read for its response.
         predictor_rows (`int`): rows that rank 0 reads to fit the gradient predictor, and to learn its errors.
         predictor_bytes (`int`): memory that the fit takes.
     """
@@ -31,6 +32,7 @@ class Plan:
     query_gradients: int
     ranks: int = 1
     matrices: int = 2
+    captured: int = 0
     predictor_rows: int = 0
     predictor_bytes: int = 0
 
@@ -63,6 +65,8 @@ class Plan:
         )
         if self.predictor_rows:
             text += f", {self.predictor_rows:,} of them for the gradient predictor"
+        if self.captured:
+            text += f", beside {self.captured:,} gradients that training took"
         text += f"), {_bytes(in_memory)} in memory" + (f", {_bytes(on_disk)} on disk" if on_disk else "")
         if self.ranks > 1:
             text += f" on each of {self.ranks} ranks"

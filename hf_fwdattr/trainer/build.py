@@ -25,6 +25,7 @@ from ..models.names import base_model
 from ..models.parameters import TrackedParameters
 from ..response.assembly import Assembly
 from ..response.averaging import query_theta
+from ..response.captures import Captures
 from ..response.exact_sources import ExactSources
 from ..response.gradient_stream import GradientStream
 from ..response.passes import Passes, PassSettings
@@ -33,9 +34,10 @@ from ..response.responses import Responses
 from ..response.storage import Storage
 from .bank_contents import bank_contents
 from .build_context import BuildContext
+from .capture import open_captures
 from .columns import column_of, row_ids_of, sources_of
 from .fit_predictor import PREDICTOR_MISSING, PredictorFit, missing_predictor, predictor_bytes
-from .record import Record, Snapshot
+from .record import CAPTURES, Record, Snapshot
 from .trial_batch import refuse_failing_batch
 
 
@@ -103,7 +105,7 @@ def build_bank(
         )
     if not run.rates:
         run.add(1.0, *_equal_weights(context))
-    bank = respond(context, run, end, Path(folder))
+    bank = respond(context, run, end, Path(folder), None if record is None else Path(record) / CAPTURES)
     bank._keep = keeper
     return bank
 
@@ -127,7 +129,9 @@ def refuse_unsupported(context: BuildContext) -> None:
     refuse_failing_batch(context)
 
 
-def respond(context: BuildContext, record: Record, end: Snapshot, folder: Path) -> ResponseBank:
+def respond(
+    context: BuildContext, record: Record, end: Snapshot, folder: Path, captured: Path | None = None
+) -> ResponseBank:
     """Run the passes over the training set and write the bank; the model is left exactly as it was.
 
     Args:
@@ -135,6 +139,7 @@ def respond(context: BuildContext, record: Record, end: Snapshot, folder: Path) 
         record (`Record`): row weights and snapshots of the run.
         end (`Snapshot`): the tracked parameters now.
         folder (`Path`): the bank's folder.
+        captured (`Path`, *optional*): folder of the gradients that training took.
 
     Raises:
         MismatchError: the run was recorded on another number of rows.
@@ -157,7 +162,7 @@ def respond(context: BuildContext, record: Record, end: Snapshot, folder: Path) 
         exact_sources = ExactSources.none(total)
     try:
         with frozen(model), Storage(context.config.memory_budget) as storage:
-            passes = _passes(context, record, end, storage)
+            passes = _passes(context, record, end, storage, open_captures(captured, record))
             predictor = PredictorFit(context, storage) if context.keeps_predictor else None
             assembly = Assembly(passes, exact_sources, predictor is not None)
             _log_plan(context, assembly.plan)
@@ -174,9 +179,12 @@ def respond(context: BuildContext, record: Record, end: Snapshot, folder: Path) 
         torch.set_rng_state(random_state)
 
 
-def _passes(context: BuildContext, record: Record, end: Snapshot, storage: Storage) -> Passes:
+def _passes(
+    context: BuildContext, record: Record, end: Snapshot, storage: Storage, captures: Captures | None
+) -> Passes:
     config = context.config
-    segments = record.build(len(context.rows), end, config.horizon)
+    captures = None if config.horizon is not None else captures
+    segments = record.build(len(context.rows), end, config.horizon, captures)
     stream = GradientStream(
         context.model, context.parameters, context.objective, context.rows, context.ranks, config.quiet
     )
@@ -189,7 +197,8 @@ def _passes(context: BuildContext, record: Record, end: Snapshot, storage: Stora
         smoothing=record.smoothing,
         seed=config.seed,
     )
-    return Passes(stream, segments, query_theta(config.averaging, segments, end.theta), storage, settings)
+    theta = query_theta(config.averaging, segments, end.theta)
+    return Passes(stream, segments, theta, storage, settings, captures)
 
 
 def _log_plan(context: BuildContext, plan: Plan) -> None:

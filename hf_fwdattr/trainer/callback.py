@@ -16,6 +16,7 @@ from .accelerators import refuse_accelerator
 from .columns import rows_in_trained_order
 from .patching import TrainCall, find_train_call
 from .publish import push_at_end, push_with_bank, wait_for_pushes
+from .record import CAPTURES
 from .recorder import ResponseRecorder
 from .self_check import SelfCheck
 
@@ -145,6 +146,8 @@ class ResponseCallback(TrainerCallback):
             dataloader=train_dataloader, steps=state.max_steps, processing_class=processing_class,
             dataset=_rows_with_columns(self.dataset, trainer, self.config),
             resume=folder if _has_record(folder, state) else None,
+            captures=Path(args.output_dir) / f"_{RECORD}" / CAPTURES,
+            rows_per_step=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         )  # fmt: skip
         smoothing, averaged = args.label_smoothing_factor, args.average_tokens_across_devices
         recorder.describe_run(

@@ -13,11 +13,14 @@ from ..bank.files import write_atomically
 from ..bank.schema import LONGEST_NOTE, MOST_NOTES
 from ..bank.tensors import read_tensors, write_tensors
 from ..errors import BankError, UnsupportedError
+from ..response.captures import Captures
 from ..response.horizon import ExplicitHorizon, Horizon, NaturalHorizon
-from ..response.segment import Segment
+from ..response.segment import Segment, Visits
 
 
-__all__ = ["Record", "Snapshot"]
+__all__ = ["CAPTURES", "Record", "Snapshot"]
+
+CAPTURES = "captures"  # folder of captured gradients, within that of the record that a run ends with
 
 logger = logging.getLogger(__name__)
 
@@ -131,13 +134,16 @@ class Record:
         self.rows.append(rows)
         self.weights.append(weights)
 
-    def build(self, total: int, end: Snapshot, horizon: dict[str, float] | None = None) -> list[Segment]:
+    def build(
+        self, total: int, end: Snapshot, horizon: dict[str, float] | None = None, captures: Captures | None = None
+    ) -> list[Segment]:
         """Return the segments of the run, for the passes.
 
         Args:
             total (`int`): number of training rows.
             end (`Snapshot`): the final parameters; its step may be earlier than the last (a best model loaded back).
             horizon (`dict`, *optional*): arguments of [`ExplicitHorizon`], which then replaces the run's own segments.
+            captures (`Captures`, *optional*): the gradients that the steps took; see `fits`.
 
         Raises:
             UnsupportedError: no step with a learning rate was recorded.
@@ -158,12 +164,44 @@ class Record:
             natural: Horizon = NaturalHorizon(tau / (1.0 - self.momentum))
             decay = self.weight_decay * rates / tau  # decay is not clipped
             segments.append(Segment(middle.theta, middle.diagonal, natural, weights / tau, decay))
+            if captures is not None:
+                segments[-1].visits = self._visits(start, stop, captures)
         if not segments:
             raise UnsupportedError(
                 f"no optimizer step was recorded with a learning rate above zero (of {len(self.rates)} steps), so "
                 "every response is zero. Train for at least one step"
             )
         return segments
+
+    def fits(self, captures: Captures) -> bool:
+        """Return whether these are the gradients of the record's visits, one for each, in their order.
+
+        Those of a stream were captured by the rows' ids, of which indices keep the order.
+        """
+        steps, rows = self._moving_visits()
+        if len(steps) != len(captures) or not torch.equal(steps, captures.steps):
+            return False
+        return torch.equal(*(given.unique(return_inverse=True)[1] for given in (rows, captures.rows)))
+
+    def _moving_visits(self) -> tuple[Tensor, Tensor]:
+        """Return step and row of every visit in steps that moved weights."""
+        moving = [index for index, rate in enumerate(self.rates) if rate]
+        counts = torch.tensor([len(self.rows[index]) for index in moving], dtype=torch.int64)
+        none = torch.zeros(0, dtype=torch.int64)
+        steps = torch.repeat_interleave(torch.tensor(moving, dtype=torch.int64) + self.first, counts)
+        return steps, torch.cat([none, *(self.rows[index] for index in moving)])
+
+    def _visits(self, start: int, stop: int, captures: Captures) -> Visits:
+        """Return the visits of steps from `start` to before `stop`."""
+        steps = slice(start - self.first, stop - self.first)
+        rates, clips = (torch.tensor(values[steps], dtype=torch.float64) for values in (self.rates, self.clips))
+        scaled = rates * clips / (1.0 - self.momentum)
+        remaining = scaled.flip(0).cumsum(0).flip(0) - scaled
+        edges = torch.searchsorted(captures.steps, torch.tensor([start, stop]))
+        chosen = torch.arange(int(edges[0]), int(edges[1]))
+        within = captures.steps[chosen] - start
+        rows = self._moving_visits()[1][chosen]
+        return Visits(rows, chosen, scaled[within], remaining[within])
 
     def _nearest(self, step: float, end: Snapshot) -> Snapshot:
         """Return the snapshot nearest to a step, or the end of the run; the later one of two as near."""

@@ -4,6 +4,7 @@ import logging
 import time
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..response.distributed import Ranks
 from .accelerators import refuse_accelerator
 from .build import refuse_unsupported, respond
 from .build_context import BuildContext
+from .capture import TrainingCapture
 from .clipping import ClippingRecorder
 from .guard import Guard
 from .optimizer import Preconditioner, warn_of_untracked
@@ -81,6 +83,10 @@ class ResponseRecorder:
         processing_class (*optional*): the tokenizer, identified in the bank by its hash.
         resume (`str` or `Path`, *optional*): folder of the record that `save` wrote with the checkpoint from which the
             loop continues.
+        captures (`str` or `Path`, *optional*): folder for rows' gradients while the loop runs, on a disk that all
+            ranks see, and the same one where the loop is resumed; by default a temporary one of this run.
+        rows_per_step (`int`, *optional*): rows that an optimizer step takes over all ranks, from which the size of
+            that folder is planned; by default those of a batch, times processes and Accelerate's accumulation steps.
 
     Raises:
         UnsupportedError: before the first step: another optimizer than AdamW, Adam or SGD, a dataset without random
@@ -100,6 +106,8 @@ class ResponseRecorder:
         dataset: Any = None,
         processing_class: Any = None,
         resume: str | Path | None = None,
+        captures: str | Path | None = None,
+        rows_per_step: int | None = None,
     ):
         refuse_accelerator(accelerator)
         self.config, self.ranks, self.tokenizer = config or ResponseConfig(), Ranks.of_run(), processing_class
@@ -118,6 +126,14 @@ class ResponseRecorder:
             rows, original = (self.rows, self.original) if first is None else (first, first)
             refuse_unsupported(self._context(rows, loader.collate_fn, original))
         self.record = self._resumed(Path(resume), steps) if resume is not None else self._new_record(steps)
+        self._keeper = TemporaryDirectory(prefix="fwdattr-") if captures is None else None
+        folder = Path(captures or self.ranks.objects(getattr(self._keeper, "name", ""))[0])
+        visits = steps * (rows_per_step or _rows_per_step(accelerator, loader, self.ranks.size))
+        self.capture = TrainingCapture(
+            self._context(rows, loader.collate_fn, original), self.record, folder, visits, model,
+            weighed=self.preconditioner.kind != "sgd",
+        )  # fmt: skip
+        self._captured: Path | None = None
         self._attach(model, loader)
         self._pending: list[OptimizerStep] = []
         self._rate: float | None = None
@@ -138,8 +154,9 @@ class ResponseRecorder:
         self.checks = LoopChecks(LossCheck(self.model, objective), step_check, self.guard, self._note)
         self.batches = BatchRecorder(
             model, loader, self._row_patches, objective.shifts_labels,
-            self.config.row_id_column, self.checks, self.guard,
+            self.config.row_id_column, self.checks, self.guard, self.capture,
         )  # fmt: skip
+        self._patches.hook(*self.capture.handles)
         self._clipping: ClippingRecorder | None = None
         if self._accelerator is not None:
             self._clipping = ClippingRecorder(self._accelerator, tracked, self._patches, self.guard)
@@ -212,6 +229,8 @@ class ResponseRecorder:
                 self._agree()  # that all ranks go on, as a snapshot may be collective
                 self.record.snapshots.append(self.snapshot(self._count))
         self._rate, self.guard.training = None, True
+        if self.guard.error is not None:
+            self.capture.abandon()
         if self.guard.error is not None and self.ranks.size == 1:
             self._patches.undo()  # the row patches stay, as batches with row indices are under way
 
@@ -221,6 +240,8 @@ class ResponseRecorder:
             clip = self._clipping.take()
             step.clip = clip if step.rate else 1.0
         self._visits += sum(micro.row_indices.numel() for micro in step.micro_batches)
+        factor = 1.0 / (step.loss_scale * self._processes) if step.rate else 0.0
+        self.capture.commit(self.taken, step.micro_batches, factor)
         self._pending.append(step)
         if len(self._pending) >= _PENDING or self.taken <= self.record.first + 1:  # refuse a wrong loss at once
             self._finalize_pending()
@@ -278,6 +299,7 @@ class ResponseRecorder:
     def save(self, folder: str | Path) -> None:
         """Write the record beside a checkpoint, so that a run that resumes from it ends with the same bank."""
         with self.guard():
+            self.capture.flush()
             self._merge()
             end = self.snapshot(self.taken)
             with self.ranks.raise_on_all_ranks():
@@ -299,6 +321,7 @@ class ResponseRecorder:
         """
         self.detach()
         self._seconds = time.perf_counter() - self._began
+        self._captured = self.capture.close()
         self._merge()
         if self.rows is None:
             self._read_stream_again()
@@ -330,7 +353,7 @@ class ResponseRecorder:
         assert self.record.end is not None
         seconds_per_row = self._seconds / self._visits if self._visits else None
         context = self._context(self.rows, self.batches.collate, self.original, seconds_per_row)
-        bank = respond(context, self.record, self.record.end, Path(folder))
+        bank = respond(context, self.record, self.record.end, Path(folder), self._captured)
         if self.ranks.rank == 0:
             logger.info(
                 "response bank: %s (%.1f MB, %d rows). With the model saved beside it, ask: "
@@ -343,3 +366,9 @@ class ResponseRecorder:
         return BuildContext(
             self.model, self.parameters, self.config, dataset, collate, original, self.tokenizer, self.ranks, seconds
         )
+
+
+def _rows_per_step(accelerator: Any, loader: Any, processes: int) -> int:
+    """Return how many rows an optimizer step takes over all ranks, as far as loader and accelerator tell."""
+    batch = getattr(loader, "batch_size", None) or getattr(loader.batch_sampler, "batch_size", None) or 1
+    return int(batch) * getattr(accelerator, "gradient_accumulation_steps", 1) * processes

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..errors import UnsupportedError
+from .capture import TrainingCapture
 from .guard import Guard
 from .patching import Patches
 from .step_checks import LoopChecks
@@ -111,12 +112,14 @@ class MicroBatch:
             loop multiplied it. Of a model that returns log-likelihoods of tokens, as TRL's do: the largest negative
             gradient by one of those.
         least_gradient (`Tensor`, *optional*): the smallest of those; it differs where tokens weigh unequally.
+        captured (`CapturedBatch`, *optional*): gradients of the rows, until the step is committed.
     """
 
     row_indices: Tensor
     tokens: Any = None
     loss_gradient: Tensor | None = None
     least_gradient: Tensor | None = None
+    captured: Any = None
 
     def record_token_gradients(self, gradient: Tensor) -> None:
         """Record the gradient by the tokens' log-likelihoods, which holds their whole weight: the divisor is one."""
@@ -187,6 +190,7 @@ class BatchRecorder:
         row_id_column (`str`, *optional*): column that names the rows of a stream; not used with random access.
         checks (`LoopChecks`, *optional*): compare the values of losses, and measure their divisor.
         guard (`Guard`, *optional*): keeps errors once training has begun.
+        capture (`TrainingCapture`, *optional*): takes the rows' gradients.
     """
 
     def __init__(
@@ -198,9 +202,10 @@ class BatchRecorder:
         row_id_column: str | None = None,
         checks: LoopChecks | None = None,
         guard: Guard | None = None,
+        capture: TrainingCapture | None = None,
     ):
         self.shifted, self.collate = shifted, loader.collate_fn
-        self._checks, self._guard = checks, guard or Guard()
+        self._checks, self._guard, self._capture = checks, guard or Guard(), capture
         self._batch: dict[str, Any] = {}
         self.micro_batches: list[MicroBatch] = []
         self._current: MicroBatch | None = None
@@ -227,11 +232,16 @@ class BatchRecorder:
                 kind = None if self._checks is None else self._checks.loss.kind
                 tokens = divisor(kind, kwargs.get("num_items_in_batch"), kwargs.get("labels"), self.shifted)
                 self._current = MicroBatch(row_indices, tokens)
+                if self._capture is not None:
+                    compared = self._checks is not None and self._checks.active
+                    self._current.captured = self._capture.begin(row_indices.numel(), compared)
                 self.micro_batches.append(self._current)
         return args, kwargs
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         micro, batch, self._current, self._batch = self._current, self._batch, None, {}
+        if self._capture is not None:
+            self._capture.end()
         if micro is not None and hasattr(output, "get"):
             with self._guard():
                 self._record_output(micro, batch, output)

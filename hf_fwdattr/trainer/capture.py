@@ -1,0 +1,226 @@
+"""Capture of rows' gradients in a run: whether it is possible, where they go, and what becomes of it when it fails.
+
+A failure costs no training and no bank: the passes after training then take the gradients.
+"""
+
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..errors import AttributionError, BankError, UnsupportedError
+from ..gradients.capture import CapturedBatch, GradientCapture, unhooked_weights
+from ..response.captures import FLOATS, CaptureFolder, Captures, CaptureWriter, bytes_per_visit, chosen_bits
+from .build_context import BuildContext
+from .record import Record
+
+
+__all__ = ["TrainingCapture", "open_captures"]
+
+logger = logging.getLogger(__name__)
+_SHARE = 4  # of memory_budget: one part in so many may hold the gradients of a micro-batch
+
+
+class TrainingCapture:
+    """Captured gradients of one run, on this rank.
+
+    Args:
+        context (`BuildContext`): what the bank will be built from.
+        record (`Record`): of the run; with steps in it, the run resumes.
+        folder (`Path`): where gradients go, on a disk that all ranks see.
+        visits (`int`): rows that will pass through the training, over all ranks and epochs.
+        model (`nn.Module`): as the loop calls it.
+        weighed (`bool`): whether the optimizer divides numbers by their size.
+
+    Attributes:
+        handles (`list`): of hooks in the model.
+        failure (`str`): why nothing is captured; empty while it is.
+
+    Raises:
+        UnsupportedError: `capture="training"` and it is not possible.
+    """
+
+    def __init__(
+        self, context: BuildContext, record: Record, folder: Path, visits: int, model: nn.Module, weighed: bool
+    ):
+        self.folder, self.config, self.ranks = folder, context.config, context.ranks
+        self.handles: list[Any] = []
+        self.failure = "capture='after'" if self.config.capture == "after" else ""
+        if self.failure:
+            return
+        reason = _obstacle(context, model)
+        if not reason:
+            reason = self._prepare(context, record, visits)
+        self.failure = next((text for text in self.ranks.objects(reason) if text), "")
+        if self.failure:
+            self._refuse(UnsupportedError(f"capture='training': {self.failure}. Set capture='auto'"))
+        else:
+            self._files = CaptureFolder.open(folder)
+            self._writer = CaptureWriter(self._files, self.ranks.rank, weighed)
+            self._gradients = GradientCapture(context.model, context.parameters)
+            self.handles = self._gradients.handles
+        self._say(context.parameters.size, visits)
+
+    def begin(self, rows: int, compared: bool) -> CapturedBatch | None:
+        """Capture a micro-batch whose forward pass begins; None where nothing is captured."""
+        if self.failure:
+            return None
+        held = 8 * rows * self._files.size
+        if held > max(self.config.memory_budget // _SHARE, 1 << 28):
+            self._fail(f"the gradients of {rows} rows take {held / 2**30:.1f} GiB. Raise memory_budget")
+            return None
+        return self._gradients.begin(rows, compared)
+
+    def end(self) -> None:
+        """Note that a forward pass is over."""
+        if not self.failure:
+            self._gradients.end()
+
+    def commit(self, step: int, batches: list[Any], factor: float) -> None:
+        """Keep what a step took of its rows, times `factor`.
+
+        Args:
+            step (`int`): number of the step.
+            batches (`list[MicroBatch]`): its micro-batches.
+            factor (`float`): one over the gradient scaler's factor and the number of processes; 0 for a step that
+                moves nothing, which is forgotten.
+        """
+        captured = [batch.captured for batch in batches]
+        for batch in batches:
+            batch.captured = None
+        if self.failure or not factor:
+            return
+        try:
+            self._gradients.refuse_other_totals([one for one in captured if one is not None])
+            if self._gradients.failure:
+                raise UnsupportedError(self._gradients.failure)
+            for batch, one in zip(batches, captured, strict=True):
+                gradients = None if one is None else one.gradients
+                if gradients is None:
+                    raise UnsupportedError("a micro-batch had no backward pass")
+                self._writer.add(step, batch.row_indices.cpu().reshape(-1), gradients.cpu() * factor)
+        except (OSError, AttributionError) as error:
+            self._fail(str(error))
+
+    def flush(self) -> None:
+        """Have all that is captured on disk, before a checkpoint says so."""
+        if not self.failure:
+            try:
+                self._writer.flush()
+            except OSError as error:
+                self._fail(str(error))
+
+    def close(self) -> Path | None:
+        """End the capture; return its folder, or None where the passes have to take gradients. Collective."""
+        if not self.failure:
+            self._gradients.give_up("training has ended")
+            try:
+                self._writer.close()
+            except OSError as error:
+                self._fail(str(error))
+        failures = [text for text in self.ranks.objects(self.failure) if text]
+        return None if failures else self.folder
+
+    def abandon(self) -> None:
+        """End the capture of a recording that has ended with an error."""
+        if not self.failure:
+            self._stop("the recording has ended")
+
+    def _prepare(self, context: BuildContext, record: Record, visits: int) -> str:
+        """Make the folder, or continue that of the run which is resumed; return why that is impossible."""
+        reason = ""
+        with self.ranks.raise_on_all_ranks():
+            if self.ranks.rank == 0:
+                resumed = record.taken > record.first
+                reason = _continue(self.folder, record) if resumed else _create(self.folder, context, visits)
+        return str(self.ranks.objects(reason)[0])
+
+    def _say(self, size: int, visits: int) -> None:
+        if self.config.quiet or self.ranks.rank > 0:
+            return
+        if self.failure:
+            text = f"the passes after training take the rows' gradients: {self.failure}"
+        else:
+            bits = self._files.bits
+            form = "in floats" if bits == FLOATS else f"in {bits} bits a number"
+            total = bytes_per_visit(size, bits) * visits / 2**20
+            text = f"rows' gradients are captured while training, {form}: {total:,.0f} MiB in {self.folder} until then"
+        tqdm.write(f"response bank: {text}", file=sys.stderr)
+
+    def _refuse(self, error: UnsupportedError) -> None:
+        if self.config.capture == "training":
+            raise error
+
+    def _fail(self, reason: str) -> None:
+        """Capture no more; the passes after training will do."""
+        self._stop(reason)
+        logger.warning(
+            "rows' gradients are no longer captured: %s. The passes after training take them instead, in their time",
+            reason.rstrip("."),
+        )  # fmt: skip
+
+    def _stop(self, reason: str) -> None:
+        self.failure = reason
+        self._gradients.give_up(reason)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def open_captures(folder: Path | None, record: Record) -> Captures | None:
+    """Return the captured gradients of a run; None, with a warning, where there are none or of another run."""
+    if folder is None or not folder.is_dir():
+        return None
+    try:
+        captures = Captures(CaptureFolder.open(folder))
+    except (BankError, OSError) as error:
+        logger.warning("%s. The passes take the rows' gradients instead", error)
+        return None
+    if not record.fits(captures):
+        logger.warning(
+            "%s holds the captured gradients of other steps than the record. The passes take them instead", folder
+        )
+        return None
+    return captures
+
+
+def _obstacle(context: BuildContext, model: nn.Module) -> str:
+    """Return why gradients cannot be captured in this training; empty if they can."""
+    others = unhooked_weights(context.model, context.parameters)
+    if context.config.horizon is not None:
+        return "with a horizon of your own there are no steps to capture"
+    if any(getattr(module, "_compiled_call_impl", None) is not None for module in context.model.modules()) or any(
+        hasattr(module, "_orig_mod") for module in model.modules()
+    ):
+        return "the model is compiled, and hooks would be compiled with it"
+    if others:
+        return f"{others[0]} is not the weight of one Linear layer alone"
+    return ""
+
+
+def _create(folder: Path, context: BuildContext, visits: int) -> str:
+    """Make the folder; return why there is no room for it."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    size, free = context.parameters.size, shutil.disk_usage(existing).free
+    bits = chosen_bits(size, visits, free)
+    if not bits:
+        return (
+            f"{visits:,} gradients of {size:,} numbers take {bytes_per_visit(size, 1) * visits / 2**30:.1f} GiB in "
+            f"one bit a number, and half of the {free / 2**30:.1f} GiB that are free in {existing} are left alone"
+        )
+    CaptureFolder(folder, size, bits).create()
+    return ""
+
+
+def _continue(folder: Path, record: Record) -> str:
+    """Cut captured gradients back to the record of the checkpoint; return why they do not fit it."""
+    try:
+        captured = CaptureFolder.open(folder)
+        captured.cut_back(record.taken)
+        if record.fits(Captures(captured)):
+            return ""
+    except (BankError, OSError):
+        pass
+    return f"the gradients that were captured before step {record.taken} are not in {folder}"
