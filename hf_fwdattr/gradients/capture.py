@@ -84,9 +84,13 @@ class GradientCapture:
         self._batch: CapturedBatch | None = None
         self._open, self._several = False, False  # several forward passes before a backward pass
         self._waiting: dict[str, list[_Call]] = {}  # of a checkpointed layer, until it runs again
+        self._rerun: set[str] = set()  # modules that run again at this moment
         self.failure = ""
         self.handles: list[Any] = [
             module.register_forward_hook(self._hook(path)) for path, module in self._modules.items()
+        ]
+        self.handles += [
+            module.register_forward_pre_hook(self._rerun_hook(path)) for path, module in self._modules.items()
         ]
         if not any(is_shard(weight) for weight in self._weights.values()):  # those in the graph are others there
             self.handles += [
@@ -100,6 +104,7 @@ class GradientCapture:
         if any(self._waiting.values()) or self._is_unread:
             self._several = True
         self._waiting.clear()
+        self._rerun.clear()
         self._batch, self._open = CapturedBatch(rows, totals={} if compared else None), True
         return self._batch
 
@@ -149,25 +154,33 @@ class GradientCapture:
         return hook
 
     def _hook(self, path: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            batch, in_backward = self._batch, torch._C._current_graph_task_id() != -1
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            batch, in_backward = self._batch, _is_in_backward()
             if batch is None or not (self._open or in_backward) or not inputs or not output.requires_grad:
                 return
-            x = inputs[0].detach()
-            waiting = self._waiting.get(path)
-            if in_backward and waiting:  # the second run of a checkpointed layer, which brings the input
-                call = waiting.pop(0)
-                call.x = x
-                self._add(call)
+            if in_backward and path in self._rerun:
+                self._rerun.discard(path)
                 return
             if in_backward and self._several:
                 self.give_up("layers with gradient checkpoints ran several times before a backward pass")
                 return
-            call = _Call(path, batch, x)
+            call = _Call(path, batch, inputs[0].detach())
             if not in_backward and self._is_checkpointed(path):
                 call.x = None  # it would be kept in memory, which checkpoints are there to save
                 self._waiting.setdefault(path, []).append(call)
             output.register_hook(self._arrival(call))
+
+        return hook
+
+    def _rerun_hook(self, path: str) -> Any:
+        """Return a hook for a checkpointed layer that runs again, which may stop before its last output."""
+
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if inputs and self._waiting.get(path) and _is_in_backward():
+                call = self._waiting[path].pop(0)
+                call.x = inputs[0].detach()
+                self._rerun.add(path)
+                self._add(call)
 
         return hook
 
@@ -211,3 +224,7 @@ class GradientCapture:
             getattr(self._model.get_submodule(".".join(parents[:depth])), "gradient_checkpointing", False)
             for depth in range(1, len(parents))
         )
+
+
+def _is_in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)

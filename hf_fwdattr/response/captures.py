@@ -130,8 +130,9 @@ class CaptureWriter:
     def __init__(self, folder: CaptureFolder, number: int, weighed: bool = False):
         self.folder, self._number, self._weighed = folder, number, weighed
         self._weights = folder.weights(number)
-        self._steps = folder.file(number, "steps").open("ab")
-        self._codes = folder.file(number, "codes").open("ab")
+        self._codes, self._steps = (folder.file(number, kind) for kind in ("codes", "steps"))
+        for path in (self._codes, self._steps):
+            _append(path, b"")
         self._visits: list[np.ndarray] = []
         self._gradients: list[Tensor] = []
         self._held = 0
@@ -144,37 +145,27 @@ class CaptureWriter:
         self._gradients.append(gradients.float())
         self._held += 4 * gradients.numel()
         if self._held >= _HELD:
-            self._write()
+            self.write()
 
     def flush(self) -> None:
         """Have everything on the disk itself, so that neither a kill nor a power cut loses it."""
-        self._write()
-        for file in (self._codes, self._steps):
-            file.flush()
-            os.fsync(file.fileno())
+        self.write()
+        for path in (self._codes, self._steps):
+            _append(path, b"", synchronized=True)
 
-    def close(self) -> None:
-        """Write what is held, and close the files."""
-        try:
-            self._write()
-        finally:
-            self._codes.close()
-            self._steps.close()
-
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Write what is held."""
         if not self._visits:
             return
         gradients, visits = torch.cat(self._gradients), np.concatenate(self._visits)
         self._gradients, self._visits, self._held = [], [], 0
         if self.folder.bits == FLOATS:
-            self._codes.write(np.ascontiguousarray(gradients.numpy(), dtype="<f4").tobytes())
+            _append(self._codes, np.ascontiguousarray(gradients.numpy(), dtype="<f4").tobytes())
         else:
             codes = RowCodes.of(gradients, self.folder.bits, self._weights_of(gradients))
             scales = codes.scales.numpy().astype("<f4").view(np.uint8)
-            self._codes.write(np.concatenate([scales, codes.codes.numpy()], 1).tobytes())
-        self._codes.flush()  # before the steps, which say how many there are
-        self._steps.write(visits.tobytes())
-        self._steps.flush()
+            _append(self._codes, np.concatenate([scales, codes.codes.numpy()], 1).tobytes())
+        _append(self._steps, visits.tobytes())  # after the codes, as it says how many there are
 
     def _weights_of(self, gradients: Tensor) -> Tensor | None:
         """Return the weights of all codes: one over the root of a number's usual size, about one on average."""
@@ -183,10 +174,7 @@ class CaptureWriter:
             weights = (squares + _LEAST_SQUARE * squares.mean()).pow(-0.25)
             self._weights = (weights / weights.log().mean().exp()).float()
             path = self.folder.file(self._number, "weights")
-            with path.open("wb") as file:
-                file.write(self._weights.numpy().astype("<f4").tobytes())
-                file.flush()
-                os.fsync(file.fileno())
+            _append(path, self._weights.numpy().astype("<f4").tobytes(), synchronized=True)
         return self._weights
 
 
@@ -197,14 +185,17 @@ class Captures:
 
     Args:
         folder (`CaptureFolder`): after training.
+        until (`int`, *optional*): the first step that is left out.
 
     Attributes:
         steps, rows (`Tensor`): (visits,) int64.
     """
 
-    def __init__(self, folder: CaptureFolder):
+    def __init__(self, folder: CaptureFolder, until: int | None = None):
         self.folder = folder
         parts = [folder.visits(number) for number in folder.numbers()]
+        if until is not None:
+            parts = [part[part["step"] < until] for part in parts]
         visits = np.concatenate([np.empty(0, _VISIT), *parts])
         file = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         line = np.concatenate([np.empty(0, np.int64), *(np.arange(len(part)) for part in parts)])
@@ -247,6 +238,15 @@ class Captures:
         path = self.folder.file(number, "codes")
         shape = (count, self.folder.code_bytes)
         return np.memmap(path, np.uint8, "r", shape=shape) if count else np.empty(shape, np.uint8)
+
+
+def _append(path: Path, data: bytes, synchronized: bool = False) -> None:
+    """Append to a file, which is not held open; `synchronized` waits until the disk has it."""
+    with path.open("ab") as file:
+        file.write(data)
+        if synchronized:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def chosen_bits(size: int, visits: int, free: int) -> int:

@@ -37,7 +37,7 @@ from .build_context import BuildContext
 from .capture import open_captures
 from .columns import column_of, row_ids_of, sources_of
 from .fit_predictor import PREDICTOR_MISSING, PredictorFit, missing_predictor, predictor_bytes
-from .record import CAPTURES, Record, Snapshot
+from .record import Record, Snapshot, captures_of
 from .trial_batch import refuse_failing_batch
 
 
@@ -105,7 +105,7 @@ def build_bank(
         )
     if not run.rates:
         run.add(1.0, *_equal_weights(context))
-    bank = respond(context, run, end, Path(folder), None if record is None else Path(record) / CAPTURES)
+    bank = respond(context, run, end, Path(folder), None if record is None else captures_of(Path(record)))
     bank._keep = keeper
     return bank
 

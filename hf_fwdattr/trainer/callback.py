@@ -16,14 +16,13 @@ from .accelerators import refuse_accelerator
 from .columns import rows_in_trained_order
 from .patching import TrainCall, find_train_call
 from .publish import push_at_end, push_with_bank, wait_for_pushes
-from .record import CAPTURES
+from .record import CAPTURES, END_RECORD, RECORD
 from .recorder import ResponseRecorder
 from .self_check import SelfCheck
 
 
 __all__ = ["RECORD", "ResponseCallback", "refuse_trainer"]
 
-RECORD = "fwdattr-record"  # folder of the record in a checkpoint
 logger = logging.getLogger(__name__)
 
 
@@ -146,7 +145,7 @@ class ResponseCallback(TrainerCallback):
             dataloader=train_dataloader, steps=state.max_steps, processing_class=processing_class,
             dataset=_rows_with_columns(self.dataset, trainer, self.config),
             resume=folder if _has_record(folder, state) else None,
-            captures=Path(args.output_dir) / f"_{RECORD}" / CAPTURES,
+            captures=Path(args.output_dir) / END_RECORD / CAPTURES,
             rows_per_step=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         )  # fmt: skip
         smoothing, averaged = args.label_smoothing_factor, args.average_tokens_across_devices
@@ -175,8 +174,7 @@ class ResponseCallback(TrainerCallback):
         recorder = self._recorder
         if recorder is None:
             return
-        # A name that begins with an underscore is not uploaded with the model.
-        record_folder = Path(args.output_dir) / f"_{RECORD}"
+        record_folder = Path(args.output_dir) / END_RECORD
         try:
             recorder.end(record_folder, state.best_global_step if args.load_best_model_at_end else None)
             wait_for_pushes(self._trainer)

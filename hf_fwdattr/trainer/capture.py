@@ -48,6 +48,7 @@ class TrainingCapture:
         self, context: BuildContext, record: Record, folder: Path, visits: int, model: nn.Module, weighed: bool
     ):
         self.folder, self.config, self.ranks = folder, context.config, context.ranks
+        self._has_begun = record.taken > record.first
         self.handles: list[Any] = []
         self.failure = "capture='after'" if self.config.capture == "after" else ""
         if self.failure:
@@ -56,9 +57,9 @@ class TrainingCapture:
         if not reason:
             reason = self._prepare(context, record, visits)
         self.failure = next((text for text in self.ranks.objects(reason) if text), "")
-        if self.failure:
-            self._refuse(UnsupportedError(f"capture='training': {self.failure}. Set capture='auto'"))
-        else:
+        if self.failure and self.config.capture == "training":
+            raise _not_captured(self.failure)
+        if not self.failure:
             self._files = CaptureFolder.open(folder)
             self._writer = CaptureWriter(self._files, self.ranks.rank, weighed)
             self._gradients = GradientCapture(context.model, context.parameters)
@@ -103,6 +104,7 @@ class TrainingCapture:
                 if gradients is None:
                     raise UnsupportedError("a micro-batch had no backward pass")
                 self._writer.add(step, batch.row_indices.cpu().reshape(-1), gradients.cpu() * factor)
+            self._has_begun = True
         except (OSError, AttributionError) as error:
             self._fail(str(error))
 
@@ -119,7 +121,7 @@ class TrainingCapture:
         if not self.failure:
             self._gradients.give_up("training has ended")
             try:
-                self._writer.close()
+                self._writer.write()
             except OSError as error:
                 self._fail(str(error))
         failures = [text for text in self.ranks.objects(self.failure) if text]
@@ -151,13 +153,15 @@ class TrainingCapture:
             text = f"rows' gradients are captured while training, {form}: {total:,.0f} MiB in {self.folder} until then"
         tqdm.write(f"response bank: {text}", file=sys.stderr)
 
-    def _refuse(self, error: UnsupportedError) -> None:
-        if self.config.capture == "training":
-            raise error
-
     def _fail(self, reason: str) -> None:
-        """Capture no more; the passes after training will do."""
+        """Capture no more; the passes after training will do, unless that is not wanted.
+
+        Raises:
+            UnsupportedError: `capture="training"`, and no step was captured yet.
+        """
         self._stop(reason)
+        if self.config.capture == "training" and not self._has_begun:
+            raise _not_captured(reason)
         logger.warning(
             "rows' gradients are no longer captured: %s. The passes after training take them instead, in their time",
             reason.rstrip("."),
@@ -169,12 +173,16 @@ class TrainingCapture:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def _not_captured(reason: str) -> UnsupportedError:
+    return UnsupportedError(f"capture='training': {reason.rstrip('.')}. Set capture='auto'")
+
+
 def open_captures(folder: Path | None, record: Record) -> Captures | None:
     """Return the captured gradients of a run; None, with a warning, where there are none or of another run."""
     if folder is None or not folder.is_dir():
         return None
     try:
-        captures = Captures(CaptureFolder.open(folder))
+        captures = Captures(CaptureFolder.open(folder), record.taken)
     except (BankError, OSError) as error:
         logger.warning("%s. The passes take the rows' gradients instead", error)
         return None

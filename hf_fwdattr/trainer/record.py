@@ -18,9 +18,11 @@ from ..response.horizon import ExplicitHorizon, Horizon, NaturalHorizon
 from ..response.segment import Segment, Visits
 
 
-__all__ = ["CAPTURES", "Record", "Snapshot"]
+__all__ = ["CAPTURES", "END_RECORD", "RECORD", "Record", "Snapshot", "captures_of"]
 
-CAPTURES = "captures"  # folder of captured gradients, within that of the record that a run ends with
+RECORD = "fwdattr-record"  # folder of the record in a checkpoint
+END_RECORD = f"_{RECORD}"  # of that which a run ends with; a leading underscore is not uploaded with the model
+CAPTURES = "captures"  # folder of captured gradients, within that of the run's end
 
 logger = logging.getLogger(__name__)
 
@@ -291,3 +293,9 @@ class Record:
             weights=list(weights.split(counts)),
             snapshots=snapshots,
         )
+
+
+def captures_of(record: Path) -> Path | None:
+    """Return the folder of a run's captured gradients, given that of its record, at its end or in a checkpoint."""
+    folders = (record / CAPTURES, record.absolute().parent.parent / END_RECORD / CAPTURES)
+    return next((folder for folder in folders if folder.is_dir()), None)
