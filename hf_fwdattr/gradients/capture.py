@@ -207,6 +207,8 @@ class GradientCapture:
         if batch.gradients is None:
             batch.gradients = gradient.new_zeros(rows, self._parameters.size)
         for name in self._paths[call.path]:
+            if not self._weights[name].requires_grad:  # frozen on the way: nothing moves it
+                continue
             block = linear_gradient(self._modules[call.path], name, x, gradient)
             batch.gradients[:, self._columns[name]] += block.reshape(rows, -1)
 

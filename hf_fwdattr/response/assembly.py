@@ -85,7 +85,7 @@ class Assembly:
             predict (`Callable`, *optional*): fits a gradient predictor and predicts; see `Predict`.
             codes (`Callable`, *optional*): takes the row codes, in order; see `CodeSink`.
         """
-        with self.passes.stream.progress(self.plan.row_passes):
+        with self.passes.stream.progress(self.plan.row_passes + self.plan.captured):
             self.passes.measure_curvature(self.plan.curvature_samples)
             return self._exact_responses(predict) if self._exact else self._low_rank_responses(predict, codes)
 

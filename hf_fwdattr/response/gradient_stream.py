@@ -100,8 +100,7 @@ class GradientStream:
             row indices (m,), gradients (m, P) on the CPU, and the number of supervised positions.
         """
         self.parameters.write(self.model, theta)
-        self._bar.set_description(title, refresh=title != self._title)  # each phase has its line in a log
-        self._title = title
+        self.advance(title, 0)
         for indices, batch in self._batches(row_indices):
             count, labels, drawn = len(indices), batch["labels"], None
             if sampling_key is not None and count:
@@ -109,6 +108,12 @@ class GradientStream:
             gradients, supervised = self._gradients(batch, drawn, smoothing)
             self._bar.update(count * self.ranks.size)
             yield indices, gradients[:count].to("cpu", theta.dtype), int(supervised[:count].sum())
+
+    def advance(self, title: str, rows: int) -> None:
+        """Show the phase, and that so many rows are done."""
+        self._bar.set_description(title, refresh=title != self._title)  # each phase has its line in a log
+        self._title = title
+        self._bar.update(rows)
 
     def _rounds(self, row_indices: Tensor) -> int:
         """Return the number of batches of the rank with the most rows."""

@@ -132,7 +132,7 @@ class Passes:
         `title` is that of the progress bar, by default one for each segment.
         """
         if self.captures is not None:
-            return self._respond_captured(row_indices)
+            return self._respond_captured(row_indices, title or "responses")
         allocate = self.zeros if len(row_indices) > self.chunk else self._zeros_in_memory
         responses = allocate(len(row_indices))
         averaged = self.segment_weights[-1] < 1.0
@@ -153,7 +153,7 @@ class Passes:
                     mean[lines] += self.segment_weights[number] * responses[lines]
         return mean
 
-    def _respond_captured(self, row_indices: Tensor) -> Tensor:
+    def _respond_captured(self, row_indices: Tensor, title: str) -> Tensor:
         """Return the responses (n, own columns) of the rows (n,) from the gradients that training took of them."""
         result = self.zeros(len(row_indices)) if len(row_indices) > self.chunk else None
         for lines in blocks(len(row_indices), self.chunk):
@@ -167,6 +167,7 @@ class Passes:
                 if len(active):
                     place = torch.searchsorted(active, at)
                     responses[active] = self._propagate(segment, responses[active], visits, place)
+                self.stream.advance(title, len(visits))
                 mean += weight * responses
             if result is None:
                 return mean

@@ -145,13 +145,13 @@ class ResponseCallback(TrainerCallback):
             dataloader=train_dataloader, steps=state.max_steps, processing_class=processing_class,
             dataset=_rows_with_columns(self.dataset, trainer, self.config),
             resume=folder if _has_record(folder, state) else None,
-            captures=Path(args.output_dir) / END_RECORD / CAPTURES,
-            rows_per_step=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         )  # fmt: skip
         smoothing, averaged = args.label_smoothing_factor, args.average_tokens_across_devices
         recorder.describe_run(
             steps_taken=state.global_step, label_smoothing=smoothing,
             loss_gradient=float(args.world_size if averaged else 1) if smoothing else None,
+            captures=Path(args.output_dir) / END_RECORD / CAPTURES,
+            rows_per_step=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         )  # fmt: skip
         if earlier is not None and recorder.record.taken == 0:
             _note_earlier_steps(recorder, earlier)

@@ -6,6 +6,8 @@ A failure costs no training and no bank: the passes after training then take the
 import logging
 import shutil
 import sys
+import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from .build_context import BuildContext
 from .record import Record
 
 
-__all__ = ["TrainingCapture", "open_captures"]
+__all__ = ["TrainingCapture", "open_captures", "planned_rows"]
 
 logger = logging.getLogger(__name__)
 _SHARE = 4  # of memory_budget: one part in so many may hold the gradients of a micro-batch
@@ -28,49 +30,48 @@ _SHARE = 4  # of memory_budget: one part in so many may hold the gradients of a 
 class TrainingCapture:
     """Captured gradients of one run, on this rank.
 
+    Files are made at the first forward pass, when the run has been described.
+
     Args:
         context (`BuildContext`): what the bank will be built from.
         record (`Record`): of the run; with steps in it, the run resumes.
-        folder (`Path`): where gradients go, on a disk that all ranks see.
-        visits (`int`): rows that will pass through the training, over all ranks and epochs.
         model (`nn.Module`): as the loop calls it.
         weighed (`bool`): whether the optimizer divides numbers by their size.
 
     Attributes:
+        folder (`Path`, *optional*): where gradients go, on a disk that all ranks see; None for a temporary one.
+        rows_per_step (`int`): rows that an optimizer step takes over all ranks.
         handles (`list`): of hooks in the model.
         failure (`str`): why nothing is captured; empty while it is.
 
     Raises:
-        UnsupportedError: `capture="training"` and it is not possible.
+        UnsupportedError: `capture="training"` and it is not possible; where the disk is too small, from the first
+            forward pass.
     """
 
-    def __init__(
-        self, context: BuildContext, record: Record, folder: Path, visits: int, model: nn.Module, weighed: bool
-    ):
-        self.folder, self.config, self.ranks = folder, context.config, context.ranks
+    def __init__(self, context: BuildContext, record: Record, model: nn.Module, weighed: bool):
+        self.config, self.ranks, self.record, self._weighed = context.config, context.ranks, record, weighed
+        self.folder: Path | None = None
+        self.rows_per_step, self.handles, self._size = 1, list[Any](), context.parameters.size
+        self._writer: CaptureWriter | None = None
+        self._is_said = False
         self._has_begun = record.taken > record.first
-        self.handles: list[Any] = []
-        self.failure = "capture='after'" if self.config.capture == "after" else ""
-        if self.failure:
-            return
-        reason = _obstacle(context, model)
-        if not reason:
-            reason = self._prepare(context, record, visits)
-        self.failure = next((text for text in self.ranks.objects(reason) if text), "")
+        self.failure = "capture='after'" if self.config.capture == "after" else _obstacle(context, model)
         if self.failure and self.config.capture == "training":
             raise _not_captured(self.failure)
         if not self.failure:
-            self._files = CaptureFolder.open(folder)
-            self._writer = CaptureWriter(self._files, self.ranks.rank, weighed)
             self._gradients = GradientCapture(context.model, context.parameters)
             self.handles = self._gradients.handles
-        self._say(context.parameters.size, visits)
 
     def begin(self, rows: int, compared: bool) -> CapturedBatch | None:
         """Capture a micro-batch whose forward pass begins; None where nothing is captured."""
+        if self._writer is None and not self.failure:
+            self._start()
+        elif self._writer is None and not self._is_said:
+            self._say(0)
         if self.failure:
             return None
-        held = 8 * rows * self._files.size
+        held = 8 * rows * self._size
         if held > max(self.config.memory_budget // _SHARE, 1 << 28):
             self._fail(f"the gradients of {rows} rows take {held / 2**30:.1f} GiB. Raise memory_budget")
             return None
@@ -93,7 +94,7 @@ class TrainingCapture:
         captured = [batch.captured for batch in batches]
         for batch in batches:
             batch.captured = None
-        if self.failure or not factor:
+        if self.failure or not factor or self._writer is None:
             return
         try:
             self._gradients.refuse_other_totals([one for one in captured if one is not None])
@@ -110,7 +111,7 @@ class TrainingCapture:
 
     def flush(self) -> None:
         """Have all that is captured on disk, before a checkpoint says so."""
-        if not self.failure:
+        if not self.failure and self._writer is not None:
             try:
                 self._writer.flush()
             except OSError as error:
@@ -121,7 +122,8 @@ class TrainingCapture:
         if not self.failure:
             self._gradients.give_up("training has ended")
             try:
-                self._writer.write()
+                if self._writer is not None:
+                    self._writer.write()
             except OSError as error:
                 self._fail(str(error))
         failures = [text for text in self.ranks.objects(self.failure) if text]
@@ -132,24 +134,37 @@ class TrainingCapture:
         if not self.failure:
             self._stop("the recording has ended")
 
-    def _prepare(self, context: BuildContext, record: Record, visits: int) -> str:
-        """Make the folder, or continue that of the run which is resumed; return why that is impossible."""
-        reason = ""
+    def _start(self) -> None:
+        """Make the folder, or continue that of the run which is resumed. Collective."""
+        reason, visits = "", self.record.steps * self.rows_per_step
+        if self.folder is None:
+            temporary = tempfile.mkdtemp(prefix="fwdattr-") if self.ranks.rank == 0 else ""
+            self.folder = Path(self.ranks.objects(temporary)[0])
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         with self.ranks.raise_on_all_ranks():
             if self.ranks.rank == 0:
-                resumed = record.taken > record.first
-                reason = _continue(self.folder, record) if resumed else _create(self.folder, context, visits)
-        return str(self.ranks.objects(reason)[0])
+                resumed = self.record.taken > self.record.first
+                reason = _continue(self.folder, self.record) if resumed else _create(self.folder, self._size, visits)
+        reason = self.ranks.objects(reason)[0]
+        if reason:
+            self._stop(reason)
+            if self.config.capture == "training":
+                raise _not_captured(reason)
+        else:
+            files = CaptureFolder.open(self.folder)
+            self._writer = CaptureWriter(files, self.ranks.rank, self._weighed)
+        self._say(visits)
 
-    def _say(self, size: int, visits: int) -> None:
-        if self.config.quiet or self.ranks.rank > 0:
+    def _say(self, visits: int) -> None:
+        self._is_said = True
+        if self.config.quiet or self.config.capture == "after" or self.ranks.rank > 0:
             return
-        if self.failure:
+        if self._writer is None:
             text = f"the passes after training take the rows' gradients: {self.failure}"
         else:
-            bits = self._files.bits
+            bits = self._writer.folder.bits
             form = "in floats" if bits == FLOATS else f"in {bits} bits a number"
-            total = bytes_per_visit(size, bits) * visits / 2**20
+            total = bytes_per_visit(self._size, bits) * visits / 2**20
             text = f"rows' gradients are captured while training, {form}: {total:,.0f} MiB in {self.folder} until then"
         tqdm.write(f"response bank: {text}", file=sys.stderr)
 
@@ -170,7 +185,8 @@ class TrainingCapture:
     def _stop(self, reason: str) -> None:
         self.failure = reason
         self._gradients.give_up(reason)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _not_captured(reason: str) -> UnsupportedError:
@@ -208,10 +224,16 @@ def _obstacle(context: BuildContext, model: nn.Module) -> str:
     return ""
 
 
-def _create(folder: Path, context: BuildContext, visits: int) -> str:
+def planned_rows(accelerator: Any, loader: Any, processes: int) -> int:
+    """Return how many rows an optimizer step takes over all ranks, as far as loader and accelerator tell."""
+    batch = getattr(loader, "batch_size", None) or getattr(loader.batch_sampler, "batch_size", None) or 1
+    return int(batch) * getattr(accelerator, "gradient_accumulation_steps", 1) * processes
+
+
+def _create(folder: Path, size: int, visits: int) -> str:
     """Make the folder; return why there is no room for it."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
-    size, free = context.parameters.size, shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing).free
     bits = chosen_bits(size, visits, free)
     if not bits:
         return (

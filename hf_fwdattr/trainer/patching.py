@@ -6,6 +6,8 @@
 | model | hooks before and after `forward` | take row indices out, see the gradient of the loss | training ends |
 | optimizer | hook before `step` | read learning rate and loss scale | training ends |
 | optimizer | hook after `step` | compare the step with its state | training ends |
+| tracked Linears | hooks before and after `forward` | capture rows' gradients | training ends |
+| tracked weights | hooks on gradients | compare them with those of their rows | training ends |
 | tracked weights | hooks after gradients arrive | compare them with what the optimizer gets | training ends |
 | accelerator | `clip_grad_norm_`, `clip_grad_value_` | read the clipping factor | training ends |
 | accelerator | `backward` | compare the loss with the model's | training ends |

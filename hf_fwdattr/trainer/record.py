@@ -136,6 +136,15 @@ class Record:
         self.rows.append(rows)
         self.weights.append(weights)
 
+    def visits_since(self, step: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Return rows and weights of the steps from the `step`-th of this record on."""
+        return self.rows[step:], self.weights[step:]
+
+    def merge(self, everyone: list[tuple[list[Tensor], list[Tensor]]], step: int) -> None:
+        """Put what all ranks saw, by `visits_since(step)`, in place of what this one did."""
+        for own, index in ((self.rows, 0), (self.weights, 1)):
+            own[step:] = [torch.cat(parts) for parts in zip(*(given[index] for given in everyone), strict=True)]
+
     def build(
         self, total: int, end: Snapshot, horizon: dict[str, float] | None = None, captures: Captures | None = None
     ) -> list[Segment]:

@@ -4,22 +4,20 @@ import logging
 import time
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..bank.bank import ResponseBank
 from ..config import ResponseConfig
-from ..errors import BankError, UnsupportedError
+from ..errors import BankError
 from ..models.likelihood import resolve_objective
 from ..models.parameters import TrackedParameters
 from ..response.distributed import Ranks
 from .accelerators import refuse_accelerator
 from .build import refuse_unsupported, respond
 from .build_context import BuildContext
-from .capture import TrainingCapture
+from .capture import TrainingCapture, planned_rows
 from .clipping import ClippingRecorder
 from .guard import Guard
 from .optimizer import Preconditioner, warn_of_untracked
@@ -27,7 +25,7 @@ from .patching import Patches
 from .record import Record, Snapshot
 from .row_weights import BatchRecorder, OptimizerStep, base_loader, is_stream
 from .step_checks import LoopChecks, StepCheck
-from .streams import StreamRows, first_rows
+from .streams import first_rows, read_again
 from .value_checks import LossCheck
 
 
@@ -67,12 +65,10 @@ class ResponseRecorder:
     `labels` (scaled by any factor), and clip, if at all, by `accelerator.clip_grad_norm_`. Steps that were taken
     before without a record, and a loss with smoothed labels, are stated with [`~ResponseRecorder.describe_run`].
 
-    **On disk.** The bank lies in the folder given to `finish`; `<folder of the model>/fwdattr` is where
-    `pipeline("training-data-attribution", model=...)` looks for it. Nothing else is written unless you call `save`.
-
     **Resuming, and failures.** `save(folder)` writes the record beside a checkpoint; `resume=folder` continues it, and
-    the bank is that of an uninterrupted run. Call `end(folder)` before `finish` to have the record on disk while the
-    passes run: if they fail, `build_bank(model, dataset, config, record=folder)` completes the bank.
+    the bank is that of an uninterrupted run (tell `describe_run` where captured gradients are kept). After
+    `end(folder)` the record is on disk, and `build_bank(model, dataset, config, record=folder)` completes the bank
+    should the passes fail.
 
     Args:
         config (`ResponseConfig`, *optional*): settings.
@@ -83,10 +79,6 @@ class ResponseRecorder:
         processing_class (*optional*): the tokenizer, identified in the bank by its hash.
         resume (`str` or `Path`, *optional*): folder of the record that `save` wrote with the checkpoint from which the
             loop continues.
-        captures (`str` or `Path`, *optional*): folder for rows' gradients while the loop runs, on a disk that all
-            ranks see, and the same one where the loop is resumed; by default a temporary one of this run.
-        rows_per_step (`int`, *optional*): rows that an optimizer step takes over all ranks, from which the size of
-            that folder is planned; by default those of a batch, times processes and Accelerate's accumulation steps.
 
     Raises:
         UnsupportedError: before the first step: another optimizer than AdamW, Adam or SGD, a dataset without random
@@ -106,8 +98,6 @@ class ResponseRecorder:
         dataset: Any = None,
         processing_class: Any = None,
         resume: str | Path | None = None,
-        captures: str | Path | None = None,
-        rows_per_step: int | None = None,
     ):
         refuse_accelerator(accelerator)
         self.config, self.ranks, self.tokenizer = config or ResponseConfig(), Ranks.of_run(), processing_class
@@ -126,13 +116,9 @@ class ResponseRecorder:
             rows, original = (self.rows, self.original) if first is None else (first, first)
             refuse_unsupported(self._context(rows, loader.collate_fn, original))
         self.record = self._resumed(Path(resume), steps) if resume is not None else self._new_record(steps)
-        self._keeper = TemporaryDirectory(prefix="fwdattr-") if captures is None else None
-        folder = Path(captures or self.ranks.objects(getattr(self._keeper, "name", ""))[0])
-        visits = steps * (rows_per_step or _rows_per_step(accelerator, loader, self.ranks.size))
-        self.capture = TrainingCapture(
-            self._context(rows, loader.collate_fn, original), self.record, folder, visits, model,
-            weighed=self.preconditioner.kind != "sgd",
-        )  # fmt: skip
+        context = self._context(rows, loader.collate_fn, original)
+        self.capture = TrainingCapture(context, self.record, model, weighed=self.preconditioner.kind != "sgd")
+        self.capture.rows_per_step = planned_rows(accelerator, loader, self.ranks.size)
         self._captured: Path | None = None
         self._attach(model, loader)
         self._pending: list[OptimizerStep] = []
@@ -183,7 +169,13 @@ class ResponseRecorder:
         return record
 
     def describe_run(
-        self, *, steps_taken: int = 0, label_smoothing: float = 0.0, loss_gradient: float | None = None
+        self,
+        *,
+        steps_taken: int = 0,
+        label_smoothing: float = 0.0,
+        loss_gradient: float | None = None,
+        captures: str | Path | None = None,
+        rows_per_step: int | None = None,
     ) -> None:
         """State facts of the run that its objects do not show; to be called before the first step.
 
@@ -193,6 +185,10 @@ class ResponseRecorder:
             label_smoothing (`float`): label smoothing of a training loss that the loop computes from the logits.
             loss_gradient (`float`, *optional*): with such a loss, the factor that takes the place of the gradient
                 measured at the model's own loss: 1 for a sum over tokens divided by `num_items_in_batch`.
+            captures (`str` or `Path`, *optional*): folder for rows' gradients while the loop runs, on a disk that all
+                ranks see; a run that resumes needs the same one. By default a temporary one.
+            rows_per_step (`int`, *optional*): rows that an optimizer step takes over all ranks, from which that
+                folder's size is planned; by default those of a batch, times processes and Accelerate's accumulation.
 
         Raises:
             BankError: the resumed record has another number of steps.
@@ -207,6 +203,9 @@ class ResponseRecorder:
             )
         self._count = self.record.taken
         self.record.smoothing, self._loss_gradient = label_smoothing, loss_gradient
+        if captures is not None:
+            self.capture.folder = Path(captures)
+        self.capture.rows_per_step = rows_per_step or self.capture.rows_per_step
 
     def step(self) -> None:
         """Record the optimizer step that was just taken; does nothing where the optimizer only accumulates.
@@ -270,12 +269,6 @@ class ResponseRecorder:
 
     def _finalize_pending(self) -> None:
         for step in self._pending:
-            if not step.micro_batches:
-                raise UnsupportedError(
-                    "the model is not called with the batches of the dataloader (a trainer that makes its own of "
-                    "them, as DPO does of pairs), so the rows of this step are unknown. Train on the "
-                    "dataloader's batches"
-                )
             self.record.add(*step.finalize(self._processes, self._loss_gradient))
         self._pending = []
 
@@ -284,11 +277,7 @@ class ResponseRecorder:
         self._agree()
         with self.ranks.raise_on_all_ranks():
             self._finalize_pending()
-        new = slice(self._merged, None)
-        everyone = self.ranks.objects((self.record.rows[new], self.record.weights[new]))
-        if self.ranks.size > 1:
-            self.record.rows[new] = [torch.cat(parts) for parts in zip(*(rows for rows, _ in everyone), strict=True)]
-            self.record.weights[new] = [torch.cat(parts) for parts in zip(*(w for _, w in everyone), strict=True)]
+        self.record.merge(self.ranks.objects(self.record.visits_since(self._merged)), self._merged)
         self._merged = len(self.record.rates)
 
     def snapshot(self, step: int) -> Snapshot:
@@ -324,20 +313,14 @@ class ResponseRecorder:
         self._captured = self.capture.close()
         self._merge()
         if self.rows is None:
-            self._read_stream_again()
+            with self.ranks.raise_on_all_ranks():
+                self._again, self.record.rows = read_again(self.original, self.config.row_id_column, self.record.rows)
+            self.rows = self.original = self._again.dataset
+            self.record.total = len(self.rows)
         self.record.end = self.snapshot(until or self.taken)
         with self.ranks.raise_on_all_ranks():
             if folder is not None and self.ranks.rank == 0:
                 self.record.save(Path(folder))
-
-    def _read_stream_again(self) -> None:
-        """Keep the rows of a stream that were trained on, and turn their ids into row indices."""
-        row_ids = torch.cat(self.record.rows).unique()
-        with self.ranks.raise_on_all_ranks():
-            self._stream_rows = StreamRows(self.original, str(self.config.row_id_column), row_ids.tolist())
-        self.rows = self.original = self._stream_rows.dataset
-        self.record.rows = [torch.searchsorted(row_ids, rows) for rows in self.record.rows]
-        self.record.total = len(self.rows)
 
     def finish(self, folder: str | Path) -> ResponseBank:
         """Make the passes over the training set, write the bank into the folder and open it.
@@ -366,9 +349,3 @@ class ResponseRecorder:
         return BuildContext(
             self.model, self.parameters, self.config, dataset, collate, original, self.tokenizer, self.ranks, seconds
         )
-
-
-def _rows_per_step(accelerator: Any, loader: Any, processes: int) -> int:
-    """Return how many rows an optimizer step takes over all ranks, as far as loader and accelerator tell."""
-    batch = getattr(loader, "batch_size", None) or getattr(loader.batch_sampler, "batch_size", None) or 1
-    return int(batch) * getattr(accelerator, "gradient_accumulation_steps", 1) * processes

@@ -153,6 +153,11 @@ class OptimizerStep:
         Raises:
             UnsupportedError: training does not use the model's loss, or weighs its tokens unequally.
         """
+        if not self.micro_batches:
+            raise UnsupportedError(
+                "the model is not called with the batches of the dataloader (a trainer that makes its own of them, as "
+                "DPO does of pairs), so the rows of this step are unknown. Train on the dataloader's batches"
+            )
         row_indices, weights = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.float64)]
         for micro in self.micro_batches:
             measured, least = micro.loss_gradient, micro.least_gradient

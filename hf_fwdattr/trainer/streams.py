@@ -8,15 +8,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from datasets import Dataset
 from datasets.arrow_writer import ArrowWriter
+from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ..errors import MismatchError, UnsupportedError
 from .columns import plain_value
 
 
-__all__ = ["NO_ROW_ID", "ROW_KEY", "IndexedRow", "IndexedStream", "StreamRows", "first_rows", "row_id"]
+__all__ = ["NO_ROW_ID", "ROW_KEY", "IndexedRow", "IndexedStream", "StreamRows", "first_rows", "read_again", "row_id"]
 
 ROW_KEY = "fwdattr_rows"  # the row index in a feature, and the tensor of row indices in a batch
 NO_ROW_ID = -(1 << 63)  # index of a row of a stream whose column holds no whole number of 64 bits
@@ -77,6 +79,17 @@ def _id_in(row: Any, column: str) -> int | None:
 def first_rows(stream: Any, count: int) -> list[dict[str, Any]]:
     """Return the first rows of a stream, for a check before training."""
     return [dict(row) for row in islice(iter(stream), count)]
+
+
+def read_again(stream: Any, column: str | None, visits: list[Tensor]) -> tuple["StreamRows", list[Tensor]]:
+    """Return the rows of a stream that were trained on, and their ids in `visits` as row indices.
+
+    Raises:
+        MismatchError: the stream does not give a row a second time.
+    """
+    row_ids = torch.cat(visits).unique()
+    rows = StreamRows(stream, str(column), row_ids.tolist())
+    return rows, [torch.searchsorted(row_ids, some) for some in visits]
 
 
 class StreamRows:

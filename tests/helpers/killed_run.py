@@ -82,10 +82,11 @@ class KilledCallback(ResponseCallback):
 def passes(folder: Path) -> dict[str, Any]:
     """Kills in the callback's passes; afterwards the bank is finished from the record."""
     model, data = adapted(base()), training_set(16)
-    callback = KilledCallback(config(directions=8))
+    settings = config(directions=8, capture="after")  # the first child to end removes what was captured
+    callback = KilledCallback(settings)
     trainer_for(folder / "run", model, data, callback, max_steps=6).train()
     made = build_bank(
-        model, data, config(directions=8), data_collator=padded, record=folder / "run" / f"_{RECORD}",
+        model, data, settings, data_collator=padded, record=folder / "run" / f"_{RECORD}",
         folder=folder / "run" / "fwdattr",
     )  # fmt: skip
     same = made.directions().sub(ResponseBank(folder / "old").directions()).abs().max() < 1e-5

@@ -53,14 +53,17 @@ RUNS |= {"killed": "killed", "killed again": "killed", "revived": "killed"}
 SHARDED: dict[str, Any] = dict(fsdp=True, fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"]})
 # Changes of the plain run. `rows`, `collate`, `settings` (of the bank), `groups`, `adapter`, `unreadable`, `pieces`,
 # `resume` (the step) and `kill` (the step, the ranks) are read here; everything else goes to TrainingArguments.
+# A run that is resumed when it has ended, or rebuilt from its record alone, has no captured gradients any more.
+AFTER: dict[str, Any] = dict(settings=dict(capture="after"))
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
+    "plain, after": AFTER,
     "accumulated": dict(gradient_accumulation_steps=2),
     "padded to the context": dict(collate=wide),
     "two workers": dict(dataloader_num_workers=2),
     "dispatched": dict(collate=wide, accelerator_config={"dispatch_batches": True}),
     "last batch dropped": dict(rows=26, dataloader_drop_last=True),
-    "wrapped around": dict(rows=26),
+    "wrapped around": dict(rows=26) | AFTER,
     "stopped in an epoch": dict(max_steps=8),
     "warmup and cosine": dict(lr_scheduler_type="cosine", warmup_steps=4),
     "parameter groups": dict(groups=True),
@@ -89,12 +92,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "on disk": dict(settings=dict(directions=8, sample_rows=10, memory_budget=0)),
     "failing": dict(settings=dict(objective=None)),
     "refused by one": dict(settings=dict(objective=None)),
-    "saved": dict(save_strategy="steps", save_steps=5),
-    "resumed": dict(save_strategy="steps", save_steps=5, resume=5),
+    "saved": dict(save_strategy="steps", save_steps=5) | AFTER,
+    "resumed": dict(save_strategy="steps", save_steps=5, resume=5) | AFTER,
     "killed": dict(save_strategy="steps", save_steps=5, kill=(8, (0, 1))),
     "killed again": dict(save_strategy="steps", save_steps=5, resume=5, kill=(13, (1,))),
     "revived": dict(save_strategy="steps", save_steps=5, resume=10),
     "sharded": SHARDED,
+    "sharded, after": SHARDED | AFTER,
     "sharded, all weights": SHARDED | dict(adapter=False, settings=dict(parameters="linear")),
     "sharded, streamed": SHARDED
     | dict(settings=dict(directions=8, sample_rows=9, gradient_predictor=False)),  # a sharded model has none
@@ -107,8 +111,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "loaded in pieces": dict(pieces=True),
     "sharded, bf16": SHARDED | dict(dtype=torch.float32, bf16=True),
     "sharded, failing": SHARDED | dict(unreadable=True),
-    "sharded, saved": SHARDED | dict(save_strategy="steps", save_steps=5),
-    "sharded, resumed": SHARDED | dict(save_strategy="steps", save_steps=5, resume=5),
+    "sharded, saved": SHARDED | dict(save_strategy="steps", save_steps=5) | AFTER,
+    "sharded, resumed": SHARDED | dict(save_strategy="steps", save_steps=5, resume=5) | AFTER,
     "sharded, everything": SHARDED | dict(settings=dict(parameters="trainable"), adapter=False),
 }
 
@@ -252,7 +256,7 @@ def main(folder: Path, names: list[str]) -> None:
         if callback.recorder.ranks.rank:
             continue
         rebuilt = bank
-        if "FWDATTR_REBUILD" in os.environ or name in ("wrapped around", "sharded"):
+        if "FWDATTR_REBUILD" in os.environ or name in ("wrapped around", "sharded, after"):
             record.save(where / RECORD)
             rebuilt = build_bank(
                 model, callback.recorder.original, callback.config, data_collator=padded, record=where / RECORD

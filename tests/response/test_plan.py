@@ -80,7 +80,7 @@ def test_passes_read_as_many_rows_as_planned(
 
 def test_small_budgets_shrink_batches(tmp_path: Path, batch_sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches and chunks shrink until they fit; the bank is the same to rounding."""
-    settings = config(directions=6, gradient_predictor=False)
+    settings = config(directions=6, gradient_predictor=False, capture="after")
     model, callback = adapted(base()), ResponseCallback(settings)
     trainer_for(tmp_path, model, training_set(), callback).train()
     assert callback.bank is not None

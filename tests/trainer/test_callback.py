@@ -296,7 +296,7 @@ def test_run_resumed_without_a_record_gives_the_bank_of_the_rest(
     """Rows count for what they did from step 5 on: as in a record of those steps alone."""
     how: dict[str, Any] = dict(save_strategy="steps", save_steps=5)
     trainer_for(tmp_path, adapted(base()), training_set(), None, **how).train()
-    model, callback = adapted(base()), ResponseCallback(config(segments=1))
+    model, callback = adapted(base()), ResponseCallback(config(segments=1, capture="after"))
     trainer = trainer_for(tmp_path, model, training_set(), callback, **how)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert callback.bank is not None
@@ -308,7 +308,7 @@ def test_run_resumed_without_a_record_gives_the_bank_of_the_rest(
     assert segment.length == pytest.approx(sum(r * c for r, c in zip(rates, record.clips, strict=True)))
     # Going on from the checkpoint that this run made gives the same bank.
     expected = scores(model, callback.bank)
-    again, later = adapted(base()), ResponseCallback(config(segments=1))
+    again, later = adapted(base()), ResponseCallback(config(segments=1, capture="after"))
     trainer = trainer_for(tmp_path, again, training_set(), later, **how)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
     assert torch.equal(scores(again, later.bank), expected)

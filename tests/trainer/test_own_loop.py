@@ -95,6 +95,7 @@ def test_resumed_loop_gives_the_same_bank(tmp_path: Path) -> None:
         recorder.save(tmp_path / "record")
         recorder.detach()
         given["recorders"].append(ResponseRecorder(**recorder.arguments | {"resume": tmp_path / "record"}))
+        given["recorders"][-1].describe_run(captures=tmp_path / "captures")
         yield from range(2)
 
     class Kept(ResponseRecorder):
@@ -102,6 +103,7 @@ def test_resumed_loop_gives_the_same_bank(tmp_path: Path) -> None:
 
         def __init__(self, config: Any, **arguments: Any):
             super().__init__(config, **arguments)
+            self.describe_run(captures=tmp_path / "captures")
             self.arguments = arguments | {"config": config}
             given["recorders"] = [self]
 

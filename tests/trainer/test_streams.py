@@ -51,7 +51,8 @@ def test_stream_with_row_ids_gives_the_bank_of_its_rows(tmp_path: Path) -> None:
 
 
 def test_resumed_stream_gives_the_same_bank(tmp_path: Path) -> None:
-    settings, how = config(row_id_column="number"), dict(max_steps=6, save_strategy="steps", save_steps=3)
+    settings = config(row_id_column="number", capture="after")
+    how: dict[str, Any] = dict(max_steps=6, save_strategy="steps", save_steps=3)
     scores = []
     for resume in (None, str(tmp_path / "checkpoint-3")):
         model, callback = adapted(base()), ResponseCallback(settings)
