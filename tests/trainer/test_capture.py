@@ -152,7 +152,7 @@ def test_bank_is_completed_from_a_record_with_captures(tmp_path: Path, monkeypat
     agree(found, whole, 1e-6)
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a tied embedding": (dict(parameters="trainable"), "is not the weight of one Linear layer alone"),
     "a horizon": (dict(horizon={"steps": 3.0, "step_size": 0.1}), "with a horizon of your own"),
 }
