@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BankError, MismatchError
+from ..models.interrupts import uninterrupted
 from ..models.parameters import TrackedParameters
 from .codes import RowCodes
 from .files import copy_atomically, write_atomically
@@ -321,13 +322,14 @@ class ResponseBank(BankFiles):
         if weights is None:
             yield
             return
-        originals = [tensor.detach().clone() for tensor in parameters.tensors(model)]
+        tensors = parameters.tensors(model)
+        originals = [tensor.detach().clone() for tensor in tensors]
         try:
             parameters.write(model, weights)
             yield
         finally:
-            with torch.no_grad():
-                for tensor, value in zip(parameters.tensors(model), originals, strict=True):
+            with uninterrupted(), torch.no_grad():
+                for tensor, value in zip(tensors, originals, strict=True):
                     tensor.copy_(value)
 
     def texts(self, row_indices: Sequence[int]) -> list[str]:

@@ -96,37 +96,51 @@ class RowCodes:
             start += len(part)
         return rows if self.weights is None else rows.div_(self.weights)
 
-    def products(self, vectors: Tensor) -> Tensor:
+    def products(self, vectors: Tensor, lines: Tensor | None = None) -> Tensor:
         """(queries, rows), float64: inner products with vectors (queries, P), by blocks of rows.
 
         The vectors are rotated in place of the rows.
+
+        Args:
+            lines (`Tensor`, *optional*): (n,) indices of rows, all by default; they are read block by block, so that
+                codes may be mapped from disk.
         """
         rotated = rotate(vectors if self.weights is None else vectors / self.weights)
-        pieces = [piece.flatten(1) for piece in rotated.split(max(1, rotated.shape[2] * self.bits // 8), dim=2)]
-        sums, top = rotated.sum(2), (1 << self.bits) - 1
-        result = torch.zeros(len(vectors), len(self), dtype=torch.float64)
-        start = 0
-        for part in self._parts():
+        pieces = [piece.flatten(1).T for piece in rotated.split(max(1, rotated.shape[2] * self.bits // 8), dim=2)]
+        sums, top = rotated.sum(2).T, (1 << self.bits) - 1
+        count, start = len(self) if lines is None else len(lines), 0
+        result = torch.zeros(len(vectors), count, dtype=torch.float64)
+        scratch = torch.empty(0)
+        for part in self._parts(lines):
+            if len(scratch) < len(part):
+                scratch = torch.empty(len(part), *rotated.shape[1:-1], len(part.codes[0]) // rotated.shape[1])
             # A level k stands for (2 k - top) times the scale: the second term needs no level.
-            products = sums @ part.scales.T * -top
-            for levels, piece in zip(part._levels(), pieces, strict=True):
-                products += piece @ levels.flatten(1).T * 2
-            result[:, start : start + len(part)] = products.double()
+            products = part.scales @ sums * -top
+            for levels, piece in zip(part._levels(scratch[: len(part)]), pieces, strict=True):
+                products.addmm_(levels.flatten(1), piece, alpha=2)
+            result[:, start : start + len(part)] = products.T
             start += len(part)
         return result
 
-    def _parts(self) -> Iterator["RowCodes"]:
+    def _parts(self, lines: Tensor | None = None) -> Iterator["RowCodes"]:
         width = max(1, _CHUNK // max(self.size, 1))
-        for start in range(0, len(self), width):
-            yield self[start : start + width]
+        for start in range(0, len(self) if lines is None else len(lines), width):
+            chosen = slice(start, start + width)
+            yield self[chosen] if lines is None else self[lines[chosen]]
 
-    def _levels(self) -> Iterator[Tensor]:
-        """Yield levels k times their scales, (rows, blocks, B b / 8) for each place within a byte."""
+    def _levels(self, scratch: Tensor | None = None) -> Iterator[Tensor]:
+        """Yield levels k times their scales, (rows, blocks, B b / 8) for each place within a byte.
+
+        Args:
+            scratch (`Tensor`, *optional*): of that shape in float32; where each is written in turn.
+        """
         count, mask = self.scales.shape[1], (1 << self.bits) - 1
         codes, scales = self.codes.unflatten(1, (count, -1)), self.scales.unsqueeze(-1)
         for shift in range(0, 8, self.bits):
-            levels = codes if self.bits == 8 else (codes >> shift) & mask
-            yield levels.float().mul_(scales)
+            levels = codes >> shift if shift else codes
+            if shift + self.bits < 8:  # no bits are left above
+                levels = levels & mask
+            yield (levels.float() if scratch is None else scratch.copy_(levels)).mul_(scales)
 
 
 def _encode(rotated: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -148,7 +162,8 @@ def _transform(blocks: Tensor) -> Tensor:
     """Multiply blocks (n, blocks, block) by the symmetric orthogonal Hadamard matrix."""
     exponent = round(math.log2(blocks.shape[-1]))
     left, right = _hadamard(exponent // 2), _hadamard(exponent - exponent // 2)
-    return (left @ blocks.unflatten(-1, (len(left), len(right))) @ right).flatten(-2)
+    squares = (blocks.reshape(-1, len(right)) @ right).view(-1, len(left), len(right))
+    return torch.bmm(left.expand(len(squares), -1, -1), squares).view(blocks.shape)
 
 
 @lru_cache

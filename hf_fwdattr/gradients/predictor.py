@@ -8,7 +8,6 @@ makes gradients of weights; their products with responses are coarse scores of a
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from ..layers.comparison import identical
 from ..layers.decoder import find_blocks
 from ..layers.linear import weight_gradient
 from ..layers.norm import norm_vjp
+from ..layers.recorded_pass import RecordedPass
 from ..models.compat import fused_activations, refuse_inactive_adapters
 from ..models.likelihood import IGNORED, Batch, Likelihood, Objective, row_losses
 from ..models.lora import TrackedWeight, tracked_weights
@@ -30,24 +30,9 @@ from ..models.output_head import find_output_layer, hidden_state_gradients, logi
 from ..models.parameters import TrackedParameters
 
 
-__all__ = ["GradientPredictor"]
+__all__ = ["GradientPredictor", "RecordedPass"]
 
 _RIDGE = 1e-2  # relative to the mean eigenvalue of the errors' second moments
-
-
-@dataclass(frozen=True)
-class _RecordedPass:
-    """One recorded forward pass.
-
-    Attributes:
-        error (`Tensor`): (rows, positions, d) gradient of each supervised token's log-likelihood by its last residual
-            state, before the final norm; zero at other positions.
-    """
-
-    recorder: ActivationRecorder
-    logits: Tensor
-    labels: Tensor
-    error: Tensor
 
 
 class GradientPredictor:
@@ -157,11 +142,21 @@ class GradientPredictor:
             UnsupportedError: an error projection is missing, or all adapters with tracked weights are inactive.
         """
         refuse_inactive_adapters(self.model, self.parameters.live)
-        recorded = self._record(batch)
+        return self.predict(self._record(batch))
+
+    @property
+    def recorded_paths(self) -> set[str]:
+        """Paths of the layers that a recorded pass must have for `predict`."""
+        return {weight.module_path for weight in self._weights} | set(self._projected_paths()) | set(self._blocks)
+
+    @torch.no_grad()
+    def predict(self, recorded: RecordedPass) -> Tensor:
+        """Predict from a pass that was recorded for something else, too; see `__call__`."""
         with _full_precision(recorded.error):
             return self._predict(recorded)
 
-    def _predict(self, recorded: _RecordedPass) -> Tensor:
+    def _predict(self, recorded: RecordedPass) -> Tensor:
+        _refuse_flat(recorded.recorder, recorded.labels)
         if not self._blocks_are_checked:
             self._check_blocks(recorded.recorder)
         missing = [canonical_name(path) for path in self._projected_paths() if path not in self._projections]
@@ -188,26 +183,19 @@ class GradientPredictor:
         """Return the layers that have error projections."""
         return sorted({self._projected_path(path) for path in self._layer_paths if path != self._head_path})
 
-    def _record(self, batch: Batch, targets: Collection[str] = ()) -> _RecordedPass:
+    def _record(self, batch: Batch, targets: Collection[str] = ()) -> RecordedPass:
         """Run the model; with `targets`, make a graph and record their outputs differentiably."""
-        paths = {weight.module_path for weight in self._weights} | set(self._projected_paths()) | set(self._blocks)
         attentions = {block.path for block in self._blocks.values() if isinstance(block, Attention)}
-        recorder = ActivationRecorder(self.model, paths, attentions, self._head, targets)
+        recorder = ActivationRecorder(self.model, self.recorded_paths, attentions, self._head, targets)
         with recorder, fused_activations(self.model), torch.set_grad_enabled(bool(targets)):
             logits, labels = Likelihood(self.model, self.objective)(batch)
         silent = sorted(set(targets) - set(recorder.outputs))
         if silent:
             raise UnsupportedError(f"{silent[0]} is not called in the forward pass, so it has no gradients to predict")
-        flat = [
-            path for path, x in (recorder.inputs | recorder.outputs).items() if x.ndim != 3 or len(x) != len(labels)
-        ]
-        if flat:
-            raise UnsupportedError(
-                f"{flat[0]} has rows and positions in one dimension, so positions are not told apart"
-            )
+        _refuse_flat(recorder, labels)
         with _full_precision(logits):
             error = _final_error(self._head, recorder, logits.detach(), labels)
-        return _RecordedPass(recorder, logits, labels, error)
+        return RecordedPass(recorder, logits, labels, error)
 
     def _check_blocks(self, recorder: ActivationRecorder) -> None:
         """Drop blocks that compute something else than the model: each of their inputs gets its own projection.
@@ -221,7 +209,7 @@ class GradientPredictor:
         self._blocks = {path: block for path, block in self._blocks.items() if matches[block.path]}
         self._blocks_are_checked = True
 
-    def _errors(self, path: str, recorded: _RecordedPass) -> dict[str, Tensor]:
+    def _errors(self, path: str, recorded: RecordedPass) -> dict[str, Tensor]:
         """Predict errors at the output of a layer and of the other input projections of its block."""
         if path == self._head_path:
             doubt, others = logit_gradients(recorded.logits, recorded.labels)
@@ -233,12 +221,24 @@ class GradientPredictor:
             return {path: error}
         return self._blocks[path].vjp(self.model, recorded.recorder, error)
 
-    def _gradient(self, weight: TrackedWeight, errors: Mapping[str, Tensor], recorded: _RecordedPass) -> Tensor:
+    def _gradient(self, weight: TrackedWeight, errors: Mapping[str, Tensor], recorded: RecordedPass) -> Tensor:
         inputs, error = recorded.recorder.inputs, recorded.error
         if weight.module_path not in inputs:  # its adapter is inactive
             return error.new_zeros(len(error), *self.model.get_parameter(weight.name).shape)
         x = inputs[weight.module_path][:, : error.shape[1]]
         return weight_gradient(self.model, weight, x, errors[weight.layer_path])
+
+
+def _refuse_flat(recorder: ActivationRecorder, labels: Tensor) -> None:
+    """Refuse a model some layer of which has rows and positions in one dimension.
+
+    Raises:
+        UnsupportedError: the message names the layer.
+    """
+    recorded = (recorder.inputs | recorder.outputs).items()
+    flat = [path for path, x in recorded if x.ndim != 3 or len(x) != len(labels)]
+    if flat:
+        raise UnsupportedError(f"{flat[0]} has rows and positions in one dimension, so positions are not told apart")
 
 
 def _final_error(head: nn.Module, recorder: ActivationRecorder, logits: Tensor, labels: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ log-likelihoods, so that no tangent visits the vocabulary.
 """
 
 import math
+import operator
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -15,23 +17,49 @@ from ..layers.activations import ActivationRecorder
 from ..layers.decoder import DecoderLayer, DecoderLayerJVP, check_chain, decoder_layers
 from ..layers.linear import LinearJVPs
 from ..layers.norm import norm_vjp
+from ..layers.recorded_pass import RecordedPass
 from ..models.compat import fused_activations
 from ..models.likelihood import Batch, Likelihood, Objective
-from ..models.lora import weight_matrix
+from ..models.lora import tracked_weights, weight_matrix
 from ..models.output_head import hidden_state_gradients, output_layer
 from ..models.parameters import TrackedParameters
 from .chunking import chunk_size, free_bytes, in_chunks
 
 
-__all__ = ["AnalyticJVP", "TooLarge"]
+__all__ = ["AnalyticJVP", "AnalyticModel", "TooLarge"]
 
 _CPU_RECORDED = 1 << 31  # largest number of bytes of recorded activations on a CPU; on a GPU half of what is free
 _COPIES = 3  # copies of a layer's outputs: as recorded, and what is derived from them
-_CPU_CACHE = 1 << 26  # bytes of tangents in a chunk on a CPU: more than for torch's forward mode, as fewer are alive
+_CPU_CACHE = 3 << 22  # bytes of tangents in a chunk on a CPU: what its caches hold, as a further chunk costs little
 
 
 class TooLarge(UnsupportedError):
     """The activations of a batch do not fit into memory."""
+
+
+class AnalyticModel:
+    """Parts of a model that its batches have in common, found once: output layer, decoder layers, tracked weights.
+
+    Args:
+        model, parameters, objective: as for `AnalyticJVP`.
+
+    Raises:
+        UnsupportedError: the model has no analytic layers, or tracked parameters outside its linear layers.
+    """
+
+    def __init__(self, model: nn.Module, parameters: TrackedParameters, objective: Objective):
+        head, layers = output_layer(model, parameters, objective), decoder_layers(model)
+        if head is None or not layers:
+            raise UnsupportedError(f"{type(model).__name__} is in training mode, or has no analytic layers")
+        self.head, self.layers, self.objective = head, layers, objective
+        self.tracked = tracked_weights(model, parameters)
+        self.modules = list(model.modules())
+
+    def describes(self, model: nn.Module, objective: Objective) -> bool:
+        """Return whether the model still consists of the same modules, and the likelihood is the same."""
+        modules = list(model.modules())
+        same = len(modules) == len(self.modules) and all(map(operator.is_, modules, self.modules))
+        return same and objective is self.objective
 
 
 class AnalyticJVP:
@@ -44,6 +72,12 @@ class AnalyticJVP:
         batch (`Mapping`): tensors (queries, positions), right-padded, with `labels` that are -100 outside the output.
         dtype (`torch.dtype`, *optional*): dtype of the products that tangents pass through, by default the model's.
             The model's own computation and the sum over layers are not rounded to it.
+        also (`Collection[str]`): paths of further layers, for whose sake the pass is kept in `recorded`.
+        parts (`AnalyticModel`, *optional*): of this model and objective; found if it is not given.
+
+    Attributes:
+        recorded (`RecordedPass`, *optional*): the pass, if `also` was given; not under autocast, which would round its
+            error. Whoever has used it sets it to None, which frees its memory.
 
     Raises:
         UnsupportedError: the model has no analytic layers (not a decoder-only language model of a known kind, tracked
@@ -54,24 +88,30 @@ class AnalyticJVP:
     @torch.no_grad()
     def __init__(
         self, model: nn.Module, parameters: TrackedParameters, objective: Objective, batch: Batch,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None, also: Collection[str] = (), parts: AnalyticModel | None = None,
     ):  # fmt: skip
-        head = output_layer(model, parameters, objective)
-        layers = decoder_layers(model)
-        if head is None or not layers or any(module.training for module in model.modules()):
+        parts = parts or AnalyticModel(model, parameters, objective)
+        if any(module.training for module in parts.modules):
             raise UnsupportedError(f"{type(model).__name__} is in training mode, or has no analytic layers")
-        self._parameters = parameters
-        self._device = parameters.tensors(model)[0].device
-        self.dtype = dtype or _product_dtype(model, parameters)
-        self._linears = LinearJVPs(model, parameters, self.dtype)
+        layers, weight = parts.layers, model.get_parameter(parameters.live[0])
+        self._parameters, self._device = parameters, weight.device
+        self.dtype = dtype or _product_dtype(weight)
+        self._linears = LinearJVPs(model, parts.tracked, self.dtype)
         self._widest = self._widest_tangent(model, layers, batch)
         outside = sorted(self._linears.tracked_paths - {path for layer in layers for path in layer.linears})
         if outside:
             raise UnsupportedError(f"{outside[0]} is tracked and is in no analytic layer")
-        paths = [path for layer in layers for path in layer.recorded_paths]
+        with fused_activations(model):
+            self._record(model, parts, batch, also)
+
+    def _record(self, model: nn.Module, parts: AnalyticModel, batch: Batch, also: Collection[str]) -> None:
+        """Pass the batch through the model, and prepare its layers for tangents."""
+        head, layers = parts.head, parts.layers
+        paths = {path for layer in layers for path in layer.recorded_paths} | set(also)
         attentions = [layer.blocks[0].path for layer in layers]
-        with fused_activations(model), ActivationRecorder(model, paths, attentions, head) as recorder:
-            logits, self.labels = Likelihood(model, objective)(batch)
+        recorder = ActivationRecorder(model, paths, attentions, head)
+        with recorder:
+            logits, self.labels = Likelihood(model, parts.objective)(batch)
         if recorder.hidden is None or recorder.head_output is None:
             raise UnsupportedError("the output layer was not called, or its hooks were not")
         gradients = hidden_state_gradients(head, recorder.hidden, recorder.head_output, logits, self.labels)
@@ -81,9 +121,11 @@ class AnalyticJVP:
         gradients = norm_vjp(norm.module, norm.input, norm.output, gradients)
         if gradients is None:
             raise UnsupportedError("the last norm is not analytic")
+        self.recorded: RecordedPass | None = None
+        if also and not torch.is_autocast_enabled(self._device.type):
+            self.recorded = RecordedPass(recorder, logits, self.labels, gradients)
         self._gradients = gradients  # of the log-likelihoods by the last layer's output
-        with fused_activations(model):
-            self._layers = [DecoderLayerJVP(model, layer, recorder, self._linears) for layer in layers]
+        self._layers = [DecoderLayerJVP(model, layer, recorder, self._linears) for layer in layers]
 
     def _widest_tangent(self, model: nn.Module, layers: list[DecoderLayer], batch: Batch) -> int:
         """Return the bytes of the widest tangent of one direction: a projection's, or an attention's weights.
@@ -131,12 +173,11 @@ class AnalyticJVP:
         if tangents is None:
             return torch.zeros(len(directions), *self.labels.shape, device=directions.device)
         tangents = tangents[:, :, : self.labels.shape[1]]
-        return torch.einsum("krtd,rtd->krt", tangents, self._gradients.to(tangents.dtype))
+        return (tangents * self._gradients.to(tangents.dtype)).sum(-1)
 
 
-def _product_dtype(model: nn.Module, parameters: TrackedParameters) -> torch.dtype:
-    """Return the dtype in which the model computes its products."""
-    weight = parameters.tensors(model)[0]
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype in which a model computes its products, by one of its weights."""
     if torch.is_autocast_enabled(weight.device.type):
         return torch.get_autocast_dtype(weight.device.type)
     return weight.dtype

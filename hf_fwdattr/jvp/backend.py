@@ -1,6 +1,8 @@
 """Choice of the way in which directional derivatives of queries are computed."""
 
 import logging
+from collections.abc import Collection
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -10,7 +12,7 @@ from ..errors import UnsupportedError
 from ..models.compat import detached_layer
 from ..models.likelihood import CAUSAL_LM, Batch, Objective
 from ..models.parameters import TrackedParameters
-from .analytic import AnalyticJVP, TooLarge
+from .analytic import AnalyticJVP, AnalyticModel, TooLarge
 from .finite_difference import FiniteDifferenceJVP
 from .torch_func import TorchFuncJVP
 
@@ -64,21 +66,27 @@ class Backend:
                 raise ValueError(f"{option}={value!r}: one of {', '.join(allowed)}")
         self.model, self.parameters, self._readout, self._precision = model, parameters, readout, precision
         self._analytic = readout == "auto"  # until the model turns out to have no analytic layers
+        self._parts: AnalyticModel | None = None
         self.needs_differences = False  # until an operation turns out to have no derivative in forward mode
 
-    def prepare(self, batch: Batch, two_stage: bool = False, objective: Objective = CAUSAL_LM) -> PreparedBatch:
+    def prepare(
+        self, batch: Batch, two_stage: bool = False, objective: Objective = CAUSAL_LM, also: Collection[str] = ()
+    ) -> PreparedBatch:
         """Prepare a batch; the model's weights must be the same whenever the result is used.
 
         Args:
             two_stage (`bool`): rows are being chosen in two stages; see `precision`.
             objective (`Objective`): the likelihood.
+            also (`Collection[str]`): layers that are recorded, too, where derivatives are analytic; see `AnalyticJVP`.
 
         Raises:
             UnsupportedError: the model is in training mode or cannot be differentiated in the chosen way.
         """
         if self._analytic:
             try:
-                return AnalyticJVP(self.model, self.parameters, objective, batch, self._dtype(two_stage))
+                parts = self._analytic_parts(objective)
+                dtype = self._dtype(two_stage)
+                return AnalyticJVP(self.model, self.parameters, objective, batch, dtype, also, parts)
             except TooLarge:
                 pass
             except UnsupportedError:
@@ -91,15 +99,25 @@ class Backend:
             return _WithDifferences(self, prepared, objective, batch)
         return prepared
 
+    def _analytic_parts(self, objective: Objective) -> AnalyticModel:
+        """Return the model's parts, which are found anew where its modules have changed."""
+        if self._parts is None or not self._parts.describes(self.model, objective):
+            self._parts = None  # should it have none now
+            self._parts = AnalyticModel(self.model, self.parameters, objective)
+        return self._parts
+
+    @cached_property
+    def _is_large(self) -> bool:
+        return sum(parameter.numel() for parameter in self.model.parameters()) > _SMALL
+
     def _dtype(self, two_stage: bool) -> torch.dtype | None:
         """Return the dtype of analytic products; None for the model's own."""
-        weight = self.parameters.tensors(self.model)[0]
+        weight = self.model.get_parameter(self.parameters.live[0])
         if self._precision == "full" or (self._precision == "auto" and not two_stage) or weight.dtype != torch.float32:
             return None
         if self._precision == "half":
             return torch.bfloat16
-        large = sum(parameter.numel() for parameter in self.model.parameters()) > _SMALL
-        return torch.bfloat16 if large and _has_fast_bfloat16(weight.device) else None
+        return torch.bfloat16 if self._is_large and _has_fast_bfloat16(weight.device) else None
 
 
 class _WithDifferences:

@@ -72,10 +72,10 @@ def in_chunks(derivatives: Callable[[Tensor], Tensor], directions: Tensor, chunk
     """
     parts = []
     for block in directions.split(chunk):
-        exponents = torch.frexp(block.abs().amax(1)).exponent
-        factors = torch.ldexp(torch.ones_like(block[:, 0]), exponents)
-        values = derivatives(block / factors.unsqueeze(1))
-        parts.append(values * factors.to(values.dtype).view(-1, 1, 1))
+        exponents = torch.frexp(torch.linalg.vector_norm(block, torch.inf, 1)).exponent
+        one = torch.ones_like(block[:, 0])
+        values = derivatives(block * torch.ldexp(one, -exponents).unsqueeze(1))
+        parts.append(values * torch.ldexp(one, exponents).to(values.dtype).view(-1, 1, 1))
     result = torch.cat(parts).permute(1, 2, 0)
     if not bool(torch.isfinite(result).all()):
         raise NumericalError("a derivative of the query's log-likelihood is not finite: is the model's own loss NaN?")

@@ -19,6 +19,8 @@ __all__ = [
     "Attention", "AttentionJVP", "AttentionState", "apply_rotary", "attention_weights", "softmax_attention_vjp",
 ]  # fmt: skip
 
+_KEPT = 1 << 20  # attention weights of a pass that are kept; more are recomputed for each chunk of directions
+
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate (rows, heads, positions, size) by rotary positions; with -sin it is the inverse and the transpose."""
@@ -174,12 +176,13 @@ class AttentionJVP:
         module = model.get_submodule(block.path)
         self._dtype, self._scaling = dtype, float(module.scaling)  # type: ignore[arg-type]
         self._groups, self._sharing = state.groups, state.sharing
-        self._query, self._key, self._value = (
-            state.query,
-            state.key[:, :: state.sharing],
-            state.value[:, :: state.sharing],
-        )
+        self._full_query, self._full_key = state.query, state.key[:, :: state.sharing]
         self._mask = _cropped(recorder.kwargs.get(block.path, {}).get("attention_mask"), state.query.shape[2])
+        self._query, self._key, value = (
+            self._together(part) for part in (state.query, self._full_key, state.value[:, :: state.sharing])
+        )
+        self._scaled_value = value * self._scaling
+        self._kept_weights = self._together(state.weights) if state.weights.numel() <= _KEPT else None
         self._rotary = None
         if state.rotary is not None:
             cos, sin = (part.squeeze(1).unsqueeze(2) for part in state.rotary)  # (rows, positions, 1, size)
@@ -191,35 +194,40 @@ class AttentionJVP:
             )
         ]
 
+    def _together(self, part: Tensor) -> Tensor:
+        """Turn (rows, heads, positions, size) into (rows * groups, positions of all heads that share, size)."""
+        return part.unflatten(1, (self._groups, -1)).flatten(2, 3).flatten(0, 1).to(self._dtype)
+
     def _weights(self) -> Tensor:
-        """Recompute the weights (rows, heads, positions, positions), which are too large to be kept."""
-        return attention_weights(self._query, self._key.repeat_interleave(self._sharing, 1), self._scaling, self._mask)
+        """Return the weights (rows * groups, positions of all heads that share, positions), kept if they are few."""
+        if self._kept_weights is not None:
+            return self._kept_weights
+        key = self._full_key.repeat_interleave(self._sharing, 1)
+        return self._together(attention_weights(self._full_query, key, self._scaling, self._mask))
 
     def jvp(self, tangents: list[Tensor | None]) -> Tensor | None:
         """Return tangents of the core's output; see `MLPJVP.jvp`."""
         if len(tangents) == 1:
             tangents = [None] * 3 if tangents[0] is None else list(tangents[0].chunk(3, dim=-1))
-        query_tangents, key_tangents, value_tangents = (self._grouped(part, i) for i, part in enumerate(tangents))
+        query_tangents, key_tangents, value_tangents = (self._heads(part, i) for i, part in enumerate(tangents))
         if query_tangents is None and key_tangents is None and value_tangents is None:
             return None
-        query, key, value, weights = (
-            part.unflatten(1, (self._groups, -1)).flatten(2, 3).flatten(0, 1).to(self._dtype)
-            for part in (self._query, self._key, self._value, self._weights())
-        )  # (rows * groups, positions of all heads that share, size)
-        result = None
+        weights, result = self._weights(), None
         if query_tangents is not None or key_tangents is not None:
-            change = self._logit_tangents(query, key, query_tangents, key_tangents).mul_(self._scaling)
+            change = self._logit_tangents(query_tangents, key_tangents)
             change.mul_(weights.unsqueeze(1))
             change.addcmul_(weights.unsqueeze(1), change.sum(-1, keepdim=True), value=-1.0)
-            result = torch.bmm(change.flatten(1, 2), value).unflatten(1, (change.shape[1], -1))
+            result = torch.bmm(change.flatten(1, 2), self._scaled_value).unflatten(1, (change.shape[1], -1))
         if value_tangents is not None:
-            by_value = torch.matmul(weights.unsqueeze(1), value_tangents)
+            _, _, positions, _, _, size = value_tangents.shape
+            flat = value_tangents.permute(1, 3, 2, 0, 4, 5).reshape(len(weights), positions, -1)
+            by_value = torch.bmm(weights, flat).unflatten(2, (-1, size)).transpose(1, 2)
             result = by_value if result is None else result.add_(by_value)
         assert result is not None
         return self._ungrouped(result)
 
-    def _grouped(self, tangents: Tensor | None, index: int) -> Tensor | None:
-        """Turn a projection's (k, rows, positions, out) into (rows * groups, k, positions of sharing heads, size).
+    def _heads(self, tangents: Tensor | None, index: int) -> Tensor | None:
+        """Turn a projection's (k, rows, positions, out) into (k, rows, positions, groups, sharing heads, size).
 
         Norms and rotary positions are applied to queries (`index` 0) and keys (1).
         """
@@ -231,20 +239,23 @@ class AttentionJVP:
             heads = norm.jvp(heads)
         if index < 2 and self._rotary is not None:
             heads = _rotate_tangents(heads, *self._rotary)
-        grouped = heads.unflatten(-2, (self._groups, -1))  # (k, rows, positions, groups, sharing, size)
-        return grouped.permute(1, 3, 0, 4, 2, 5).flatten(3, 4).flatten(0, 1)
+        return heads.unflatten(-2, (self._groups, -1))
 
-    @staticmethod
-    def _logit_tangents(
-        query: Tensor, key: Tensor, query_tangents: Tensor | None, key_tangents: Tensor | None
-    ) -> Tensor:
-        """Return tangents of q k^T, (rows * groups, k, positions of sharing heads, positions)."""
-        result = None
+    def _logit_tangents(self, query_tangents: Tensor | None, key_tangents: Tensor | None) -> Tensor:
+        """Return tangents of q k^T, (rows * groups, k, positions of sharing heads, positions).
+
+        Tangents of all directions make one matrix per group, so that nothing is copied for each of them.
+        """
+        groups, result = len(self._query), None
         if query_tangents is not None:
-            result = torch.bmm(query_tangents.flatten(1, 2), key.mT).unflatten(1, (query_tangents.shape[1], -1))
+            count, size = len(query_tangents), query_tangents.shape[-1]
+            rows = query_tangents.permute(1, 3, 0, 4, 2, 5).reshape(groups, -1, size)
+            result = torch.bmm(rows, self._key.mT).unflatten(1, (count, -1))
         if key_tangents is not None:
-            by_key = torch.matmul(query.unsqueeze(1), key_tangents.mT)
-            result = by_key if result is None else result.add_(by_key)
+            count, size = len(key_tangents), key_tangents.shape[-1]
+            columns = key_tangents.permute(1, 3, 5, 0, 2, 4).reshape(groups, size, -1)
+            by_key = torch.bmm(self._query, columns).unflatten(2, (count, -1)).transpose(1, 2)
+            result = by_key.contiguous() if result is None else result.add_(by_key)
         assert result is not None
         return result
 

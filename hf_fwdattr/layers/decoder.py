@@ -91,10 +91,9 @@ class _SublayerJVP:
     def __init__(
         self, model: nn.Module, layer: DecoderLayer, block: Block, recorder: ActivationRecorder, linears: LinearJVPs
     ):
-        self._block, self._linears = block, linears
         inputs, outputs = recorder.inputs, recorder.outputs
-        for path in block.linears:
-            linears.check(path, inputs[path], outputs[path])
+        *self._into, self._back = (linears.at(path, inputs[path], outputs[path]) for path in block.linears)
+        self._dtype = linears.dtype
         block_input, *others = (inputs[path] for path in block.inputs)
         if not all(identical(other, block_input) for other in others):
             raise UnsupportedError(f"the projections into {block.path} have different inputs")
@@ -103,7 +102,6 @@ class _SublayerJVP:
             raise UnsupportedError(f"there is no norm before {block.path}")
         self.start = inputs[before[0]]
         self._norm_before = _norm_jvp(model, before[0], recorder)
-        self._tracked_inputs = {path: inputs[path] for path in block.linears if path in linears.tracked_paths}
         block_output = outputs[block.output]
         after = [path for path in layer.norms if identical(inputs[path], block_output)]
         self._norm_after = _norm_jvp(model, after[0], recorder) if after else None
@@ -112,9 +110,11 @@ class _SublayerJVP:
 
     def jvp(self, tangents: Tensor | None, weight_tangents: list[Tensor]) -> Tensor | None:
         """Return tangents (k, rows, positions, d) of the residual stream after it; those before it are overwritten."""
-        inner = None if tangents is None else self._norm_before.jvp(tangents).to(self._linears.dtype)
-        inner = self._core.jvp([self._linear_jvp(path, inner, weight_tangents) for path in self._block.inputs])
-        change = self._linear_jvp(self._block.output, inner, weight_tangents)
+        inner = None if tangents is None else self._norm_before.jvp(tangents).to(self._dtype)
+        inner = self._core.jvp([linear.jvp(inner, weight_tangents) for linear in self._into])
+        if self._norm_after is None and tangents is not None:
+            return self._back.jvp(inner, weight_tangents, onto=tangents)
+        change = self._back.jvp(inner, weight_tangents)
         if change is None:
             return tangents
         if self._norm_after is not None:
@@ -122,9 +122,6 @@ class _SublayerJVP:
         if tangents is not None:
             return tangents.add_(change)
         return change if change.dtype == torch.float64 else change.float()  # it is summed up over all layers
-
-    def _linear_jvp(self, path: str, tangents: Tensor | None, weight_tangents: list[Tensor]) -> Tensor | None:
-        return self._linears.jvp(path, self._tracked_inputs.get(path), tangents, weight_tangents)
 
 
 def _norm_jvp(model: nn.Module, path: str, recorder: ActivationRecorder) -> NormJVP:

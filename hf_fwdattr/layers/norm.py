@@ -109,7 +109,7 @@ class NormJVP:
         """Turn tangents (k, ..., d) of the input into those of the output, in their dtype."""
         flat = tangents.flatten(1, -2)
         unit, factor = self._unit.to(tangents.dtype), self._factor.to(tangents.dtype)
-        projection = torch.einsum("knd,nd->kn", flat, unit).unsqueeze(-1)
+        projection = (flat * unit).sum(-1, keepdim=True)
         result = torch.addcmul(flat, unit, projection, value=-1.0 / flat.shape[-1])
         if self._centred:
             result -= flat.mean(-1, keepdim=True)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from ..errors import UnsupportedError
+from .interrupts import uninterrupted
 from .names import adapter_parts
 
 
@@ -130,8 +131,9 @@ def differentiable_layers(model: nn.Module) -> Iterator[None]:
         with fused_activations(model):
             yield
     finally:
-        for config, choice in kept.values():
-            config._experts_implementation = choice
+        with uninterrupted():
+            for config, choice in kept.values():
+                config._experts_implementation = choice
 
 
 @contextmanager
@@ -143,5 +145,6 @@ def fused_activations(model: nn.Module) -> Iterator[None]:
             module.forward = partial(functional.gelu, approximate="tanh")
         yield
     finally:
-        for module in modules.values():
-            del module.forward
+        with uninterrupted():
+            for module in modules.values():
+                vars(module).pop("forward", None)  # an interrupt may have come before it was there

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .interrupts import uninterrupted
+
 
 __all__ = ["call_with_weights"]
 
@@ -51,6 +53,7 @@ def _without_input_gradients(model: nn.Module) -> Iterator[None]:
                     del hooks[key]
         yield
     finally:
-        for hooks, items in removed:
-            hooks.clear()
-            hooks.update(items)
+        with uninterrupted():
+            for hooks, items in removed:
+                hooks.clear()
+                hooks.update(items)

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..errors import UnsupportedError
 from .fsdp import reshard
+from .interrupts import uninterrupted
 
 
 __all__ = ["frozen", "refuse_batch_statistics", "trainable"]
@@ -25,12 +26,13 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        if cache is not None:
-            model.config.use_cache = cache  # type: ignore[union-attr]
+        with uninterrupted():
+            for module, mode in modes:
+                module.training = mode
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            if cache is not None:
+                model.config.use_cache = cache  # type: ignore[union-attr]
 
 
 @contextmanager
@@ -42,8 +44,9 @@ def trainable(parameters: list[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(True)
         yield
     finally:
-        for parameter, flag in zip(parameters, flags, strict=True):
-            parameter.requires_grad_(flag)
+        with uninterrupted():
+            for parameter, flag in zip(parameters, flags, strict=True):
+                parameter.requires_grad_(flag)
 
 
 def refuse_batch_statistics(model: nn.Module, training: bool = False) -> None:
@@ -65,8 +68,9 @@ def refuse_batch_statistics(model: nn.Module, training: bool = False) -> None:
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
         ]
     finally:
-        for module, mode in modes:
-            module.training = mode
+        with uninterrupted():
+            for module, mode in modes:
+                module.training = mode
     if mixing:
         name, kind = mixing[0]
         raise UnsupportedError(

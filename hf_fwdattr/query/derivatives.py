@@ -1,12 +1,13 @@
 """Directional derivatives of tokenized queries, at the weights where a bank's queries are read."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ..bank.bank import ResponseBank
+from ..gradients.predictor import RecordedPass
 from ..jvp.backend import Backend, PreparedBatch
 from ..models.forward_state import StateMonitor
 from ..models.likelihood import CAUSAL_LM, SEQUENCE_CLASSIFICATION
@@ -54,11 +55,14 @@ class QueryDerivatives:
         check_queries(queries, self.model)
         return pad_queries(queries, self.device)
 
-    def prepare(self, queries: Sequence[Query], two_stage: bool = False) -> PreparedBatch:
+    def prepare(
+        self, queries: Sequence[Query], two_stage: bool = False, also: Collection[str] = ()
+    ) -> "_AtQueryWeights":
         """Pass queries through the model once, to be differentiated along directions as often as wanted.
 
         Args:
             two_stage (`bool`): rows are being chosen in two stages; see `Backend`.
+            also (`Collection[str]`): layers that are recorded, too, for `take_recorded` of the result.
 
         Raises:
             MismatchError: weights or adapters of the model are no longer those of the bank.
@@ -68,7 +72,8 @@ class QueryDerivatives:
             self._monitor.renew()
         batch = self.batch(queries)
         with self._query_weights():
-            return _AtQueryWeights(self._query_weights, self.backend.prepare(batch, two_stage, self.objective))
+            prepared = self.backend.prepare(batch, two_stage, self.objective, also)
+        return _AtQueryWeights(self._query_weights, prepared)
 
     @contextmanager
     def _query_weights(self) -> Iterator[None]:
@@ -107,3 +112,10 @@ class _AtQueryWeights:
         """Differentiate along (k, P); (queries, positions, k)."""
         with self._query_weights():
             return self._prepared.jvp(directions, chunk)
+
+    def take_recorded(self) -> RecordedPass | None:
+        """Return the pass of these queries, and keep it no longer; None where the backend has recorded none."""
+        recorded: RecordedPass | None = getattr(self._prepared, "recorded", None)
+        if recorded is not None:
+            setattr(self._prepared, "recorded", None)  # noqa: B010 (a protocol does not have it)
+        return recorded

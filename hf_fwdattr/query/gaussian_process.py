@@ -60,16 +60,20 @@ class GaussianProcess:
         """Return the posterior standard deviation of scores (n,), float64; infinite without observations.
 
         Args:
-            coordinates (`Tensor`): (n, k).
+            coordinates (`Tensor`): (n, k); products are in their dtype.
             own (`Tensor`): (n,) prior variances of the parts outside the directions.
         """
         factor = self._factor()
         if factor is None:
             return torch.full((len(coordinates),), float("inf"), dtype=torch.float64)
-        projected = coordinates.double() * self._variances
-        known = torch.linalg.solve_triangular(factor, self._weights @ projected.T, upper=False).square().sum(0)
-        variance = (projected * coordinates.double()).sum(1) - known
+        covariance = self._covariance(factor).to(coordinates.dtype)
+        variance = ((coordinates @ covariance) * coordinates).sum(1).double()
         return (self.scale(factor) * (variance.clamp(min=0.0) + own.double())).sqrt()
+
+    def _covariance(self, factor: Tensor) -> Tensor:
+        """Return the posterior covariance of the derivatives in units of `scale`, (k, k), float64."""
+        known = torch.linalg.solve_triangular(factor, self._weights * self._variances, upper=False)
+        return torch.diag(self._variances) - known.T @ known
 
     def scale(self, factor: Tensor | None = None) -> float:
         """Return this query's scale of the prior variances, from what was observed; 1 where nothing was."""
@@ -99,8 +103,13 @@ class CandidateScores:
 
     def __init__(self, process: GaussianProcess, predicted: Tensor, coordinates: Tensor, own: Tensor):
         self.process, self.predicted = process, predicted.double()
-        self._coordinates, self._own = coordinates.double(), own.double()
+        self._coordinates, self._own = coordinates, own.double()
         self._surprises = torch.zeros(0, dtype=torch.float64)
+
+    def narrowed(self, row_indices: Tensor) -> "CandidateScores":
+        """Return the scores of some candidates (n,), which learn from what is observed of any."""
+        part = (self.predicted, self._coordinates, self._own)
+        return CandidateScores(self.process, *(values[row_indices] for values in part))
 
     @property
     def surprise(self) -> float:
@@ -111,14 +120,16 @@ class CandidateScores:
     def observe_rows(self, row_indices: Tensor, scores: Tensor) -> None:
         """Add the exact scores (n,) of candidates."""
         stds = self.process.std(self._coordinates[row_indices], self._own[row_indices])
-        off = torch.where(stds.isfinite() & (stds > 0), (scores.double() - self.mean()[row_indices]) / stds, math.nan)
+        expected = self.mean(row_indices)
+        off = torch.where(stds.isfinite() & (stds > 0), (scores.double() - expected) / stds, math.nan)
         self._surprises = torch.cat([self._surprises, off])
         residuals = scores.double() - self.predicted[row_indices]
         self.process.observe(self._coordinates[row_indices], residuals, self._own[row_indices])
 
-    def mean(self) -> Tensor:
-        """Return the posterior mean of every candidate's score, (n,), float64."""
-        return self.predicted + self._coordinates @ self.process.mean()
+    def mean(self, row_indices: Tensor | slice = slice(None)) -> Tensor:
+        """Return the posterior mean of candidates' scores, of all by default, (n,), float64."""
+        coordinates = self._coordinates[row_indices]
+        return self.predicted[row_indices] + (coordinates @ self.process.mean().to(coordinates.dtype)).double()
 
     def std(self) -> Tensor:
         """Return the posterior standard deviation of every candidate's score, (n,), float64.

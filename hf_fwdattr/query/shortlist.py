@@ -1,6 +1,7 @@
 """Shortlist of rows that are scored exactly: chosen in turns, each turn using what the earlier ones have shown."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,8 @@ __all__ = ["DEVIATIONS", "MOST", "TURNS", "ReadRows", "RefinedScores", "refine"]
 TURNS = 4
 DEVIATIONS = 2.0  # standard deviations that are allowed to an unread row in adaptive mode
 MOST = 256  # largest number of rows read in adaptive mode
-_PROPONENT_SHARE = 2 / 3  # of the rows that are read; the others are opponents
+_PROPONENT_SHARE = 2 / 3  # of the rows that are read, as long as nothing else is known; the others are opponents
+_PROPONENT_WORTH = 30.0  # opponents that are as important as a proponent, of equal chances
 _ADAPTIVE_TURN = 24  # rows of a turn in adaptive mode
 ReadRows = Callable[[Tensor], Tensor]  # ascending row indices (n,) -> exact token scores (positions, n), float64
 
@@ -51,11 +53,15 @@ def refine(
     proponents = min(max(top_k, round(budget * _PROPONENT_SHARE)), total)
     opponents = min(max(top_k, budget - proponents), total)
     scores, std = coarse, torch.zeros(total) if process is None else process.std()
-    unread = torch.ones(total, dtype=torch.bool)
+    unread, read_on_side = torch.ones(total, dtype=torch.bool), [0, 0]
     row_indices, token_scores = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0)
     for turn in range(turns):
-        best, worst = (side * (turn + 1) // turns - side * turn // turns for side in (proponents, opponents))
-        chosen = _extremes(scores, std, unread, best, worst)
+        counts = [side * (turn + 1) // turns - side * turn // turns for side in (proponents, opponents)]
+        if bool(std.isfinite().all()) and process is not None:
+            least = [min(top_k, total) * (turn + 1) // turns - count for count in read_on_side]
+            counts = _shares(scores, std, unread, top_k, sum(counts), least)
+        read_on_side = [count + more for count, more in zip(read_on_side, counts, strict=True)]
+        chosen = _extremes(scores, std, unread, *counts)
         if not len(chosen):
             continue
         unread[chosen] = False
@@ -64,8 +70,9 @@ def refine(
         row_indices = torch.cat([row_indices, chosen])
         if process is not None:
             process.observe_rows(chosen, exact.sum(0))
-            scores, std = process.mean(), process.std()
+            scores = process.mean()
             scores[row_indices] = token_scores.sum(0)
+            std = process.std() if adaptive or turn + 1 < turns else std
             if adaptive and _is_complete(scores, std, unread, top_k):
                 break
     row_indices, order = row_indices.sort()
@@ -93,3 +100,24 @@ def _extremes(scores: Tensor, std: Tensor, unread: Tensor, best: int, worst: int
     highest = (scores[candidates] + allowance).argsort(descending=True, stable=True)[:best]
     lowest = (scores[candidates] - allowance).argsort(stable=True)[:worst]
     return candidates[torch.cat([highest, lowest]).unique()]
+
+
+def _shares(scores: Tensor, std: Tensor, unread: Tensor, top_k: int, count: int, least: Sequence[int]) -> list[int]:
+    """Return how many of `count` rows are to be read as proponents and as opponents.
+
+    Those go first that are likeliest to belong to the `top_k` of their side. A proponent is worth several opponents:
+    `_PROPONENT_WORTH`.
+
+    Args:
+        least: proponents and opponents that are read in any case.
+    """
+    chances = []
+    for side, worth in ((1.0, _PROPONENT_WORTH), (-1.0, 1.0)):
+        threshold = (side * scores).topk(min(top_k, len(scores))).values[-1]
+        distance = (side * scores[unread] - threshold) / std[unread].clamp(min=1e-300)
+        chances.append(torch.special.log_ndtr(distance).sort(descending=True).values[:count] + math.log(worth))
+    least = [min(max(one, 0), count) for one in least]
+    order = torch.cat(chances).argsort(descending=True, stable=True)[:count]
+    proponents = int((order < len(chances[0])).sum())
+    proponents = max(min(proponents, count - least[1]), least[0])
+    return [proponents, max(count - proponents, least[1])]

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..bank.codes import NOISE
-from ..gradients.predictor import GradientPredictor
+from ..gradients.predictor import GradientPredictor, RecordedPass
 from ..jvp.backend import PreparedBatch
 from ..models.likelihood import CAUSAL_LM
 from .derivatives import QueryDerivatives
@@ -36,7 +36,8 @@ __all__ = ["TwoStageScorer"]
 _PROGRESS_DELAY = 3.0  # seconds after which a progress bar appears
 _FIRST_STAGE = 4  # one in so many passes goes to directions, the others to rows
 _ADAPTIVE_DIRECTIONS = 16  # read in adaptive mode
-_CANDIDATES = 4096, 32768  # rows whose codes are read, at least and at most
+_CANDIDATES = 8192, 32768  # rows whose codes are read, at least and at most
+_LIKELY = 2048  # candidates among which rows are chosen in turns, at least
 _CANDIDATES_SHARE = 8  # one in so many rows, between these
 _CANDIDATES_PER_ROW = 16  # candidates for every row that is read exactly
 _CANDIDATES_PER_NAME = 8  # candidates for every row that is named on either side
@@ -114,29 +115,34 @@ class TwoStageScorer:
         stage = self._first_stage(query, directions)
         rows = None if budget == "adaptive" else budget - 1 - directions
         candidates = self._candidates(stage, top_k, rows)
-        process = self._candidate_scores(stage, candidates)
-        squares = torch.zeros(int(candidates[-1]) + 1, dtype=torch.float64)
+        estimated = self._candidate_scores(stage, candidates)
+        likely = self._likely(estimated, top_k, rows)
+        process, indices = estimated.narrowed(likely), candidates[likely]
+        squares = torch.zeros(len(indices), dtype=torch.float64)
         with self._bar(rows, top_k) as bar:
 
             def read(positions: Tensor) -> Tensor:
                 bar.update(len(positions))
-                responses = self._responses(candidates[positions])
-                squares[candidates[positions]] = self._codes_of_rows.squares(responses)
+                responses = self._responses(indices[positions])
+                squares[positions] = self._codes_of_rows.squares(responses)
                 return self._read(stage.prepared, responses)
 
             refined = refine(process.mean(), process, top_k, rows, read)
-        read_rows, token_scores = candidates[refined.row_indices], refined.token_scores
+        read_rows, token_scores = indices[refined.row_indices], refined.token_scores
         ids, sources = self._bank.row_labels(read_rows)
-        noise = self._code_noise(stage, squares[read_rows])
+        noise = self._code_noise(stage, squares[refined.row_indices])
         named = RankedRows(
             read_rows, ids, sources, token_scores.sum(0).float(), token_scores.T.float(), noise.float(),
             torch.ones(len(read_rows), dtype=torch.bool),
         )  # fmt: skip
         scores, stds = torch.zeros(0), None
         if all_rows:  # what was read tells of the rows that are no candidates, too
-            scores, stds = self._estimates(stage), self._standard_deviations(stage) * process.surprise
-            scores[candidates], stds[candidates] = refined.scores, process.std()
-            stds[read_rows] = noise
+            scores, stds = estimated.mean(), estimated.std()
+            if len(candidates) < len(self._bank):
+                scores = self._estimates(stage).index_copy_(0, candidates, scores)
+                stds = self._standard_deviations(stage).index_copy_(0, candidates, stds)
+            stds *= process.surprise
+            scores[read_rows], stds[read_rows] = token_scores.sum(0), noise
         passes = 1 + stage.process.observations
         return Ranking(named.top(top_k, 1.0), named.top(top_k, -1.0), scores, passes, stds), stage
 
@@ -162,6 +168,11 @@ class TwoStageScorer:
         with self._bank.query_weights(self._derivatives.model, self._derivatives.parameters):
             return self._predictor(batch).cpu()
 
+    def _predicted(self, recorded: RecordedPass) -> Tensor:
+        """Return the predicted gradient (queries, P) of queries that passed the model, on the CPU."""
+        with self._bank.query_weights(self._derivatives.model, self._derivatives.parameters):
+            return self._predictor.predict(recorded).cpu()
+
     @cached_property
     def _predictor(self) -> GradientPredictor:
         model, parameters, device = self._derivatives.model, self._derivatives.parameters, self._derivatives.device
@@ -174,9 +185,13 @@ class TwoStageScorer:
         variances = torch.tensor(manifest.error_variances, dtype=torch.float64)
         gradient, along = None, torch.zeros_like(variances)
         if manifest.error_projections:
-            gradient = self.predicted_gradients([query])
+            prepared = self._derivatives.prepare([query], True, self._predictor.recorded_paths)
+            recorded = prepared.take_recorded()  # the same pass serves both
+            gradient = self.predicted_gradients([query]) if recorded is None else self._predicted(recorded)
             along = (gradient @ self._row_directions().T).double()[0]
-        prepared, process = self._derivatives.prepare([query], two_stage=True), GaussianProcess(variances)
+        else:
+            prepared = self._derivatives.prepare([query], two_stage=True)
+        process = GaussianProcess(variances)
         if directions:
             values = prepared.jvp(self._derivatives.directions(slice(0, directions)))[0].double().sum(0).cpu()
             process.observe(torch.eye(directions, len(along)), values - along[:directions], torch.zeros(directions))
@@ -207,12 +222,10 @@ class TwoStageScorer:
         """Return the ascending indices of the rows that may have the highest and the lowest scores."""
         least, most = _CANDIDATES
         wanted = min(max(least, len(self._bank) // _CANDIDATES_SHARE), most)
-        count = max(wanted, _CANDIDATES_PER_ROW * (MOST if rows is None else rows), _CANDIDATES_PER_NAME * top_k)
+        count = max(wanted, self._wanted(top_k, rows))
         if count >= len(self._bank):
             return torch.arange(len(self._bank))
-        scores, stds = self._estimates(stage), self._outside_variance(stage).sqrt()
-        highest, lowest = ((side * scores + stds).topk(count // 2).indices for side in (1.0, -1.0))
-        return torch.cat([highest, lowest]).unique()
+        return _extremes(self._estimates(stage), self._outside_variance(stage).sqrt(), count)
 
     def _candidate_scores(self, stage: _FirstStage, candidates: Tensor) -> CandidateScores:
         manifest, coordinates = self._bank.manifest, self._held.coordinates(candidates)
@@ -223,6 +236,19 @@ class TwoStageScorer:
         result = CandidateScores(stage.process, predicted, coordinates, own)
         finite(result.mean())
         return result
+
+    def _likely(self, estimated: CandidateScores, top_k: int, rows: int | None) -> Tensor:
+        """Return the ascending indices of the candidates among which rows are chosen to be read, best and worst."""
+        count = max(_LIKELY, self._wanted(top_k, rows))
+        if count >= len(estimated.predicted):
+            return torch.arange(len(estimated.predicted))
+        scores, stds = estimated.mean(), estimated.std().nan_to_num(posinf=0.0)
+        return _extremes(scores, stds, count)
+
+    @staticmethod
+    def _wanted(top_k: int, rows: int | None) -> int:
+        """Return how many candidates there must be, at least, for reading so many rows and naming `top_k`."""
+        return max(_CANDIDATES_PER_ROW * (MOST if rows is None else rows), _CANDIDATES_PER_NAME * top_k)
 
     def _code_noise(self, stage: _FirstStage, squares: Tensor) -> Tensor:
         """Return the standard deviation (n,) that codes leave in scores along rows of these squared norms, float64."""
@@ -310,3 +336,9 @@ class TwoStageScorer:
             return coarse
         exact = self._derivatives.along(queries, slice(0, count)).double().sum(1).cpu()
         return coarse + self._by_coordinates(exact - (gradients @ self._row_directions(count).T).double())
+
+
+def _extremes(scores: Tensor, stds: Tensor, count: int) -> Tensor:
+    """Return the ascending indices of the `count` highest and lowest scores, a standard deviation allowed."""
+    highest, lowest = ((side * scores + stds).topk(count // 2).indices for side in (1.0, -1.0))
+    return torch.cat([highest, lowest]).unique()

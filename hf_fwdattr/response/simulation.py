@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..gradients.per_sample import PerSampleGradients
+from ..models.interrupts import uninterrupted
 from ..models.likelihood import IGNORED, Batch, Objective, row_losses
 from ..models.modes import trainable
 from ..models.parameters import TrackedParameters
@@ -105,4 +106,5 @@ def simulate_rows(
         responses = [simulate(at, theta, push, horizon, epsilon=epsilon, trajectories=trajectories) for push in pushes]
         return torch.stack(responses)
     finally:
-        parameters.write(model, theta)
+        with uninterrupted():
+            parameters.write(model, theta)

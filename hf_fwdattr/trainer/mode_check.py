@@ -4,15 +4,19 @@ Responses are those of the network in evaluation mode. Dropout makes training no
 its experts (PhiMoE) trains other networks altogether.
 """
 
+import pickle
+import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
+from ..models.interrupts import uninterrupted
 from ..models.likelihood import IGNORED, Batch, Objective
 from ..models.names import base_model
 
@@ -28,6 +32,8 @@ _DROPPING = re.compile(r"drop|neftune_noise_alpha")  # settings of noise that is
 def refuse_other_training_mode(model: nn.Module, objective: Objective, batch: Batch) -> None:
     """Compare a batch's logits in evaluation mode with those in training mode without dropout.
 
+    Two forward passes, and two more where layers draw random numbers.
+
     Args:
         model (`nn.Module`): in evaluation mode, and left so.
 
@@ -36,7 +42,10 @@ def refuse_other_training_mode(model: nn.Module, objective: Objective, batch: Ba
     """
     plain, labels = objective.forward(model, batch)
     with _training_without_dropout(model):
-        draws = [objective.forward(model, batch)[0] for _ in range(_DRAWS)]
+        before = _random_states(plain.device)
+        draws = [objective.forward(model, batch)[0]]
+        if _random_states(plain.device) != before:  # else nothing was drawn, and further passes are the same
+            draws += [objective.forward(model, batch)[0] for _ in range(_DRAWS - 1)]
     supervised = labels != IGNORED
     if draws[0].shape != plain.shape or not bool(supervised.any()):
         return
@@ -48,6 +57,15 @@ def refuse_other_training_mode(model: nn.Module, objective: Objective, batch: Ba
             "sampled experts) train other networks than the one that is attributed. Set their noise to 0, such as "
             "model.config.router_jitter_noise before the model is made"
         )
+
+
+def _random_states(device: torch.device) -> tuple[bytes, ...]:
+    """Return the states of all generators that a layer may draw from, to be compared."""
+    tensors = [torch.get_rng_state()]
+    if device.type == "cuda":
+        tensors.append(torch.cuda.get_rng_state(device))
+    others = pickle.dumps(random.getstate()), pickle.dumps(np.random.get_state())
+    return (*others, *(tensor.numpy().tobytes() for tensor in tensors))
 
 
 def _largest_change(plain: Tensor, trained: Tensor) -> float:
@@ -75,10 +93,11 @@ def _training_without_dropout(model: nn.Module) -> Iterator[None]:
         model.train()
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
-        for owner, name, value in kept:
-            vars(owner)[name] = value
+        with uninterrupted():
+            for module, mode in modes:
+                module.training = mode
+            for owner, name, value in kept:
+                vars(owner)[name] = value
 
 
 def _probabilities(owner: Any) -> list[tuple[str, float]]:

@@ -226,7 +226,8 @@ def _quiet_arguments(args: Any, folder: str) -> Any:
 def _refuse_other_optimizer(optimizer: Any, original: Any) -> None:
     """Refuse to repeat a run with an optimizer that the arguments alone do not make."""
     original = getattr(original, "optimizer", original)  # accelerate's wrapper
-    if type(optimizer) is not type(original) or optimizer.defaults != original.defaults:
+    given = {option: original.defaults.get(option) for option in optimizer.defaults}  # torch adds some on the way
+    if type(optimizer) is not type(original) or optimizer.defaults != given:
         raise UnsupportedError(
             f"self_check: the training arguments make a {type(optimizer).__name__} and the fine-tune used another "
             f"{type(original).__name__}, so it cannot be repeated. Give the optimizer by TrainingArguments(optim=...)"

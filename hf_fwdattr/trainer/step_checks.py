@@ -1,6 +1,7 @@
 """Checks of the optimizer's steps: a few weights against what gradient, clipping, rate and state say of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,8 +9,11 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from ..models.fsdp import is_shard
+from ..response.distributed import SINGLE_PROCESS, Ranks
+from .adafactor import clipping_factor, inverse_root
 from .guard import Guard
-from .optimizer import Preconditioner
+from .optimizer import Preconditioner, skips_step
+from .optimizer_state import AdamMoments, adam_moments, has_moments, is_low_bit
 from .patching import Patches
 from .value_checks import LossCheck, is_checked
 
@@ -38,7 +42,7 @@ class StepCheck:
         self._groups = {name: optimizer.param_groups[groups[name]] for name in self.names}
         self._trained = {name: weight.requires_grad for name, weight in weights.items()}
         self._backward: dict[str, Tensor] = {}
-        self._before: dict[str, tuple[Tensor, Tensor]] = {}
+        self._before: dict[str, tuple[Tensor, Tensor, AdamMoments | None]] = {}
 
     def after_backward(self, names: list[str] | None = None) -> None:
         """Keep the gradients as they are right after a backward pass."""
@@ -58,12 +62,14 @@ class StepCheck:
             A sentence about the first mismatch.
         """
         backward, self._backward, self._before, message = self._backward, {}, {}, None
+        if skips_step(self._optimizer):
+            return None
         for name in self.names:
             weight = self._all[name]
             if weight.grad is None or weight.grad.is_sparse:
                 continue
             gradient = _sample(weight.grad)
-            self._before[name] = _sample(weight), gradient
+            self._before[name] = _sample(weight), gradient, self._low_bit_moments(name)
             if name not in backward or not bool(torch.isfinite(gradient).all()):
                 continue
             expected, tolerance = backward[name] * clip, _tolerance(weight.grad.dtype)
@@ -82,8 +88,8 @@ class StepCheck:
     def step(self) -> str | None:
         """Compare the step that was just taken with the optimizer's state; return a sentence about a mismatch."""
         before, self._before = self._before, {}
-        for name, (old, gradient) in before.items():
-            weight, change = self._all[name], self._change(name, old, gradient)
+        for name, (old, gradient, moments) in before.items():
+            weight, change = self._all[name], self._change(name, old, gradient, moments)
             if change is None or not bool(torch.isfinite(change).all()):
                 continue
             moved = _sample(weight) - old
@@ -117,34 +123,75 @@ class StepCheck:
                 )
         return None
 
-    def _change(self, name: str, old: Tensor, gradient: Tensor) -> Tensor | None:
-        """Return the step of a weight's sample by the formulas of the optimizer; None where there is no state."""
+    def record_update_clipping(self) -> None:
+        """Record by how much Adafactor clipped the updates of its step; does nothing for other optimizers."""
+        if self._preconditioner.kind == "adafactor":
+            groups = self._optimizer.param_groups
+            for index, weight in zip(self._preconditioner.groups, self._all.values(), strict=True):
+                state = self._optimizer.state.get(weight, {})
+                self._preconditioner.update_clipping.record(weight, state, groups[index])
+
+    def _low_bit_moments(self, name: str) -> AdamMoments | None:
+        """Return a sample of the moments that the coming step reads, where those it leaves are rounded to few bits."""
+        state = self._optimizer.state.get(self._all[name], {})
+        return _sampled(adam_moments(state, self._groups[name], exact=True)) if is_low_bit(state) else None
+
+    def _change(self, name: str, old: Tensor, gradient: Tensor, moments: AdamMoments | None) -> Tensor | None:
+        """Return the step of a weight's sample by the formulas of the optimizer; None where it is not known."""
         group, state = self._groups[name], self._optimizer.state.get(self._all[name], {})
         rate, decay = float(group["lr"]), float(group.get("weight_decay") or 0.0)
         if self._preconditioner.kind == "sgd":
             buffer = state.get("momentum_buffer")
+            gradient = gradient / float(getattr(self._optimizer, "grad_scale", None) or 1.0)  # in float16, fused
             return -rate * (gradient + decay * old if buffer is None else _sample(buffer))
-        if "exp_avg_sq" not in state:
+        if self._preconditioner.kind == "adafactor":
+            return self._adafactor_change(name, old, gradient)
+        if not has_moments(state) or (is_low_bit(state) and group.get("amsgrad")):
             return None
-        count = float(state["step"])
-        first = _sample(state["exp_avg"]) / (1.0 - float(group["betas"][0]) ** count)
-        second = _sample(state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"])
-        second = second / (1.0 - float(group["betas"][1]) ** count)
-        return -rate * (decay * old + first / (second.sqrt() + group["eps"]))
+        if is_low_bit(state):
+            zeros = torch.zeros_like(gradient)
+            moments = (moments or AdamMoments(zeros, zeros, 0.0)).after(gradient, group)
+        else:
+            moments = _sampled(adam_moments(state, group, exact=True))
+        return -rate * (decay * old + moments.step(group))
+
+    def _adafactor_change(self, name: str, old: Tensor, gradient: Tensor) -> Tensor | None:
+        weight, group = self._all[name], self._groups[name]
+        state, rate, decay = self._optimizer.state.get(weight, {}), float(group["lr"]), float(group["weight_decay"])
+        if "step" not in state or weight.grad is None:
+            return None
+        if group["beta1"] is not None:  # moving average of steps, their rates included
+            return -rate * decay * old - _sample(state["exp_avg"])
+        root = inverse_root(state)
+        update = _sample(root) * gradient * float(clipping_factor(weight.grad, root, group))
+        return -rate * (decay * old + update)
 
 
 class LoopChecks:
     """All comparisons of values in a training loop: at the first step a mismatch is refused, later it is noted.
+
+    Under several processes a mismatch that one of them sees before its first step is kept until the optimizer is
+    called, which every process does, and refused on all of them there: none waits for another that has gone.
 
     Args:
         loss (`LossCheck`): of losses and logits.
         step (`StepCheck`): of optimizer steps.
         guard (`Guard`): knows whether training has begun.
         note (`Callable`): is given each later mismatch.
+        ranks (`Ranks`, *optional*): the processes of the run.
     """
 
-    def __init__(self, loss: LossCheck, step: StepCheck, guard: Guard, note: Callable[[str], None]):
+    def __init__(
+        self,
+        loss: LossCheck,
+        step: StepCheck,
+        guard: Guard,
+        note: Callable[[str], None],
+        ranks: Ranks = SINGLE_PROCESS,
+    ):
         self.loss, self.step, self._guard, self._note = loss, step, guard, note
+        self._ranks, self._together = ranks, ranks.size == 1
+        self._kept: str | None = None
         loss.report = self.report
         self.count, self.changed = 0, False
         self._undecided = _MOST_UNDECIDED
@@ -176,32 +223,54 @@ class LoopChecks:
             self.loss.value(micro, batch, output)
 
     def before_step(self, clip: Any, scale: float) -> None:
-        """Compare, right before the optimizer's step, everything that led to its gradients."""
-        if not self.changed:
-            message = self.step.settings()
-            self.changed = message is not None
-            self.report(message)
-        if self.active:
-            self.loss.logits()
-            self.report(self.step.gradients(min(1.0, float(clip)), scale))
+        """Compare, right before the optimizer's step, all that led to its gradients; collective at the first."""
+        with self._on_all_ranks():
+            if not self.changed:
+                message = self.step.settings()
+                self.changed = message is not None
+                self.report(message)
+            if self.active:
+                self.loss.logits()
+                self.report(self.step.gradients(min(1.0, float(clip)), scale))
 
     def after_step(self) -> None:
-        """Compare the step that was just taken."""
-        if self.active:
-            self.report(self.step.step())
+        """Compare the step that was just taken; collective at the first."""
+        with self._on_all_ranks():
+            if self.active:
+                self.report(self.step.step())
+        self.step.record_update_clipping()
         self.loss.forget()
         self.count += 1
+
+    @contextmanager
+    def _on_all_ranks(self) -> Iterator[None]:
+        """Raise on all ranks, until training has begun, what one of them reports in the block or has kept."""
+        if self._guard.training or self._ranks.size == 1:
+            yield
+            return
+        self._together = True
+        try:
+            with self._ranks.raise_on_all_ranks():
+                kept, self._kept = self._kept, None
+                self.report(kept)
+                yield
+        finally:
+            self._together = False
 
     def report(self, message: str | None) -> None:
         """Refuse a mismatch before training has begun, and pass it on later.
 
         Raises:
-            UnsupportedError: training has not begun.
+            UnsupportedError: training has not begun; under several processes, where all of them are.
         """
-        if message is not None and not self._guard.training:
-            raise UnsupportedError(message)
-        if message is not None:
+        if message is None:
+            return
+        if self._guard.training:
             self._note(f"step {self.count + 1}: {message}")
+        elif self._together:
+            raise UnsupportedError(message)
+        else:
+            self._kept = self._kept or message
 
     def _arrived(self, name: str) -> None:
         if self.active:
@@ -230,6 +299,10 @@ def _sample(tensor: Tensor) -> Tensor:
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     flat = local.detach().reshape(-1)
     return flat[:: max(1, len(flat) // _COMPONENTS)][:_COMPONENTS].to(torch.float64, copy=True)
+
+
+def _sampled(moments: AdamMoments) -> AdamMoments:
+    return AdamMoments(_sample(moments.first), _sample(moments.second), moments.steps)
 
 
 def _distance(actual: Tensor, expected: Tensor) -> float:

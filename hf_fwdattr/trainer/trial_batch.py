@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from ..errors import AttributionError, NumericalError, UnsupportedError
 from ..gradients.per_sample import PerSampleGradients
 from ..gradients.predictor import GradientPredictor
 from ..models.fsdp import is_shard, is_sharded
+from ..models.likelihood import Batch
 from ..models.modes import frozen
 from .build_context import BuildContext
 from .columns import texts_of
@@ -109,31 +111,56 @@ def _check_gradients(context: BuildContext, indices: list[int]) -> None:
         UnsupportedError: a row's gradient depends on the rows beside it, padding included.
     """
     gradients = PerSampleGradients(context.model, context.parameters, context.objective)
-    together, _ = gradients(context.rows.batch(indices))
+    batch = context.rows.batch(indices)
+    together, _ = gradients(batch)
     if len(indices) == 1 or gradients.is_half or context.rows.batch_size == 1:
         return
-    for row, index in enumerate(indices):
-        batch = context.rows.batch([index])
-        alone = gradients(batch)[0][0]
-        scale = max(float(alone.norm()), float(together[row].norm()))
-        difference = float((together[row] - alone).norm()) / max(scale, 1e-12)
-        if difference > _TOLERANCE[alone.dtype] and scale > 1e-9:
+    alone = torch.stack([gradients(context.rows.batch([index]))[0][0] for index in indices])
+    differences = _differences(together, alone)
+    for index, difference in zip(indices, differences.tolist(), strict=True):
+        if difference > _TOLERANCE[alone.dtype]:
             raise UnsupportedError(
                 f"row {index}: its gradient in a batch of {len(indices)} rows differs from its gradient alone by "
-                f"{difference:.1%}, so it depends on the rows beside it. Padding moves it (padding on the left with "
-                "learned positions or with a label on a row's first token, or padding without an attention_mask), or "
-                f"rows influence each other. {_padding_cure(context, indices)}"
+                f"{difference:.1%}, so it depends on the rows beside it. Padding moves it (on the left with learned "
+                "positions or with a label on a row's first token, on the right where the last token is read, or "
+                f"without an attention_mask), or rows influence each other. {_padding_cure(batch, gradients, alone)}"
             )
 
 
-def _padding_cure(context: BuildContext, indices: list[int]) -> str:
-    """Return the cure for rows that padding changes."""
-    mask = context.rows.batch(indices).get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask[:, 0] == 0).any()):
-        return "Pad on the right: tokenizer.padding_side='right'"
+def _differences(one: Tensor, other: Tensor) -> Tensor:
+    """Return the distance of each row's two gradients relative to the larger, (rows,); 0 where both are nothing."""
+    scales = torch.maximum(one.norm(dim=1), other.norm(dim=1))
+    return (one - other).norm(dim=1) / scales.clamp(min=1e-12) * (scales > 1e-9)
+
+
+def _padding_cure(batch: Batch, gradients: PerSampleGradients, alone: Tensor) -> str:
+    """Return a cure for rows that padding changes, tried on this batch.
+
+    Args:
+        batch (`dict`): the rows as they were collated.
+        gradients (`PerSampleGradients`): of the model.
+        alone (`Tensor`): (rows, P) gradients of the rows without padding.
+    """
+    mask, tolerance = batch.get("attention_mask"), _TOLERANCE[alone.dtype]
     if mask is None:
         return "Use a collator that returns an attention_mask, or pad all rows to one length"
-    return "Pad all rows to one length, or train and respond with batch_size=1"
+    for side in ("right", "left") if mask.ndim == 2 else ():
+        moved = {name: _moved(value, mask, side) for name, value in batch.items()}
+        if float(_differences(gradients(moved)[0], alone).max()) <= tolerance:
+            return f"Pad on the {side}: tokenizer.padding_side={side!r}"
+    single = [{name: value[row : row + 1] for name, value in batch.items()} for row in range(len(alone))]
+    padded = torch.stack([gradients(one)[0][0] for one in single])
+    if float(_differences(gradients(batch)[0], padded).max()) <= tolerance:
+        return "Pad all rows to one length, or train and respond with batch_size=1"
+    return "Train and respond with batch_size=1"
+
+
+def _moved(value: Any, mask: Tensor, side: str) -> Any:
+    """Return a tensor of tokens (rows, tokens, ...) with its padding on one side; anything else as it is."""
+    if not isinstance(value, Tensor) or value.shape[:2] != mask.shape:
+        return value
+    order = (mask != 0).to(torch.int8).argsort(dim=1, stable=True, descending=side == "right")
+    return torch.stack([row[positions] for row, positions in zip(value, order, strict=True)])
 
 
 def _check_predictor(context: BuildContext, indices: list[int]) -> None:

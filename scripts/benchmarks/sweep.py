@@ -39,7 +39,9 @@ VERDICTS = ("right", "refused", "wrong", "late", "crash", "untrainable", "not bu
 _ROWS, _QUERIES, _SECONDS, _IGNORED = 8, 3, 120, -100
 # Learning rates, the next where a score differs with one: a step may bend too much, or drown in float32's rounding.
 _RATES = (2e-4, 1e-5, 2e-3, 2e-2, 0.1)
-_MOVE = 2e-4  # nats by which a query's loss changes between the two sides of a difference, about
+# Nats by which the most moved query's loss changes between the two sides of a difference, about. The others go as far:
+# one that hardly moves would else be taken so far that experts change, and the difference is no derivative there.
+_MOVE = 1e-3
 _ATTENTION = (
     "q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "query_key_value", "c_attn", "qkv_proj", "Wqkv", "in_proj",
     "q", "v", "q_b_proj", "kv_b_proj", "query_proj", "value_proj", "W_pack", "qkv", "x_proj", "key_value", "c_proj",
@@ -146,27 +148,30 @@ def _expected(
     live = dict(model.named_parameters())
     moved = [live[name] for name in parameters.live]
     changes = [(live[name].detach() - before[name]).double() for name in parameters.live]
-    added = []
-    for row in range(_QUERIES):
-        single = {key: value[row : row + 1] for key, value in query.items()}
-        # The first label is masked, so that a loss counts the same tokens whether or not it shifts labels.
-        tokens = 1 if kind == "classifier" else int((single["labels"] != _IGNORED).sum())
+    singles = [{key: value[row : row + 1] for key, value in query.items()} for row in range(_QUERIES)]
+    # The first label is masked, so that a loss counts the same tokens whether or not it shifts labels.
+    tokens = [1 if kind == "classifier" else int((one["labels"] != _IGNORED).sum()) for one in singles]
+    derivatives = []
+    for single, count in zip(singles, tokens, strict=True):
         with _requiring_gradients(moved):
-            gradients = torch.autograd.grad(model(**single).loss * tokens, moved, allow_unused=True)
+            gradients = torch.autograd.grad(model(**single).loss * count, moved, allow_unused=True)
         pairs = [(c, g.double()) for c, g in zip(changes, gradients, strict=True) if g is not None]
-        derivative = sum(float((change * gradient).sum()) for change, gradient in pairs)
-        added.append(
-            -(_difference(model, single, moved, changes, derivative) * tokens if by_difference else derivative)
-        )
-    return torch.tensor(added, dtype=torch.float64)
+        derivatives.append(sum(float((change * gradient).sum()) for change, gradient in pairs))
+    if by_difference:
+        factor = _MOVE / max(1e-9, *(abs(derivative) for derivative in derivatives))
+        derivatives = [
+            _difference(model, single, moved, changes, factor) * count
+            for single, count in zip(singles, tokens, strict=True)
+        ]
+    return -torch.tensor(derivatives, dtype=torch.float64)
 
 
 @torch.no_grad()
 def _difference(
-    model: nn.Module, single: dict[str, Tensor], moved: list[nn.Parameter], changes: list[Tensor], derivative: float
+    model: nn.Module, single: dict[str, Tensor], moved: list[nn.Parameter], changes: list[Tensor], factor: float
 ) -> float:
-    """Return the central difference of the loss along the changes."""
-    factor, losses, kept = _MOVE / max(abs(derivative), 1e-9), [], [tensor.clone() for tensor in moved]
+    """Return the central difference of the loss along the changes, `factor` times as far on either side."""
+    losses, kept = [], [tensor.clone() for tensor in moved]
     for sign in (1, -1):
         for tensor, old, change in zip(moved, kept, changes, strict=True):
             tensor.copy_(old.double() + sign * factor * change)

@@ -303,3 +303,30 @@ def test_derivatives_that_are_not_finite_are_refused() -> None:
     directions[2, 5] = torch.nan
     with pytest.raises(NumericalError, match="not finite"):
         Backend(model, parameters).prepare(batch).jvp(directions)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3"])
+def test_what_is_not_kept_is_computed_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large matrices and attention weights are not kept between chunks; small ones give the same derivatives."""
+    model = adapted(KINDS[name]())
+    parameters, batch = TrackedParameters.of(model), padded(token_rows())
+    directions = random_directions(parameters, dtype=torch.float64)
+    kept = AnalyticJVP(model, parameters, CAUSAL_LM, batch).jvp(directions)
+    for module in ("linear", "attention"):
+        monkeypatch.setattr(f"hf_fwdattr.layers.{module}._KEPT", 0)
+    agree(AnalyticJVP(model, parameters, CAUSAL_LM, batch).jvp(directions), kept, 1e-10)
+
+
+def test_parts_of_a_model_are_found_anew_when_modules_change() -> None:
+    model = adapted(llama(torch.float32))
+    parameters, batch = TrackedParameters.of(model), padded(token_rows())
+    backend, directions = Backend(model, parameters), random_directions(parameters)
+    backend.prepare(batch)
+    parts = backend._parts
+    backend.prepare(batch)
+    assert backend._parts is parts
+    layer = model.get_base_model().model.layers[0]
+    layer.mlp.act_fn = nn.Tanh().eval()
+    derivatives = backend.prepare(batch).jvp(directions)
+    assert backend._parts is not parts
+    assert torch.equal(derivatives, AnalyticJVP(model, parameters, CAUSAL_LM, batch).jvp(directions))

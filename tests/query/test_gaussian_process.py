@@ -114,3 +114,14 @@ def test_zero_variances_change_nothing() -> None:
     candidates = CandidateScores(GaussianProcess(torch.zeros(2)), torch.ones(3), torch.ones(3, 2), torch.zeros(3))
     candidates.observe_rows(torch.tensor([1]), torch.tensor([7.0]))
     assert torch.equal(candidates.mean(), torch.ones(3, dtype=torch.float64))
+
+
+def test_narrowed_candidates_learn_with_the_others() -> None:
+    world = World()
+    candidates, rows = world.candidates(), torch.tensor([1, 3, 6, 8])
+    narrowed = candidates.narrowed(rows)
+    narrowed.observe_rows(torch.tensor([0, 1]), world.scores[rows[:2]])
+    alone = world.candidates()
+    alone.observe_rows(rows[:2], world.scores[rows[:2]])
+    agree(candidates.mean(), alone.mean(), 1e-12)
+    agree(narrowed.std(), alone.std()[rows], 1e-12)

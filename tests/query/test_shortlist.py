@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hf_fwdattr.query.gaussian_process import CandidateScores, GaussianProcess
-from hf_fwdattr.query.shortlist import MOST, TURNS, refine
+from hf_fwdattr.query.shortlist import MOST, TURNS, _shares, refine
 
 
 ROWS = 300
@@ -128,3 +128,25 @@ def test_two_thirds_of_the_rows_read_are_proponents() -> None:
     result = refine(world.coarse, None, 5, 36, world.read)
     expected = torch.cat([world.coarse.topk(24).indices, (-world.coarse).topk(12).indices])
     assert torch.equal(result.row_indices, expected.sort().values)
+
+
+def test_side_that_is_uncertain_gets_more_rows() -> None:
+    """Proponents that are known leave their turns to opponents; the least of either side is read in any case."""
+    scores = torch.cat([torch.arange(60, 50, -1), torch.zeros(80), -torch.ones(60)]).double()
+    std = torch.cat([torch.full((90,), 1e-3), torch.full((60,), 2.0)]).double()
+    unread = torch.ones(150, dtype=torch.bool)
+    unread[:10] = False  # the ten best are known
+    assert _shares(scores, std, unread, 10, 30, [0, 0]) == [0, 30]
+    assert _shares(scores, std, unread, 10, 30, [4, 0]) == [4, 26]
+    assert _shares(-scores, std, unread, 10, 30, [0, 4]) == [26, 4]
+
+
+def test_proponents_come_first_where_chances_are_equal() -> None:
+    generator = torch.Generator().manual_seed(0)
+    half = torch.rand(200, generator=generator, dtype=torch.float64)
+    scores, std = torch.cat([half, -half]), torch.full((400,), 0.1, dtype=torch.float64)
+    unread = torch.ones(400, dtype=torch.bool)
+    assert _shares(scores, std, unread, 10, 20, [0, 0]) == [20, 0]
+    proponents, opponents = _shares(scores, std, unread, 10, 120, [0, 0])
+    assert proponents + opponents == 120
+    assert proponents > opponents > 20

@@ -61,7 +61,8 @@ class Interrupt:
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> None:
         code = frame.f_code
-        if event != "call" or not code.co_filename.startswith(PACKAGE) or code.co_name in ("__exit__", "<genexpr>"):
+        tidying = code.co_name in ("__exit__", "<genexpr>", "uninterrupted")
+        if event != "call" or not code.co_filename.startswith(PACKAGE) or tidying:
             return
         name = f"{code.co_filename.removeprefix(PACKAGE)}:{code.co_qualname}"
         self.counts[name] += 1

@@ -12,6 +12,7 @@ from hf_fwdattr.errors import MismatchError, NumericalError, QueryError, Unsuppo
 from hf_fwdattr.gradients.predictor import GradientPredictor
 from hf_fwdattr.jvp.backend import Backend, PreparedBatch
 from hf_fwdattr.models.likelihood import CAUSAL_LM
+from hf_fwdattr.query.row_codes import HeldRowCodes
 from hf_fwdattr.query.scorer import Scorer
 from tests.helpers.cases import adapted, padded
 from tests.helpers.reference import agree, row_gradient
@@ -311,3 +312,55 @@ def test_inactive_adapters_are_refused_by_the_predictor(tmp_path: Path) -> None:
     assert inactive
     assert all(bool((value == 0).all()) for value in inactive)
     assert bool((predicted != 0).any())
+
+
+def test_one_pass_serves_the_prediction_and_the_derivatives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, bank = tune(tmp_path, directions=3)
+    scorer, passes, record = Scorer(bank, model), list[int](), GradientPredictor._record
+
+    def counted(predictor: GradientPredictor, *given: Any) -> Any:
+        passes.append(1)
+        return record(predictor, *given)
+
+    monkeypatch.setattr(GradientPredictor, "_record", counted)
+    stage = scorer._two_stage._first_stage(queries()[0], 2)
+    assert not passes
+    assert stage.gradient is not None
+    agree(stage.gradient, scorer.predicted_gradients(queries(1)), 1e-6)
+    assert len(passes) == 1
+    prepared: Any = stage.prepared
+    assert prepared.take_recorded() is None  # its memory is free
+    by_torch = Scorer(bank, model, readout="jvp")._two_stage._first_stage(queries()[0], 2)
+    assert len(passes) == 2
+    assert by_torch.gradient is not None
+    agree(by_torch.gradient, stage.gradient, 1e-6)
+
+
+def test_products_with_mapped_codes_are_those_of_all_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, bank = tune(tmp_path, directions=3)
+    monkeypatch.setattr("hf_fwdattr.query.row_codes._HELD", 0)
+    held, vectors = HeldRowCodes(bank), torch.randn(2, bank.manifest.size, generator=torch.Generator().manual_seed(0))
+    expected = vectors.double() @ responses(bank).T
+    for rows in (torch.arange(ROWS), torch.tensor([1, 4, ROWS - 1])):
+        agree(held.products(vectors, rows), expected[:, rows], 1e-5)
+    monkeypatch.setattr(ResponseBank, "codes_of", None)  # they are not copied
+    agree(held.products(vectors, torch.tensor([2])), expected[:, [2]], 1e-5)
+
+
+def test_likely_candidates_alone_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others keep the estimate of their codes, improved by what was read."""
+    for name in ("_LIKELY", "_CANDIDATES_PER_ROW", "_CANDIDATES_PER_NAME"):
+        monkeypatch.setattr(f"hf_fwdattr.query.two_stage.{name}", 1)
+    model, bank = tune(tmp_path, directions=3)
+    scorer = Scorer(bank, model)
+    stage = scorer._two_stage._first_stage(queries()[0], 2)
+    estimated = scorer._two_stage._candidate_scores(stage, torch.arange(ROWS))
+    means, stds = estimated.mean(), estimated.std()
+    likely = scorer._two_stage._likely(estimated, 1, 6)
+    sides = [(side * means + stds).topk(3).indices.tolist() for side in (1.0, -1.0)]
+    assert set(likely.tolist()) == set(sides[0] + sides[1])
+    ranking = scorer.rank(queries()[0], 1, 9)
+    named = torch.cat([ranking.proponents.row_indices, ranking.opponents.row_indices])
+    assert set(named.tolist()) <= set(likely.tolist())
+    truth = scorer.row_scores(queries()[0], range(ROWS))
+    assert float((ranking.scores - truth).norm()) < float((means - truth).norm())

@@ -15,7 +15,6 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from datasets import Dataset
@@ -26,22 +25,31 @@ from hf_fwdattr.evaluation.cost import Cost, cost
 from hf_fwdattr.jvp.backend import READOUT_OPTIONS
 from hf_fwdattr.models.likelihood import CAUSAL_LM
 from hf_fwdattr.query.scorer import Scorer
-from hf_fwdattr.trainer.fit_predictor import PredictorFit
 
 from ..loop_share import loop_shares
+from ..meters import Phases
 from ..methods.bank import attributed_run
 from ..registry import load_world
 from ..report.results import report, result_name
 from ..world import World
 
 
+PHASES = {
+    "curvature": "hf_fwdattr.response.passes:Passes.measure_curvature",
+    "responses": "hf_fwdattr.response.passes:Passes.respond",
+    "gradients at the end": "hf_fwdattr.response.passes:Passes.read_gradients",
+    "gradient predictor": "hf_fwdattr.trainer.fit_predictor:PredictorFit.__call__",
+    "directions": "hf_fwdattr.response.assembly:factorize",
+    "coordinates and codes": "hf_fwdattr.response.assembly:_RowStream.respond",
+    "hashes, texts and files": "hf_fwdattr.trainer.build:bank_contents",
+}
 SAMPLES = {"sample_rows": 480, "curvature_samples": 480}  # the same whatever the number of rows
 
 
 def run(
     world: str = "lora-news", pairs: int = 3, directions: int = 128, segments: int = 3, parameters: str = "lora",
     rows: int = 0, epochs: int = 3, memory: bool = False, peaks: tuple[int, ...] = (), measure: tuple[str, ...] = (),
-    loop: int = 0,
+    loop: int = 0, capture: str = "auto",
 ) -> None:  # fmt: skip
     """Time the training and the queries of a world, or of so many rows of 64 random tokens in place of its own."""
     started, chosen = time.time(), load_world(world)
@@ -52,7 +60,9 @@ def run(
         lines = [{"rows": n, "peak of the passes, MiB": round(peak_of(world, "passes", n))} for n in peaks]
         report("cost_peaks", "Peak memory of the passes by number of rows", lines, started)
         return
-    settings: dict[str, Any] = {"parameters": parameters, "directions": directions, "segments": segments}
+    settings: dict[str, Any] = {
+        "parameters": parameters, "directions": directions, "segments": segments, "capture": capture
+    }  # fmt: skip
     if loop:
         table = loop_shares(chosen, loop, pairs, {"source_column": chosen.source_column} | settings)
         report(result_name("cost_loop", world), f"{world}: time before the first step and in the loop", table, started)
@@ -94,32 +104,29 @@ def train(world: World, callbacks: list[TrainerCallback], **changes: Any) -> tup
 
 
 def training_ratios(world: World, pairs: int, epochs: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return ratios of paired runs with and without the callback: of the loop, and of all after it in epochs."""
-    fit, spent = PredictorFit.__call__, [0.0]
-
-    def timed(*given: Any) -> Any:
-        began = time.process_time()
-        found = fit(*given)
-        spent[0] = time.process_time() - began
-        return found
-
+    """Return ratios of paired runs with and without the callback, against the training alone: whole, and by phase."""
     train(world, [], max_steps=2)  # warm up
-    found: list[tuple[float, ...]] = []  # loop, passes, fit of the predictor, seconds of an epoch
-    with mock.patch.object(PredictorFit, "__call__", timed):
-        for _ in range(pairs):
-            plain, _ = train(world, [], num_train_epochs=epochs)
-            callback = ResponseCallback(ResponseConfig(quiet=True, **(world.bank | settings)))
+    found: list[tuple[float, ...]] = []  # all, loop, passes in shares of the training; seconds of the training
+    spent: dict[str, list[float]] = {}
+    for _ in range(pairs):
+        phases = Phases(PHASES)
+        plain, _ = train(world, [], num_train_epochs=epochs)
+        callback = ResponseCallback(ResponseConfig(quiet=True, **(world.bank | settings)))
+        with phases.measured():
             loop, total = train(world, [callback], num_train_epochs=epochs)
-            epoch = plain / epochs
-            found.append((loop / plain, (total - loop) / epoch, spent[0] / epoch, epoch))
-            print("loop {:.3f}, passes {:.2f} epochs, of which {:.2f}; {:.1f} s".format(*found[-1]), flush=True)
-    loops, passes, fits, seconds = zip(*found, strict=True)
-    epoch = statistics.median(seconds)
-    return [
-        _line("training loop with the callback, against without", loops, epochs * epoch),
-        _line("the passes and all after training, in epochs of training", passes, statistics.median(passes) * epoch),
-        _line("of that, the gradient predictor", fits, statistics.median(fits) * epoch),
-    ]
+        found.append((total / plain, loop / plain, (total - loop) / plain, plain))
+        for label, seconds in phases.seconds.items():
+            spent.setdefault(label, []).append(seconds / plain)
+        print("training and bank {:.2f}, loop {:.3f}, passes {:.2f}; {:.1f} s".format(*found[-1]), flush=True)
+    totals, loops, passes, seconds = zip(*found, strict=True)
+    training = statistics.median(seconds)
+    lines = {
+        "training and bank, against the training": totals,
+        "training loop with the callback": loops,
+        "the passes and all after training": passes,
+    }
+    lines |= {f"of that, {label}": values for label, values in spent.items()}
+    return [_line(label, values, statistics.median(values) * training) for label, values in lines.items()]
 
 
 def query_ratios(world: World, directions: int, settings: dict[str, Any], facts: dict[str, Any]) -> list[dict]:
