@@ -32,15 +32,15 @@ class ResponseConfig(BaseModel):
     Linear weight, or where there is none all that is trained), 'lora_B', 'lora', 'linear', 'trainable', or regular
     expressions on canonical names."""
     segments: AtLeastOne = 3
-    """Number of pieces into which the run is cut, each with one gradient per row and one curvature; each costs two
-    passes over the rows. More for a long run or one whose learning rate changes much."""
+    """Number of pieces into which the run is cut, each with one curvature, and without capture one gradient per row
+    that it saw. More for a long run or one whose learning rate changes much."""
     directions: Literal["exact"] | AtLeastOne | Share = 128
     """Number of directions that span the responses; or, as a float below 1, the share of the variance of held-out
     scores to explain; or 'exact' for every tracked weight or row. More when a warning says that they explain too
     little."""
     curvature_samples: NotNegative | None = None
-    """Gradients with sampled labels per segment, for the Gauss-Newton matrix; None: one per row, at most 4096.
-    Fewer make the passes shorter and the curvature noisier."""
+    """Gradients with sampled labels per segment, for the Gauss-Newton matrix; None: one per row, at most 512. More
+    make scores of early steps closer, and the passes longer."""
     horizon: dict[str, float] | None = None
     """How long a row's effect is carried through training; None: along the recorded run. For a model without a
     record: {'steps': K, 'step_size': eta, 'damping': lambda} at the final weights, where 'steps' may be infinite."""
@@ -62,7 +62,7 @@ class ResponseConfig(BaseModel):
     bits a number where they are not."""
     batch_size: AtLeastOne = 16
     """Rows per forward and backward pass. Fewer when memory runs out; scores do not depend on it."""
-    sample_rows: AtLeastOne = 2048
+    sample_rows: AtLeastOne = 1024
     """Number of rows from whose responses the directions are computed; all, if there are fewer. Their gradients are
     held in memory, or on disk beyond memory_budget."""
     source_directions: NotNegative = 64

@@ -21,7 +21,7 @@ Predict = Callable[[list[int], list[int]], Tensor | None]
 """Fits a gradient predictor on rows, and returns its gradients (n, own columns) of other rows; None if there is none.
 
 It is called by all ranks, with the model at the weights for queries."""
-_MAX_CURVATURE = 4096  # samples per segment unless more are asked for
+_MAX_CURVATURE = 512  # samples per segment unless more are asked for
 _MAX_EXACT = 16384  # directions of an exact bank
 _FIT_ROWS = 512  # rows to fit a predictor on, at most: some dozens of tokens a row against d^2 numbers a projection
 _HELD_OUT_ROWS = 32  # rows to judge the fit on, at most

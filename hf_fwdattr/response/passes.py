@@ -33,7 +33,7 @@ class PassSettings:
 
     Attributes:
         directions (`int`, `float` or `str`): k, an explained variance below 1, or `exact`.
-        curvature_samples (`int`, *optional*): M per segment; by default one per row trained on, at most 4096.
+        curvature_samples (`int`, *optional*): M per segment; by default one per row trained on, at most 512.
         sample_rows (`int`): m, rows from which the directions are found.
         code_bits (`int`): bits of a number in row codes; 0 keeps none.
         averaging (`str`): `none` or `trajectory`; see `averaging`.
@@ -43,7 +43,7 @@ class PassSettings:
 
     directions: int | float | str = 128
     curvature_samples: int | None = None
-    sample_rows: int = 2048
+    sample_rows: int = 1024
     code_bits: int = 0
     averaging: str = "none"
     smoothing: float = 0.0

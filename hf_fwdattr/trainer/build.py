@@ -19,6 +19,7 @@ from ..config import ResponseConfig
 from ..errors import MismatchError, NumericalError, UnsupportedError
 from ..gradients.per_sample import refuse_unhooked_shards
 from ..models.compat import refuse_silent_backward
+from ..models.interrupts import uninterrupted
 from ..models.likelihood import IGNORED
 from ..models.modes import frozen, refuse_batch_statistics
 from ..models.names import base_model
@@ -175,8 +176,9 @@ def respond(
                         writer.finish(bank_contents(context, record, passes, responses, fingerprint, predictor))
             return ResponseBank(folder, verify=False)
     finally:
-        _restore(model, parameters, weights)
-        torch.set_rng_state(random_state)
+        with uninterrupted():
+            _restore(model, parameters, weights)
+            torch.set_rng_state(random_state)
 
 
 def _passes(

@@ -27,6 +27,8 @@ from typing import Any
 
 from transformers import Trainer
 
+from ..models.interrupts import uninterrupted
+
 
 __all__ = ["Patches", "TrainCall", "find_train_call"]
 
@@ -51,8 +53,9 @@ class Patches:
 
     def undo(self) -> None:
         """Leave every object as it was found; a second call does nothing."""
-        while self._undo:
-            self._undo.pop()()
+        with uninterrupted():
+            while self._undo:
+                self._undo.pop()()
 
 
 def _restore(target: Any, name: str, old: Any) -> None:

@@ -119,7 +119,6 @@ class ResponseRecorder:
         context = self._context(rows, loader.collate_fn, original)
         self.capture = TrainingCapture(context, self.record, model, weighed=self.preconditioner.kind != "sgd")
         self.capture.rows_per_step = planned_rows(accelerator, loader, self.ranks.size)
-        self._captured: Path | None = None
         self._attach(model, loader)
         self._pending: list[OptimizerStep] = []
         self._rate: float | None = None
@@ -127,6 +126,7 @@ class ResponseRecorder:
         self._loss_scale = 1.0
         self._merged, self._count = len(self.record.rates), self.record.taken
         self._moved, self._owes_snapshot = any(self.record.rates), False
+        self._captured: Path | None = None
         self._began, self._seconds, self._visits = time.perf_counter(), 0.0, 0
 
     def _attach(self, model: nn.Module, loader: Any) -> None:
@@ -134,21 +134,20 @@ class ResponseRecorder:
         self._processes = 1 if self._accelerator is None else self._accelerator.num_processes
         self._patches, self._row_patches, self.guard = Patches(), Patches(), Guard()
         objective, tracked = resolve_objective(self.model, self.config.objective), self.parameters.tensors(self.model)
-        step_check = StepCheck(
-            self._optimizer, self.preconditioner, dict(zip(self.parameters.names, tracked, strict=True))
-        )
-        self.checks = LoopChecks(LossCheck(self.model, objective), step_check, self.guard, self._note)
+        named = dict(zip(self.parameters.names, tracked, strict=True))
+        step_check = StepCheck(self._optimizer, self.preconditioner, named)
+        self.checks = LoopChecks(LossCheck(self.model, objective), step_check, self.guard, self._note, self.ranks)
         self.batches = BatchRecorder(
-            model, loader, self._row_patches, objective.shifts_labels,
-            self.config.row_id_column, self.checks, self.guard, self.capture,
+            model, loader, self._row_patches, objective.shifts_labels, self.config.row_id_column, self.checks,
+            self.guard, self.capture,
         )  # fmt: skip
         self._patches.hook(*self.capture.handles)
         self._clipping: ClippingRecorder | None = None
         if self._accelerator is not None:
             self._clipping = ClippingRecorder(self._accelerator, tracked, self._patches, self.guard)
         self.checks.attach(self._accelerator, self._processes, self._patches)
-        self._patches.hook(self._optimizer.register_step_pre_hook(self._before_step))
-        self._patches.hook(self._optimizer.register_step_post_hook(self._after_step))
+        before, after = self._optimizer.register_step_pre_hook, self._optimizer.register_step_post_hook
+        self._patches.hook(before(self._before_step), after(self._after_step))
 
     def _note(self, message: str) -> None:
         """Note and warn of what the checks found after the first step."""
@@ -216,7 +215,7 @@ class ResponseRecorder:
         skipped = loop is not None and loop.sync_gradients and loop.optimizer_step_was_skipped
         if self._rate is None and not skipped:
             return
-        self._moved |= self._rate is not None
+        self._moved |= bool(self._rate)
         self._count += 1
         with self.guard():
             if self.guard.error is None:
