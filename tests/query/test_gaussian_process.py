@@ -114,3 +114,19 @@ def test_zero_variances_change_nothing() -> None:
     candidates = CandidateScores(GaussianProcess(torch.zeros(2)), torch.ones(3), torch.ones(3, 2), torch.zeros(3))
     candidates.observe_rows(torch.tensor([1]), torch.tensor([7.0]))
     assert torch.equal(candidates.mean(), torch.ones(3, dtype=torch.float64))
+
+
+def test_expected_derivatives_are_the_mean_before_any_observation() -> None:
+    """As a process of mean zero over what remains of the scores beyond the expected ones."""
+    world = World()
+    expected = torch.arange(K).double() - 1.0
+    shifted = CandidateScores(
+        GaussianProcess(world.variances, expected), world.predicted, world.coordinates, world.own
+    )
+    agree(shifted.mean(), world.predicted + world.coordinates @ expected, 1e-12)
+    world.predicted = world.predicted + world.coordinates @ expected
+    plain = world.candidates()
+    for candidates in (shifted, plain):
+        candidates.observe_rows(OBSERVED, world.scores[OBSERVED])
+    agree(shifted.mean(), plain.mean(), 1e-9)
+    agree(shifted.std(), plain.std(), 1e-9)
