@@ -127,6 +127,16 @@ def truncated(folder: Path) -> None:
         file.truncate(shard(folder, "coordinates").stat().st_size - 1)
 
 
+def without_variances(folder: Path) -> None:
+    shard(folder, "derivative_regression").unlink()
+
+    def change(values: dict[str, Any]) -> None:
+        files = [file for file in values["files"] if file["kind"] != "derivative_regression"]
+        values.update(error_variances=[], regression_features=0, files=files)
+
+    edited(change)(folder)
+
+
 PICKLE = pickle.dumps({"directions": [[0.0] * P] * K}, protocol=4) + b"\0" * 400
 ENTRY = '{"directions":{"dtype":"F32","shape":[%s],"data_offsets":[0,%d]}}'
 BYTES = K * P * 4
@@ -200,7 +210,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "unknown bits of row codes": (put("row_code_bits", 3), "row_code_bits: Input should be 1, 2, 4 or 8"),
     "fewer variances": (put("error_variances", [1.0]), "1 error_variances do not fit 3 directions and 10 row codes"),
     "codes of exact directions": (put("exact", True), "row_codes=10 of rows that exact directions hold already"),
-    "no variances": (edited(lambda v: v.update(error_variances=[], regression_features=0)), "'outside'"),
+    "no variances": (without_variances, "'outside'"),
     "regression without variances": (put("error_variances", []), "5 regression_features without error_variances"),
     "undeclared regression": (put("regression_features", 0),
         "the shards hold 6 lines of derivative_regression and bank.json says 0"),
