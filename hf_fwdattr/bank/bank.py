@@ -293,6 +293,14 @@ class ResponseBank(BankFiles):
                 result |= {name: finite(shard.get_tensor(name).float(), file.name) for name in shard.keys()}  # noqa: SIM118
         return result
 
+    def derivative_regression(self) -> dict[str, Tensor]:
+        """Tensors of the regression of derivatives; empty without one. See `gradients.derivative_regression`."""
+        result: dict[str, Tensor] = {}
+        for file in self.manifest.files_of("derivative_regression"):
+            with open_shard(self.path(file)) as shard:
+                result |= {name: finite(shard.get_tensor(name), file.name) for name in shard.keys()}  # noqa: SIM118
+        return result
+
     @cached_property
     def code_weights(self) -> Tensor | None:
         """(P,) that the numbers of row codes were multiplied with; None without codes."""

@@ -3,7 +3,6 @@
 `SHARD_KINDS` is the one table of what a bank's shards hold: a new kind of shard is one more entry there.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -27,6 +26,7 @@ from .description import (
     Sha256,
     Strict,
 )  # fmt: skip
+from .hashing import checksum, sealed
 
 
 __all__ = [
@@ -50,18 +50,6 @@ def code_blocks(size: int) -> tuple[int, int]:
     longest = [length for length in lengths if filled[length] <= 1.05 * size]
     block = max(longest) if longest else min(lengths, key=lambda length: (filled[length], -length))
     return filled[block] // block, block
-
-
-def checksum(values: dict[str, Any]) -> str:
-    """Return the sha256 of a `bank.json`'s content: its values without `checksum`, keys sorted, no white space."""
-    content = {name: value for name, value in values.items() if name != "checksum"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def sealed(values: dict[str, Any]) -> bytes:
-    """Return the text of a `bank.json` with these values and their checksum."""
-    content = values | {"checksum": checksum(values)}
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 Shape = tuple[int | None, ...]  # None: any extent
@@ -107,9 +95,12 @@ class Manifest(_Document):
         predictor_missing (`str`): why a gradient predictor that was asked for is not kept.
         error_projections (`list[Parameter]`): matrices of the gradient predictor, from the error at the end of the
             model to that at a layer's output.
+        regression_features (`int`): features of a query's forward pass from which a regression tells what to expect of
+            its derivatives along the directions, beyond what the gradient predictor says; 0 without one.
+        regression_explained_variance (`float`): share of the variance of training rows' scores that both explain.
         error_variances (`list[float]`): mean squares of a query's derivatives along the directions, or of what the
-            gradient predictor leaves of them, which are uncorrelated between directions; empty where scores cannot be
-            estimated from few of them.
+            gradient predictor and the regression leave of them, which are taken as uncorrelated between directions;
+            empty where scores cannot be estimated from few of them.
         outside_variance, outside_error_variance (`float`): the same of derivatives along what is outside the
             directions, for each unit of its squared norm in the metric 1 / D: whole, and as the predictor leaves them.
         derivative_square (`float`): mean over queries of the squared derivatives along all directions together.
@@ -145,6 +136,8 @@ class Manifest(_Document):
     predictor_explained_variance: Annotated[float, Field(le=1, allow_inf_nan=False)] | None = None
     predictor_missing: str | None = None
     error_projections: list[Parameter] = []
+    regression_features: Count = 0
+    regression_explained_variance: Annotated[float, Field(le=1, allow_inf_nan=False)] | None = None
     error_variances: list[NonNegative] = []
     outside_variance: NonNegative = 0.0
     outside_error_variance: NonNegative = 0.0
@@ -189,6 +182,8 @@ class Manifest(_Document):
                 f"{len(self.error_variances)} error_variances do not fit {self.directions} directions and "
                 f"{self.row_codes} row codes"
             )
+        if self.regression_features and not self.error_variances:
+            raise ValueError(f"{self.regression_features} regression_features without error_variances")
         if len(self.coordinate_scales) != (self.directions if self.coordinates_dtype == "int8" else 0):
             raise ValueError(
                 f"{len(self.coordinate_scales)} coordinate_scales do not fit {self.directions} directions and "
@@ -331,6 +326,13 @@ SHARD_KINDS = {
         lambda manifest, lines: {matrix.name: ("F16", tuple(matrix.shape)) for matrix in manifest.error_projections},
         lambda manifest: len(manifest.error_projections),
         count=len,
+    ),
+    # What to expect of a query's derivatives from centred and scaled features, the last of which is always 1.
+    "derivative_regression": ShardKind(
+        lambda manifest, lines: {
+            "weights": ("BF16", (lines, manifest.directions)), "means": ("F32", (lines,)), "scales": ("F32", (lines,)),
+        },
+        lambda manifest: manifest.regression_features + (manifest.regression_features > 0),
     ),
     # Weights at which queries are evaluated, with averaging="trajectory".
     "averaged_weights": ShardKind(

@@ -38,7 +38,7 @@ class BankContents:
 
     Attributes:
         description (`dict`): the manifest's fields, except those that follow from the tensors: `files`, `row_codes`,
-            `error_projections`, `coordinate_scales`.
+            `error_projections`, `coordinate_scales`, `regression_features`.
         directions (`Sequence[Tensor]`): matrices (k_i, P) whose lines follow each other.
         coordinates (`Tensor`): (rows, k), or (rows, 1) where the directions are the rows themselves.
         row_ids, sources (`Tensor`): (rows,).
@@ -47,6 +47,7 @@ class BankContents:
         row_codes (`RowCodes`, *optional*): responses of every row, in order; or they were given to the writer before.
         outside (`Tensor`, *optional*): (rows,) norms of what is outside the directions, with `error_variances`.
         error_projections (`Mapping[str, Tensor]`): matrices of the gradient predictor by layer.
+        derivative_regression (`Mapping[str, Tensor]`): tensors of the regression of derivatives, by name.
         averaged_weights (`Tensor`, *optional*): (P,) at which queries are evaluated, with `averaging="trajectory"`.
     """
 
@@ -59,6 +60,7 @@ class BankContents:
     texts: Iterable[str] | None = None
     row_codes: RowCodes | None = None
     error_projections: Mapping[str, Tensor] = field(default_factory=dict)
+    derivative_regression: Mapping[str, Tensor] = field(default_factory=dict)
     outside: Tensor | None = None
     averaged_weights: Tensor | None = None
 
@@ -69,6 +71,7 @@ class BankContents:
             "row_codes": sum(file.lines for file in files if file.kind == "row_codes"), "files": files,
             "error_projections": matrices, "coordinate_scales": self._coordinate_scales.tolist(),
             "page_size": _page_size(files),
+            "regression_features": max(0, len(self.derivative_regression.get("weights", ())) - 1),
         }  # fmt: skip
         return Manifest.model_validate(self.description | derived)
 
@@ -82,6 +85,9 @@ class BankContents:
                 {name: finite(matrix.half(), f"the error projection of {name}")
                  for name, matrix in self.error_projections.items()}
             ]  # fmt: skip
+        if self.derivative_regression:
+            parts = self.derivative_regression.items()
+            yield "derivative_regression", [{name: finite(part, "a regression's number") for name, part in parts}]
         if self.averaged_weights is not None:
             weights = finite(self.averaged_weights.float(), "an averaged weight")
             yield "averaged_weights", [{"averaged_weights": weights}]

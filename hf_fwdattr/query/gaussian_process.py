@@ -24,10 +24,12 @@ class GaussianProcess:
 
     Args:
         variances (`Tensor`): (k,) prior variances; their scale does not matter, and is learnt from what is observed.
+        expected (`Tensor`, *optional*): (k,) prior means; zero by default.
     """
 
-    def __init__(self, variances: Tensor):
+    def __init__(self, variances: Tensor, expected: Tensor | None = None):
         self._variances = variances.double()
+        self._expected = torch.zeros_like(self._variances) if expected is None else expected.double()
         self._weights = torch.zeros(0, len(variances), dtype=torch.float64)
         self._residuals, self._own = (torch.zeros(0, dtype=torch.float64) for _ in range(2))
 
@@ -45,16 +47,16 @@ class GaussianProcess:
             own (`Tensor`): (n,) prior variances of the parts outside the directions.
         """
         self._weights = torch.cat([self._weights, weights.double()])
-        self._residuals = torch.cat([self._residuals, residuals.double()])
+        self._residuals = torch.cat([self._residuals, residuals.double() - weights.double() @ self._expected])
         self._own = torch.cat([self._own, own.double()])
 
     def mean(self) -> Tensor:
         """Return the posterior mean of what remains along the directions: (k,), float64."""
         factor = self._factor()
         if factor is None:
-            return torch.zeros_like(self._variances)
+            return self._expected.clone()
         solved = torch.cholesky_solve(self._residuals[:, None], factor)[:, 0]
-        return self._variances * (solved @ self._weights)
+        return self._expected + self._variances * (solved @ self._weights)
 
     def std(self, coordinates: Tensor, own: Tensor) -> Tensor:
         """Return the posterior standard deviation of scores (n,), float64; infinite without observations.

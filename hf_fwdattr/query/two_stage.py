@@ -22,6 +22,7 @@ from ..jvp.backend import PreparedBatch
 from ..models.likelihood import CAUSAL_LM
 from .derivatives import QueryDerivatives
 from .direction_scorer import DirectionScorer
+from .expected_derivatives import ExpectedDerivatives
 from .gaussian_process import CandidateScores, GaussianProcess
 from .held_rows import HeldRows
 from .inputs import Query
@@ -77,6 +78,7 @@ class TwoStageScorer:
     def __init__(self, derivatives: QueryDerivatives, direction_scorer: DirectionScorer, progress: bool = False):
         self._derivatives, self._direction_scorer, self._progress = derivatives, direction_scorer, progress
         self._bank, self._held = derivatives.bank, HeldRows(derivatives.bank)
+        self._expected = ExpectedDerivatives(derivatives)
         self._codes = HeldRowCodes(self._bank) if self._bank.manifest.row_codes else None
 
     def attribute(self, query: Query, top_k: int, budget: int | Literal["adaptive"]) -> Attribution:
@@ -191,7 +193,7 @@ class TwoStageScorer:
             along = (gradient @ self._row_directions().T).double()[0]
         else:
             prepared = self._derivatives.prepare([query], two_stage=True)
-        process = GaussianProcess(variances)
+        process = GaussianProcess(variances, self._expected(query, gradient))
         if directions:
             values = prepared.jvp(self._derivatives.directions(slice(0, directions)))[0].double().sum(0).cpu()
             process.observe(torch.eye(directions, len(along)), values - along[:directions], torch.zeros(directions))

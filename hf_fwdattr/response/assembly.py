@@ -1,6 +1,7 @@
 """The assembly of directions, coordinates, row codes and source responses from the passes, exactly or at low rank."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from .low_rank import LowRankBasis, factorize, inner_products
 from .passes import SEED_OFFSET, Passes
 from .plan import Plan
 from .responses import CodeSink, Estimation, Responses
+from .sample_regression import RowFeatures, regress
 from .storage import blocks
 
 
@@ -78,16 +80,21 @@ class Assembly:
             predictor_rows=predicts * (len(fit) + (len(held_out) if self._exact else len(rows))),
         )
 
-    def run(self, predict: Predict | None = None, codes: CodeSink | None = None) -> Responses:
+    def run(
+        self, predict: Predict | None = None, codes: CodeSink | None = None, features: RowFeatures | None = None
+    ) -> Responses:
         """Run the passes; return the responses of the whole training set.
 
         Args:
             predict (`Callable`, *optional*): fits a gradient predictor and predicts; see `Predict`.
             codes (`Callable`, *optional*): takes the row codes, in order; see `CodeSink`.
+            features (`Callable`, *optional*): features of rows, where nothing is predicted; see `RowFeatures`.
         """
         with self.passes.stream.progress(self.plan.row_passes + self.plan.captured):
             self.passes.measure_curvature(self.plan.curvature_samples)
-            return self._exact_responses(predict) if self._exact else self._low_rank_responses(predict, codes)
+            if self._exact:
+                return self._exact_responses(predict)
+            return self._low_rank_responses(predict, codes, features)
 
     def _exact_responses(self, predict: Predict | None) -> Responses:
         passes, total = self.passes, len(self.sample_rows)
@@ -119,7 +126,9 @@ class Assembly:
         whole, errors = (self.passes.ranks.total(inner_products(part, responses)) for part in both)
         return _explained(whole, errors)
 
-    def _low_rank_responses(self, predict: Predict | None, codes: CodeSink | None) -> Responses:
+    def _low_rank_responses(
+        self, predict: Predict | None, codes: CodeSink | None, features: RowFeatures | None
+    ) -> Responses:
         passes, rows, settings = self.passes, self.sample_rows, self.passes.settings
         assert not isinstance(settings.directions, str)
         gradients = passes.zeros(len(rows))
@@ -133,6 +142,9 @@ class Assembly:
         basis = factorize(
             gradients, responses, passes.diagonal, settings.directions, settings.seed, passes.ranks, errors
         )
+        regressed = None if codes is None else regress(passes, rows, basis, gradients, errors, features)
+        if regressed is not None:
+            basis = replace(basis, error_variances=regressed.error_variances)
         explained = None
         if basis.scores.errors is not None:
             explained = _explained(*(part[self._held_out] for part in (basis.scores.whole, basis.scores.errors)))
@@ -148,7 +160,7 @@ class Assembly:
         scales = passes.normalize(stream.sources)
         return Responses(
             passes.gather(basis.directions), stream.coordinates, passes.gather(stream.sources), scales,
-            basis.explained_variance, False, self.plan.curvature_samples, estimation, explained,
+            basis.explained_variance, False, self.plan.curvature_samples, estimation, explained, regressed,
         )  # fmt: skip
 
 

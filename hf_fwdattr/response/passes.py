@@ -94,6 +94,11 @@ class Passes:
         self.chunk = min(_CHUNK, rows_in_flight(storage.budget, self.width, self.theta.dtype))
 
     @property
+    def columns(self) -> slice:
+        """Columns of P that this rank holds."""
+        return self._columns
+
+    @property
     def diagonal(self) -> Tensor:
         """Diagonal D of the last segment, (own columns,): the metric of directions."""
         return self.segments[-1].diagonal

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..bank.codes import RowCodes
+from .sample_regression import SampleRegression
 
 
 __all__ = ["CodeSink", "Estimation", "Responses"]
@@ -50,6 +51,7 @@ class Responses:
         curvature_samples (`int`): M, per segment.
         estimation (`Estimation`, *optional*): where row codes are kept.
         predictor_explained_variance (`float`): share of the sample rows' score variance that is predicted.
+        regressed (`SampleRegression`, *optional*): where it tells more of a query before it is read.
     """
 
     directions: Tensor
@@ -61,6 +63,7 @@ class Responses:
     curvature_samples: int
     estimation: Estimation | None = None
     predictor_explained_variance: float | None = None
+    regressed: SampleRegression | None = None
 
     def dense_coordinates(self) -> Tensor:
         """Return coordinates (rows, k), also where the directions are the rows themselves."""

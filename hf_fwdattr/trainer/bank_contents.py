@@ -60,6 +60,9 @@ def bank_contents(
     elif predictor is not None:
         description["predictor_explained_variance"] = responses.predictor_explained_variance
         contents.error_projections = predictor.error_projections
+    if responses.regressed is not None:
+        contents.derivative_regression = responses.regressed.regression.tensors()
+        description["regression_explained_variance"] = responses.regressed.explained_variance
     if responses.estimation is not None:
         contents.outside = responses.estimation.outside
     return contents

@@ -39,6 +39,7 @@ from .capture import open_captures
 from .columns import column_of, row_ids_of, sources_of
 from .fit_predictor import PREDICTOR_MISSING, PredictorFit, missing_predictor, predictor_bytes
 from .record import Record, Snapshot, captures_of
+from .row_features import ContextFeatures
 from .trial_batch import refuse_failing_batch
 
 
@@ -168,7 +169,8 @@ def respond(
             assembly = Assembly(passes, exact_sources, predictor is not None)
             _log_plan(context, assembly.plan)
             with BankWriter(folder) as writer:
-                responses = assembly.run(predictor, writer.add_codes if context.code_bits else None)
+                features = ContextFeatures(context) if context.keeps_predictor else None
+                responses = assembly.run(predictor, writer.add_codes if context.code_bits else None, features)
                 _restore(model, parameters, weights)
                 with ranks.raise_on_all_ranks():
                     if ranks.rank == 0:

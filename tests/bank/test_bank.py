@@ -63,6 +63,9 @@ def written_with_text(folder: Path, shard_size: int = 1 << 30, **changes: Any) -
 
 RESPONSES = torch.randn(ROWS, P, generator=torch.Generator().manual_seed(5))
 BITS = 4
+REGRESSION = {
+    "weights": torch.arange(6 * K).view(6, K).bfloat16() / 4, "means": torch.arange(6) / 2, "scales": torch.ones(6),
+}  # fmt: skip
 PROJECTIONS = {"model.layers.0.mlp.down_proj": torch.eye(3), "lm.head": torch.tensor([[0.5, -0.25]])}
 
 
@@ -71,7 +74,7 @@ def written_whole(folder: Path, shard_size: int = 1 << 30) -> ResponseBank:
     fields = described(privacy={"text": True}, averaging="trajectory", error_variances=[1.0] * K, row_code_bits=BITS)
     contents = BankContents(
         fields, **parts(), texts=TEXTS, row_codes=RowCodes.of(RESPONSES, BITS), error_projections=PROJECTIONS,
-        averaged_weights=torch.arange(P) / 8, outside=torch.arange(ROWS),
+        averaged_weights=torch.arange(P) / 8, outside=torch.arange(ROWS), derivative_regression=REGRESSION,
     )  # fmt: skip
     return write_bank(folder, contents, shard_size)
 
@@ -116,6 +119,10 @@ def test_row_codes_and_error_projections_are_read(
     assert {name: table.tolist() for name, table in bank.error_projections().items()} == {
         n: t.tolist() for n, t in PROJECTIONS.items()
     }
+    assert bank.manifest.regression_features == 5  # and the intercepts
+    regression = bank.derivative_regression()
+    assert regression.keys() == REGRESSION.keys()
+    assert all(torch.equal(regression[name], REGRESSION[name]) for name in REGRESSION)
     assert bank.manifest.row_codes == ROWS
     assert bank.outside().tolist() == list(range(ROWS))
     ids, sources = bank.row_labels(torch.tensor([7, 0]))
@@ -128,6 +135,7 @@ def test_row_codes_and_error_projections_are_read(
     without = written(tmp_path / "without")
     assert not list(without.row_codes())
     assert without.error_projections() == {}
+    assert without.derivative_regression() == {}
     assert without.outside().tolist() == []
 
 

@@ -18,7 +18,7 @@ from hf_fwdattr.bank.bank import ResponseBank
 from hf_fwdattr.bank.files import read_header
 from hf_fwdattr.bank.schema import sealed
 from hf_fwdattr.errors import BankError
-from tests.bank.test_bank import FILES, ROWS, SOURCES, K, P, described, written, written_whole
+from tests.bank.test_bank import FILES, REGRESSION, ROWS, SOURCES, K, P, described, written, written_whole
 
 
 Damage = Callable[[Path], object]
@@ -127,6 +127,16 @@ def truncated(folder: Path) -> None:
         file.truncate(shard(folder, "coordinates").stat().st_size - 1)
 
 
+def without_variances(folder: Path) -> None:
+    shard(folder, "derivative_regression").unlink()
+
+    def change(values: dict[str, Any]) -> None:
+        files = [file for file in values["files"] if file["kind"] != "derivative_regression"]
+        values.update(error_variances=[], regression_features=0, files=files)
+
+    edited(change)(folder)
+
+
 PICKLE = pickle.dumps({"directions": [[0.0] * P] * K}, protocol=4) + b"\0" * 400
 ENTRY = '{"directions":{"dtype":"F32","shape":[%s],"data_offsets":[0,%d]}}'
 BYTES = K * P * 4
@@ -182,7 +192,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "flipped text": (lambda f: flipped(shard(f, "text")),
         r"was changed: its sha256 is \w{16}\.\.\. and bank\.json says"),
     "undeclared text": (put("privacy", {}), "the shards hold 10 lines of text and bank.json says 0"),
-    "undeclared row codes": (edited(lambda v: v.update(row_codes=0, error_variances=[])),
+    "undeclared row codes": (edited(lambda v: v.update(row_codes=0, error_variances=[], regression_features=0)),
         "the shards hold 10 lines of row_codes and bank.json says 0"),
     "one error projection more": (edited(lambda v: v["error_projections"].append({"name": "more", "shape": [1, 1]})),
         "the shards hold 2 lines of error_projections and bank.json says 3"),
@@ -200,7 +210,26 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "unknown bits of row codes": (put("row_code_bits", 3), "row_code_bits: Input should be 1, 2, 4 or 8"),
     "fewer variances": (put("error_variances", [1.0]), "1 error_variances do not fit 3 directions and 10 row codes"),
     "codes of exact directions": (put("exact", True), "row_codes=10 of rows that exact directions hold already"),
-    "no variances": (put("error_variances", []), "'outside'"),
+    "no variances": (without_variances, "'outside'"),
+    "regression without variances": (put("error_variances", []), "5 regression_features without error_variances"),
+    "undeclared regression": (put("regression_features", 0),
+        "the shards hold 6 lines of derivative_regression and bank.json says 0"),
+    "more features": (put("regression_features", 6),
+        "the shards hold 6 lines of derivative_regression and bank.json says 7"),
+    "regression of other directions": (
+        forged(
+            "derivative_regression", lambda p: save_file(REGRESSION | {"weights": torch.zeros(6, 2).bfloat16()}, p)
+        ),
+        r"'weights': \('BF16', \(6, 2\)\)",
+    ),
+    "fewer means": (
+        forged("derivative_regression", lambda p: save_file(REGRESSION | {"means": torch.zeros(5)}, p)),
+        r"'means': \('F32', \(5,\)\)",
+    ),
+    "too good a regression": (put("regression_explained_variance", 1.5),
+        "regression_explained_variance: Input should be less than or equal to 1"),
+    "flipped regression": (lambda f: flipped(shard(f, "derivative_regression")),
+        r"was changed: its sha256 is \w{16}\.\.\. and bank\.json says"),
     "negative variance": (put("error_variances", [-1.0, 1.0, 1.0]), "greater than or equal to 0"),
     "scales of coordinates that are floats": (put("coordinate_scales", [1.0] * 3),
         "3 coordinate_scales do not fit 3 directions and coordinates in float32"),
@@ -234,7 +263,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "flipped error projection": (lambda f: flipped(shard(f, "error_projections")),
         r"was changed: its sha256 is \w{16}\.\.\. and bank\.json says"),
     "text of sources only": (
-        edited(lambda v: v.update(privacy={"rows": "sources", "text": True}, row_codes=0, error_variances=[])),
+        edited(
+            lambda v: v.update(
+                privacy={"rows": "sources", "text": True}, row_codes=0, error_variances=[], regression_features=0
+            )
+        ),
         "one excludes the other",
     ),
     "row codes of sources only": (put("privacy", {"rows": "sources"}), "row_codes=10 are neither none nor"),

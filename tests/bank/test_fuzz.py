@@ -142,6 +142,7 @@ READS: dict[str, Callable[[ResponseBank], object]] = {
     "code_weights": lambda bank: bank.code_weights,
     "page_hashes": lambda bank: bank.page_hashes(bank.manifest.files_of("row_codes")[0]),
     "error_projections": lambda bank: bank.error_projections(),
+    "derivative_regression": lambda bank: bank.derivative_regression(),
     "averaged_weights": lambda bank: bank._averaged_weights,
 }
 

@@ -125,3 +125,19 @@ def test_narrowed_candidates_learn_with_the_others() -> None:
     alone.observe_rows(rows[:2], world.scores[rows[:2]])
     agree(candidates.mean(), alone.mean(), 1e-12)
     agree(narrowed.std(), alone.std()[rows], 1e-12)
+
+
+def test_expected_derivatives_are_the_mean_before_any_observation() -> None:
+    """As a process of mean zero over what remains of the scores beyond the expected ones."""
+    world = World()
+    expected = torch.arange(K).double() - 1.0
+    shifted = CandidateScores(
+        GaussianProcess(world.variances, expected), world.predicted, world.coordinates, world.own
+    )
+    agree(shifted.mean(), world.predicted + world.coordinates @ expected, 1e-12)
+    world.predicted = world.predicted + world.coordinates @ expected
+    plain = world.candidates()
+    for candidates in (shifted, plain):
+        candidates.observe_rows(OBSERVED, world.scores[OBSERVED])
+    agree(shifted.mean(), plain.mean(), 1e-9)
+    agree(shifted.std(), plain.std(), 1e-9)

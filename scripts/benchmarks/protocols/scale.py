@@ -30,7 +30,7 @@ BESIDE = (  # what the result file shows beside the table
     "bytes",
 )  # fmt: skip
 # Kinds of shards that do not grow with rows.
-FIXED = ("directions", "error_projections", "averaged_weights", "code_weights")
+FIXED = ("directions", "error_projections", "derivative_regression", "averaged_weights", "code_weights")
 
 
 def run(
