@@ -287,16 +287,15 @@ class ResponseBank(BankFiles):
 
     def error_projections(self) -> dict[str, Tensor]:
         """Matrices of the gradient predictor, (d, out) in float32, by canonical path of the layer."""
-        result: dict[str, Tensor] = {}
-        for file in self.manifest.files_of("error_projections"):
-            with open_shard(self.path(file)) as shard:
-                result |= {name: finite(shard.get_tensor(name).float(), file.name) for name in shard.keys()}  # noqa: SIM118
-        return result
+        return {name: tensor.float() for name, tensor in self._tensors_of("error_projections").items()}
 
     def derivative_regression(self) -> dict[str, Tensor]:
         """Tensors of the regression of derivatives; empty without one. See `gradients.derivative_regression`."""
+        return self._tensors_of("derivative_regression")
+
+    def _tensors_of(self, kind: str) -> dict[str, Tensor]:
         result: dict[str, Tensor] = {}
-        for file in self.manifest.files_of("derivative_regression"):
+        for file in self.manifest.files_of(kind):
             with open_shard(self.path(file)) as shard:
                 result |= {name: finite(shard.get_tensor(name), file.name) for name in shard.keys()}  # noqa: SIM118
         return result
