@@ -261,10 +261,8 @@ class ResponseBank(BankFiles):
             parts.append((torch.tensor(list(in_shard)), codes, finite(scales, file.name)))
             missing = {at: row for at, row in missing.items() if at not in in_shard}
         if missing:
-            raise BankError(
-                f"the bank keeps no code of row {next(iter(missing.values()))}. Build it with a larger "
-                "responses_budget"
-            )
+            row = next(iter(missing.values()))
+            raise BankError(f"the bank keeps no code of row {row}. Build it with a larger responses_budget")
         order = torch.cat([part[0] for part in parts]).argsort()
         codes, scales = (torch.cat([part[at] for part in parts])[order] for at in (1, 2))
         return RowCodes(codes, scales, self.manifest.row_code_bits, self.manifest.size, self.code_weights)

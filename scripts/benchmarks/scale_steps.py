@@ -1,6 +1,7 @@
 """The steps of `scale`, each in a process of its own whose memory is its own: train, build, exact scores, ask."""
 
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from hf_fwdattr.response.passes import Passes
 from hf_fwdattr.response.segment import Segment
 from hf_fwdattr.response.storage import Storage
 from hf_fwdattr.trainer.build_context import BuildContext
+from hf_fwdattr.trainer.record import CAPTURES
 
 from .meters import PeakMemory, Phases
 from .protocols.cost import Clock
@@ -33,6 +35,9 @@ PHASES = {
     "gradients": "hf_fwdattr.gradients.per_sample:PerSampleGradients.__call__",
     "eigenvectors": "hf_fwdattr.response.passes:Curvature",
     "curvature, the rest": "hf_fwdattr.response.passes:Passes.measure_curvature",
+    "captured gradients, in the loop": "hf_fwdattr.response.captures:CaptureWriter.add",
+    "captured gradients": "hf_fwdattr.response.captures:Captures.read",
+    "propagation of captured gradients": "hf_fwdattr.response.segment:Segment.propagate_visits",
     "propagation": "hf_fwdattr.response.segment:Segment.propagate",
     "adjoint": "hf_fwdattr.response.segment:Segment.adjoint",
     "responses, the rest": "hf_fwdattr.response.passes:Passes.respond",
@@ -85,6 +90,8 @@ def _trained(one: Configuration) -> tuple[ResponseBank, Any, float]:
 
     def kept_and_finished(recorder: ResponseRecorder, *given: Any) -> ResponseBank:
         recorder.record.save(one.trained / "record")
+        if recorder.capture.folder is not None and recorder.capture.folder.is_dir():
+            shutil.copytree(recorder.capture.folder, one.trained / "record" / CAPTURES, dirs_exist_ok=True)
         recorder.model.save_pretrained(str(one.trained))
         (one.trained / "loop.json").write_text(json.dumps(clock.loop))
         return finish(recorder, *given)

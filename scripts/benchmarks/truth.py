@@ -20,7 +20,8 @@ from hf_fwdattr.response.gradient_stream import GradientStream
 from hf_fwdattr.response.passes import Passes, PassSettings
 from hf_fwdattr.response.storage import Storage
 from hf_fwdattr.trainer.build_context import BuildContext
-from hf_fwdattr.trainer.record import Record
+from hf_fwdattr.trainer.capture import open_captures
+from hf_fwdattr.trainer.record import Record, captures_of
 
 
 __all__ = ["exact_scores", "likelihood_gradients", "recorded_passes"]
@@ -50,10 +51,12 @@ def recorded_passes(context: BuildContext, record: Path, storage: Storage) -> Pa
     run = Record.load(record)
     assert run.end is not None, "the run did not end"
     config = context.config
-    segments = run.build(len(context.rows), run.end, config.horizon)
+    captures = open_captures(captures_of(record), run)
+    segments = run.build(len(context.rows), run.end, config.horizon, captures)
     stream = GradientStream(context.model, context.parameters, context.objective, context.rows, quiet=True)
     settings = PassSettings(averaging=config.averaging, smoothing=run.smoothing, seed=config.seed)
-    return Passes(stream, segments, query_theta(config.averaging, segments, run.end.theta), storage, settings)
+    theta = query_theta(config.averaging, segments, run.end.theta)
+    return Passes(stream, segments, theta, storage, settings, captures)
 
 
 def exact_scores(passes: Passes, gradients: Tensor) -> Tensor:
@@ -67,6 +70,10 @@ def exact_scores(passes: Passes, gradients: Tensor) -> Tensor:
     """
     total, stream = len(passes.trained), passes.stream
     scores = torch.zeros(len(gradients), total)
+    if passes.captures is not None:  # each visit decays by itself: responses are formed, some rows at a time
+        for rows in torch.arange(total).split(passes.chunk):
+            scores[:, rows] = (gradients.double() @ passes.respond(rows, torch.zeros(0)).double().T).float()
+        return scores
     carried = torch.zeros_like(gradients, dtype=passes.theta.dtype)
     with frozen(stream.model):
         for segment, weight in zip(reversed(passes.segments), reversed(passes.segment_weights), strict=True):
