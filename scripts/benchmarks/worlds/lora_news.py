@@ -43,6 +43,11 @@ class LoraNews(LanguageModelWorld):
     source_column = "source"
     lines = {
         "bank, exact, three segments": ("bank", {"directions": "exact"}),
+        "bank, exact, gradients after training": ("bank", {"directions": "exact", "capture": "after"}),
+        "bank, exact, five segments, after training": (
+            "bank",
+            {"directions": "exact", "segments": 5, "capture": "after"},
+        ),
         "bank, k = 256": ("bank", {"directions": 256}),
         "bank, k = 128": ("bank", {"directions": 128}),
         "bank, k = 64": ("bank", {"directions": 64}),
