@@ -1,7 +1,6 @@
-"""Hashes of rows, salted for one bank, so that a dataset can be compared with it; the checksum of a `bank.json`."""
+"""Hashes of rows, salted for one bank, so that a dataset can be compared with it."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from ..errors import QueryError
 
 
-__all__ = ["checksum", "content_hash", "longest_row", "row_hash", "row_hashes", "sealed"]
+__all__ = ["content_hash", "longest_row", "row_hash", "row_hashes"]
 
 _READ = 1000  # rows whose tokens are read together
 
@@ -97,15 +96,3 @@ def _hash_columns(dataset: Any, salt: bytes) -> Iterator[bytes]:
 def _unpadded(tokens: Any, mask: Any) -> Tensor:
     ids = torch.as_tensor(tokens, dtype=torch.int64)
     return ids if mask is None else ids[torch.as_tensor(mask).bool()]
-
-
-def checksum(values: dict[str, Any]) -> str:
-    """Return the sha256 of a `bank.json`'s content: its values without `checksum`, keys sorted, no white space."""
-    content = {name: value for name, value in values.items() if name != "checksum"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def sealed(values: dict[str, Any]) -> bytes:
-    """Return the text of a `bank.json` with these values and their checksum."""
-    content = values | {"checksum": checksum(values)}
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -26,7 +26,7 @@ from .description import (
     Sha256,
     Strict,
 )  # fmt: skip
-from .hashing import checksum, sealed
+from .sealing import checksum, sealed
 
 
 __all__ = [

@@ -268,7 +268,7 @@ class ResponseRecorder:
 
     def _finalize_pending(self) -> None:
         for step in self._pending:
-            self.record.add(*step.finalize(self._processes, self._loss_gradient))
+            self.record.add(*step.with_known_rows().finalize(self._processes, self._loss_gradient))
         self._pending = []
 
     def _merge(self) -> None:

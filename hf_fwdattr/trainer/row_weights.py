@@ -143,6 +143,19 @@ class OptimizerStep:
     clip: Any = 1.0
     loss_scale: float = 1.0
 
+    def with_known_rows(self) -> "OptimizerStep":
+        """Return this step.
+
+        Raises:
+            UnsupportedError: no micro-batch of its dataloader went through the model.
+        """
+        if not self.micro_batches:
+            raise UnsupportedError(
+                "the model is not called with the batches of the dataloader (a trainer that makes its own of them, as "
+                "DPO does of pairs), so the rows of this step are unknown. Train on the dataloader's batches"
+            )
+        return self
+
     def finalize(self, processes: int, loss_gradient: float | None) -> tuple[float, Tensor, Tensor, float]:
         """Return rate, row indices (n,), weights of the rows' summed losses (n,) and clip, as numbers on the CPU.
 
@@ -153,11 +166,6 @@ class OptimizerStep:
         Raises:
             UnsupportedError: training does not use the model's loss, or weighs its tokens unequally.
         """
-        if not self.micro_batches:
-            raise UnsupportedError(
-                "the model is not called with the batches of the dataloader (a trainer that makes its own of them, as "
-                "DPO does of pairs), so the rows of this step are unknown. Train on the dataloader's batches"
-            )
         row_indices, weights = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.float64)]
         for micro in self.micro_batches:
             measured, least = micro.loss_gradient, micro.least_gradient

@@ -111,7 +111,7 @@ def test_build_from_a_record_equals_the_callbacks_bank(tmp_path: Path) -> None:
     tokenizer().save_pretrained(tmp_path / "base")
     data = training_set().remove_columns(["labels"])
     data = data.add_column("labels", data["input_ids"])
-    fine_tune(tmp_path / "run", model, config(), data, save_strategy="steps", save_steps=12)
+    fine_tune(tmp_path / "run", model, config(capture="after"), data, save_strategy="steps", save_steps=12)
     checkpoint = tmp_path / "run" / "checkpoint-12"
     tokenizer().save_pretrained(checkpoint)
     data.save_to_disk(tmp_path / "rows")

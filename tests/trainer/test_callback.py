@@ -92,7 +92,7 @@ class Stop(Exception):
 @pytest.mark.parametrize(
     ("settings", "how", "error", "message"),
     [
-        ({}, dict(optim="adagrad"), UnsupportedError, "AdamW, Adam and SGD"),
+        ({}, dict(optim="adagrad"), UnsupportedError, "torch's SGD. Set TrainingArguments"),
         ({}, dict(compute_loss_func=lambda *_, **__: 0), UnsupportedError, "compute_loss_func"),
         (dict(parameters="nothing_like_it"), {}, UnsupportedError, "selects no weight"),
         (dict(parameters=[r"wte"]), {}, UnsupportedError, "is not trained by the optimizer"),
