@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import TrainerCallback
 
 from hf_fwdattr import ResponseCallback, ResponseConfig, build_bank
@@ -51,7 +50,7 @@ def run(
     rows: int = 0, epochs: int = 3, memory: bool = False, peaks: tuple[int, ...] = (), measure: tuple[str, ...] = (),
     loop: int = 0, capture: str = "auto",
 ) -> None:  # fmt: skip
-    """Time the training and the queries of a world, or of so many rows of 64 random tokens in place of its own."""
+    """Time the training and the queries of a world, or the training of so many rows, its own again and again."""
     started, chosen = time.time(), load_world(world)
     if measure:
         _measured_process(chosen, measure[0], int(measure[1]), directions)
@@ -67,10 +66,9 @@ def run(
         table = loop_shares(chosen, loop, pairs, {"source_column": chosen.source_column} | settings)
         report(result_name("cost_loop", world), f"{world}: time before the first step and in the loop", table, started)
         return
-    facts: dict[str, Any] = {"training_rows": len(chosen.rows), "epochs_of_training": epochs} | settings
+    facts: dict[str, Any] = {"training_rows": rows or len(chosen.rows), "epochs_of_training": epochs} | settings
     if rows:
-        tokens = torch.randint(1000, 20000, (rows, 64), generator=torch.Generator().manual_seed(0)).tolist()
-        chosen.rows = Dataset.from_dict({"input_ids": tokens, "labels": tokens})
+        chosen.rows = chosen.rows.select([index % len(chosen.rows) for index in range(rows)])
     else:
         settings["source_column"] = chosen.source_column
     table = training_ratios(chosen, pairs, epochs, settings)
@@ -80,7 +78,13 @@ def run(
         counts = (len(chosen.rows), 4 * len(chosen.rows))
         peaks_of = {f"{kind}, {n} rows": round(peak_of(world, kind, n)) for kind in ("plain", "bank") for n in counts}
         facts["peak_memory_MiB"] = peaks_of
-    report(result_name("cost", world), f"{world}: cost, as ratios", table, started, **facts)
+    report(
+        result_name(f"cost_{rows}_rows" if rows else "cost", world),
+        f"{world}: cost, as ratios",
+        table,
+        started,
+        **facts,
+    )
 
 
 class Clock(TrainerCallback):
