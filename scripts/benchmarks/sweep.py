@@ -41,7 +41,8 @@ _ROWS, _QUERIES, _SECONDS, _IGNORED = 8, 3, 120, -100
 _RATES = (2e-4, 1e-5, 2e-3, 2e-2, 0.1)
 # Nats by which the most moved query's loss changes between the two sides of a difference, about. The others go as far:
 # one that hardly moves would else be taken so far that experts change, and the difference is no derivative there.
-_MOVE = 1e-3
+_MOVE = 2e-4
+_STEPS = 12  # differences from which a derivative is taken
 _ATTENTION = (
     "q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "query_key_value", "c_attn", "qkv_proj", "Wqkv", "in_proj",
     "q", "v", "q_b_proj", "kv_b_proj", "query_proj", "value_proj", "W_pack", "qkv", "x_proj", "key_value", "c_proj",
@@ -160,10 +161,23 @@ def _expected(
     if by_difference:
         factor = _MOVE / max(1e-9, *(abs(derivative) for derivative in derivatives))
         derivatives = [
-            _difference(model, single, moved, changes, factor) * count
+            _slope(model, single, moved, changes, factor) * count
             for single, count in zip(singles, tokens, strict=True)
         ]
     return -torch.tensor(derivatives, dtype=torch.float64)
+
+
+def _slope(
+    model: nn.Module, single: dict[str, Tensor], moved: list[nn.Parameter], changes: list[Tensor], factor: float
+) -> float:
+    """Return the slope of the loss along the changes, by least squares through differences at steps up to 2 `factor`.
+
+    One small step would be rounding, and a large one may make a router choose other experts.
+    """
+    factors = [factor * 2 * step / _STEPS for step in range(1, _STEPS + 1)]
+    found = [_difference(model, single, moved, changes, each) for each in factors]
+    squares = [each * each for each in factors]
+    return sum(s * value for s, value in zip(squares, found, strict=True)) / sum(squares)
 
 
 @torch.no_grad()

@@ -12,8 +12,6 @@ from benchmarks.tiny_models import class_names, tiny_model
 
 
 LINES = load(results.FOLDER / NAME)
-# Read by differences across routing jumps, to 1.4 %; the list names it.
-KNOWN = {("causal", "Cohere2MoeForCausalLM", "DoRA")}
 
 
 @pytest.mark.parametrize(
@@ -49,7 +47,7 @@ def test_sizes_of_a_class_are_tiny_and_nested_configurations_too() -> None:
 def test_every_tried_case_is_right_or_refused_with_a_reason() -> None:
     counts = Counter((line["case"], line["verdict"]) for line in LINES)
     assert {line["verdict"] for line in LINES} <= set(VERDICTS)
-    assert {key(line) for line in LINES if line["verdict"] in ("wrong", "late", "crash")} <= KNOWN
+    assert not [key(line) for line in LINES if line["verdict"] in ("wrong", "late", "crash")]
     assert all(line["message"].count(". ") for line in LINES if line["verdict"] == "refused")
     for case in list(CASES)[:6]:
         assert counts[case, "right"] + counts[case, "refused"] >= 60, case
