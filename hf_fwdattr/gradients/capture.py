@@ -42,7 +42,7 @@ class CapturedBatch:
         gradients (`Tensor`, *optional*): (n, P) of the training loss, float32 (float64 for float64 models); None until
             the first of them arrives.
         totals (`dict[str, Tensor]`, *optional*): gradients of the weights, by live name, as autograd summed them; kept
-            where they are compared.
+            where they are compared; empty for sharded weights, whose whole gradient no rank has.
     """
 
     rows: int
@@ -135,9 +135,10 @@ class GradientCapture:
             if not batch.totals or batch.gradients is None:
                 continue
             sums = batch.gradients.sum(0)
-            scale = torch.stack([total.norm() for total in batch.totals.values()]).norm()
+            scale = max(sum(float(total.norm()) ** 2 for total in batch.totals.values()) ** 0.5, 1e-30)
             for name, total in batch.totals.items():
-                error = float((wide(total).reshape(-1) - sums[self._columns[name]]).norm() / scale.clamp(min=1e-30))
+                whole = wide(total).reshape(-1).to(sums.device)
+                error = float((whole - sums[self._columns[name]]).norm()) / scale
                 if error > _TOLERANCE.get(total.dtype, 5e-2):
                     raise UnsupportedError(
                         f"{name}: the gradients of its rows differ from their sum in training by {error:.1%} of the "
@@ -161,8 +162,7 @@ class GradientCapture:
             if in_backward and path in self._rerun:
                 self._rerun.discard(path)
                 return
-            if in_backward and self._several:
-                self.give_up("layers with gradient checkpoints ran several times before a backward pass")
+            if in_backward and not self._is_single():
                 return
             call = _Call(path, batch, inputs[0].detach())
             if not in_backward and self._is_checkpointed(path):
@@ -176,13 +176,19 @@ class GradientCapture:
         """Return a hook for a checkpointed layer that runs again, which may stop before its last output."""
 
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if inputs and self._waiting.get(path) and _is_in_backward():
+            if inputs and self._waiting.get(path) and _is_in_backward() and self._is_single():
                 call = self._waiting[path].pop(0)
                 call.x = inputs[0].detach()
                 self._rerun.add(path)
                 self._add(call)
 
         return hook
+
+    def _is_single(self) -> bool:
+        """Return whether it is known which batch a layer runs again for; give up where it is not."""
+        if self._several:
+            self.give_up("layers with gradient checkpoints ran several times before a backward pass")
+        return not self._several
 
     def _arrival(self, call: _Call) -> Any:
         def hook(gradient: Tensor) -> None:
@@ -195,14 +201,21 @@ class GradientCapture:
         """Add the rows' gradients of one call, once input and gradient are there."""
         if call.x is None or call.gradient is None or self.failure:
             return
-        batch, rows, x, gradient = call.batch, call.batch.rows, call.x, call.gradient
-        call.x = call.gradient = None
-        if len(x) != rows or len(gradient) != rows:
+        x, gradient, call.x, call.gradient = call.x, call.gradient, None, None
+        if len(x) != call.batch.rows or len(gradient) != call.batch.rows:
             self.give_up(
-                f"{call.path} has an activation of shape {tuple(x.shape)} in a batch of {rows} rows, whose first "
-                "dimension is not the rows"
+                f"{call.path} has an activation of shape {tuple(x.shape)} in a batch of {call.batch.rows} rows, whose "
+                "first dimension is not the rows"
             )
             return
+        try:
+            self._multiply(call, x, gradient)
+        except RuntimeError as error:  # out of memory, for one: it would end the training
+            call.batch.gradients = None
+            self.give_up(str(error))
+
+    def _multiply(self, call: _Call, x: Tensor, gradient: Tensor) -> None:
+        batch, rows = call.batch, call.batch.rows
         x, gradient = (wide(tensor).reshape(rows, -1, tensor.shape[-1]) for tensor in (x, gradient))
         if batch.gradients is None:
             batch.gradients = gradient.new_zeros(rows, self._parameters.size)
@@ -210,7 +223,7 @@ class GradientCapture:
             if not self._weights[name].requires_grad:  # frozen on the way: nothing moves it
                 continue
             block = linear_gradient(self._modules[call.path], name, x, gradient)
-            batch.gradients[:, self._columns[name]] += block.reshape(rows, -1)
+            batch.gradients[:, self._columns[name]] += block.reshape(rows, -1).to(batch.gradients.device)
 
     def _is_checkpointed(self, path: str) -> bool:
         """Return whether the module runs inside a layer that runs again in the backward pass.

@@ -19,7 +19,7 @@ from ..models.fsdp import is_sharded
 from ..models.likelihood import IGNORED, Batch, Likelihood, Objective
 from ..models.lora import linear_layout
 from ..models.names import base_model
-from ..models.output_head import find_output_layer, hidden_state_gradients, hidden_states, logit_gradients
+from ..models.output_head import find_output_layer, hidden_state_gradients, hidden_states, label_gradients
 from ..models.parameters import TrackedParameters, is_linear
 
 
@@ -58,6 +58,7 @@ class ForwardFeatures:
         owners = dict.fromkeys(name.rpartition(".")[0] for name in parameters.live)
         self._inputs = _spread([path for path in owners if is_linear(model.get_submodule(path))], _INPUTS)
         self._folds: dict[tuple[int, int, int], Tensor] = {}
+        self._is_checked = False
         self.group_sizes: list[int] = []
         self.leading = 1 + len(self._layers)
         if not self._layers:
@@ -73,7 +74,8 @@ class ForwardFeatures:
         """
         features = self._features(batch)
         rows = len(features)
-        if not self.group_sizes and rows > 1:
+        if not self._is_checked and rows > 1:
+            self._is_checked = True
             alone = self._features({key: _first_row(value, rows) for key, value in batch.items()})[0]
             difference = float((alone - features[0]).norm())
             if not difference <= _TOLERANCE * float(features[0].norm()):
@@ -113,12 +115,7 @@ class ForwardFeatures:
             gradients = hidden_state_gradients(self._head, hidden, output, logits, labels)
         else:
             logits, labels = self._likelihood(batch)
-        if gradients is None:
-            doubt, others = logit_gradients(logits, labels)
-            label = labels.clamp(min=0).unsqueeze(-1)
-            gradients = (-others * doubt).scatter_add(-1, label, doubt)
-            gradients = gradients.masked_fill((labels == IGNORED).unsqueeze(-1), 0.0)
-        return gradients.float(), labels
+        return (label_gradients(logits, labels) if gradients is None else gradients).float(), labels
 
     def _at_output_tokens(
         self, path: str, recorded: Tensor | None, batch: Batch, labels: Tensor

@@ -67,6 +67,7 @@ class PerSampleGradients:
         self.model, self.parameters, self.objective = model, parameters, objective
         self._sharded = is_sharded(model)
         self._hooked, self._others = split_by_method(model, parameters)
+        self._rows_lead = True
         self._is_checked, self._uses_vmap, self._dtypes = False, True, set[torch.dtype]()
 
     def __call__(self, batch: Batch, uniforms: Tensor | None = None, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -86,6 +87,7 @@ class PerSampleGradients:
             UnsupportedError: rows have no gradients of their own in this model.
         """
         gradients, labels, rows_are_separate = self._compute(batch, uniforms, smoothing)
+        self._rows_lead &= rows_are_separate
         # The sum shows it without a mask of all entries; where the sum overflows, the entries are examined.
         if not bool(torch.isfinite(gradients.sum())) and not bool(torch.isfinite(gradients).all()):
             bad = (~torch.isfinite(gradients).all(1)).nonzero().flatten().tolist()
@@ -100,6 +102,13 @@ class PerSampleGradients:
             self._check(batch, labels, gradients, smoothing)
             self._is_checked = True
         return gradients, (labels != IGNORED).sum(1)
+
+    @property
+    def obstacle(self) -> str:
+        """Why a training's backward pass does not show rows' gradients, after calls; empty if it does."""
+        if self._others:
+            return f"{self._others[0]} is not the weight of one Linear layer alone"
+        return "" if self._rows_lead else "some layers have rows and positions in one dimension, in an unknown order"
 
     @property
     def is_half(self) -> bool:

@@ -23,10 +23,10 @@ from ..layers.linear import weight_gradient
 from ..layers.norm import norm_vjp
 from ..layers.recorded_pass import RecordedPass
 from ..models.compat import fused_activations, refuse_inactive_adapters
-from ..models.likelihood import IGNORED, Batch, Likelihood, Objective, row_losses
+from ..models.likelihood import Batch, Likelihood, Objective, row_losses
 from ..models.lora import TrackedWeight, tracked_weights
 from ..models.names import canonical_name
-from ..models.output_head import find_output_layer, hidden_state_gradients, logit_gradients
+from ..models.output_head import find_output_layer, hidden_state_gradients, label_gradients
 from ..models.parameters import TrackedParameters
 
 
@@ -212,10 +212,7 @@ class GradientPredictor:
     def _errors(self, path: str, recorded: RecordedPass) -> dict[str, Tensor]:
         """Predict errors at the output of a layer and of the other input projections of its block."""
         if path == self._head_path:
-            doubt, others = logit_gradients(recorded.logits, recorded.labels)
-            ignored = (recorded.labels == IGNORED).unsqueeze(-1)
-            gradient = (-doubt * others).scatter(-1, recorded.labels.clamp(min=0).unsqueeze(-1), doubt)
-            return {path: gradient.masked_fill(ignored, 0.0)}
+            return {path: label_gradients(recorded.logits, recorded.labels)}
         error = recorded.error @ self._projections[self._projected_path(path)].to(recorded.error)
         if path not in self._blocks:
             return {path: error}

@@ -102,7 +102,6 @@ class Backend:
     def _analytic_parts(self, objective: Objective) -> AnalyticModel:
         """Return the model's parts, which are found anew where its modules have changed."""
         if self._parts is None or not self._parts.describes(self.model, objective):
-            self._parts = None  # should it have none now
             self._parts = AnalyticModel(self.model, self.parameters, objective)
         return self._parts
 

@@ -21,7 +21,8 @@ from .parameters import TrackedParameters
 
 
 __all__ = [
-    "HeadlessModel", "find_output_layer", "hidden_state_gradients", "hidden_states", "logit_gradients", "output_layer",
+    "HeadlessModel", "find_output_layer", "hidden_state_gradients", "hidden_states", "label_gradients",
+    "logit_gradients", "output_layer",
 ]  # fmt: skip
 
 _ROUNDINGS = {torch.bfloat16: 16, torch.float16: 32}  # by which two products may differ, relative to the largest
@@ -120,6 +121,13 @@ def logit_gradients(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     total = others.logsumexp(-1, keepdim=True)
     doubt = (total - wide.gather(-1, label)).sigmoid()
     return doubt, others.sub_(total).exp_()
+
+
+def label_gradients(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the gradients themselves, (rows, positions, classes), 0 where labels are -100; see `logit_gradients`."""
+    doubt, others = logit_gradients(logits, labels)
+    gradients = (-doubt * others).scatter(-1, labels.clamp(min=0).unsqueeze(-1), doubt)
+    return gradients.masked_fill((labels == IGNORED).unsqueeze(-1), 0.0)
 
 
 @torch.no_grad()

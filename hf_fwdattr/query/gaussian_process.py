@@ -1,11 +1,11 @@
 """Gaussian process over the scores of one query: a few exact scores improve the estimates of all others.
 
-A query's derivatives along the directions of a bank are predicted, or expected to be zero. What remains of them is
-uncorrelated between directions, with variances known from the training set, whose rows served as queries once. A row's
-score follows from the derivatives by its coordinates, but for the row's part outside the directions, which has a
-variance of its own. An exact score of a direction or of a row is one linear observation; given n of them, what
-remains is estimated by a linear system of n unknowns (Gaussian process regression, or kriging: Rasmussen and Williams
-2006, eq. 2.25-2.26). Nothing here grows with the number of rows.
+A query's derivatives along the directions of a bank are predicted, or expected from its first pass, or to be zero.
+What remains of them is uncorrelated between directions, with variances known from the training set, whose rows served
+as queries once. A row's score follows from the derivatives by its coordinates, but for the row's part outside the
+directions, which has a variance of its own. An exact score of a direction or of a row is one linear observation; given
+n of them, what remains is estimated by a linear system of n unknowns (Gaussian process regression, or kriging:
+Rasmussen and Williams 2006, eq. 2.25-2.26). Nothing here grows with the number of rows.
 """
 
 import math

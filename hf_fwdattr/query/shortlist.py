@@ -57,7 +57,7 @@ def refine(
     row_indices, token_scores = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0)
     for turn in range(turns):
         counts = [side * (turn + 1) // turns - side * turn // turns for side in (proponents, opponents)]
-        if bool(std.isfinite().all()) and process is not None:
+        if top_k and process is not None and bool(std.isfinite().all()):
             least = [min(top_k, total) * (turn + 1) // turns - count for count in read_on_side]
             counts = _shares(scores, std, unread, top_k, sum(counts), least)
         read_on_side = [count + more for count, more in zip(read_on_side, counts, strict=True)]

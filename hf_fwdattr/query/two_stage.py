@@ -1,9 +1,9 @@
 """Scores of rows in two stages, within a budget of forward passes.
 
-In the first stage one plain forward pass predicts the query's gradient, where the bank has a predictor, and exact
-derivatives along a few directions say what remains of it. That gives estimates of all rows by their coordinates. The
-rows that may be named are then estimated from their codes, and in the second stage read exactly, in turns: each row is
-read along its own response, and tells of others.
+In the first stage one plain forward pass predicts the query's gradient, where the bank has a predictor, or else what
+to expect of its derivatives, and exact derivatives along a few directions say what remains of it. That gives estimates
+of all rows by their coordinates. The rows that may be named are then estimated from their codes, and in the second
+stage read exactly, in turns: each row is read along its own response, and tells of others.
 """
 
 import math
@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..bank.codes import NOISE
+from ..gradients.predicted_derivatives import column_groups, grouped_derivatives
 from ..gradients.predictor import GradientPredictor, RecordedPass
 from ..jvp.backend import PreparedBatch
 from ..models.likelihood import CAUSAL_LM
@@ -79,6 +80,7 @@ class TwoStageScorer:
         self._derivatives, self._direction_scorer, self._progress = derivatives, direction_scorer, progress
         self._bank, self._held = derivatives.bank, HeldRows(derivatives.bank)
         self._expected = ExpectedDerivatives(derivatives)
+        self._groups = column_groups(derivatives.parameters.sizes)
         self._codes = HeldRowCodes(self._bank) if self._bank.manifest.row_codes else None
 
     def attribute(self, query: Query, top_k: int, budget: int | Literal["adaptive"]) -> Attribution:
@@ -185,15 +187,16 @@ class TwoStageScorer:
         """Predict one query's gradient, and read it exactly along the leading directions."""
         manifest = self._bank.manifest
         variances = torch.tensor(manifest.error_variances, dtype=torch.float64)
-        gradient, along = None, torch.zeros_like(variances)
+        gradient, grouped, along = None, None, torch.zeros_like(variances)
         if manifest.error_projections:
             prepared = self._derivatives.prepare([query], True, self._predictor.recorded_paths)
             recorded = prepared.take_recorded()  # the same pass serves both
             gradient = self.predicted_gradients([query]) if recorded is None else self._predicted(recorded)
-            along = (gradient @ self._row_directions().T).double()[0]
+            grouped = grouped_derivatives(gradient, self._row_directions(), self._groups)
+            along = grouped.view(len(self._groups), -1).sum(0).double()
         else:
             prepared = self._derivatives.prepare([query], two_stage=True)
-        process = GaussianProcess(variances, self._expected(query, gradient))
+        process = GaussianProcess(variances, self._expected(query, grouped))
         if directions:
             values = prepared.jvp(self._derivatives.directions(slice(0, directions)))[0].double().sum(0).cpu()
             process.observe(torch.eye(directions, len(along)), values - along[:directions], torch.zeros(directions))

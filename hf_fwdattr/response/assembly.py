@@ -98,7 +98,7 @@ class Assembly:
 
     def _exact_responses(self, predict: Predict | None) -> Responses:
         passes, total = self.passes, len(self.sample_rows)
-        responses = passes.respond(self.sample_rows, passes.zeros(total))
+        responses = passes.respond(self.sample_rows)
         explained = None if predict is None else self._judge(predict, responses)
         sources = torch.zeros(self.sources.count, passes.width, dtype=passes.theta.dtype)
         for lines in blocks(total, passes.chunk):

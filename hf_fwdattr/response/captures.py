@@ -11,7 +11,7 @@ otherwise the rounding of large ones would drown the small ones. `NNNNN.weights`
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..bank.codes import RowCodes
+from ..bank.files import write_atomically
 from ..bank.schema import BITS, code_blocks
 from ..errors import BankError
 
@@ -28,10 +29,12 @@ __all__ = ["FLOATS", "CaptureFolder", "CaptureWriter", "Captures", "bytes_per_vi
 
 FLOATS = 32  # bits of a number that is not coded
 _VISIT = np.dtype([("step", "<i8"), ("row", "<i8")])
-_SETTINGS = "captures.json"
+_SETTINGS, _SUFFIXES = "captures.json", (".steps", ".codes", ".weights")
 # Bytes up to which gradients are kept in floats, and in 8 bits: scores of 4 bits are as good (LDS, README).
 _MOST_IN_FLOATS, _MOST_IN_8_BITS = 256 << 20, 1 << 30
-_LEAST_SQUARE = 1e-4  # of the mean over numbers: below it, a number counts as if it were so large
+# Of the mean over numbers: below it, a number counts as if it were so large. Not less, as what is still small in the
+# first gradients (LoRA's A, while B is zero) may be as large as the rest later.
+_LEAST_SQUARE = 1e-2
 _HELD = 8 << 20  # bytes of gradients that wait to be coded together
 
 
@@ -51,19 +54,47 @@ class CaptureFolder:
         path (`Path`): the folder.
         size (`int`): P.
         bits (`int`): of a number: 1, 2, 4, 8, or `FLOATS`.
+        runs (`tuple`): name of each run that wrote here, and its first step: a run, and those that resumed it.
     """
 
     path: Path
     size: int
     bits: int
+    runs: tuple[tuple[str, int], ...] = (("", 0),)
 
     def create(self) -> None:
-        """Make the folder, empty."""
+        """Make the folder, or empty it; files of others stay."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for file in self.path.iterdir():
-            if file.suffix in (".steps", ".codes", ".weights", ".json"):
-                file.unlink()
-        (self.path / _SETTINGS).write_text(json.dumps({"size": self.size, "bits": self.bits}))
+        self._remove_files()
+        self._write_settings()
+
+    def remove(self) -> None:
+        """Remove the files, and the folder if it is then empty."""
+        self._remove_files()
+        if self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    def continues(self, run: str, taken: int) -> bool:
+        """Return whether the first `taken` steps in here are those of a run."""
+        for (name, _), (_, following) in zip(self.runs, (*self.runs[1:], ("", taken)), strict=True):
+            if name == run:
+                return taken <= following
+        return False
+
+    def resume(self, run: str, taken: int, new: str) -> None:
+        """Cut back to the first `taken` steps of a run, which `new` goes on from."""
+        self.cut_back(taken)
+        names = [name for name, _ in self.runs]
+        replace(self, runs=(*self.runs[: names.index(run) + 1], (new, taken)))._write_settings()
+
+    def _remove_files(self) -> None:
+        files = [file for file in self.path.glob("*") if file.stem.isdecimal() and file.suffix in _SUFFIXES]
+        for file in (*files, self.path / _SETTINGS):
+            file.unlink(missing_ok=True)
+
+    def _write_settings(self) -> None:
+        values = {"size": self.size, "bits": self.bits, "runs": self.runs}
+        write_atomically(self.path / _SETTINGS, json.dumps(values).encode())
 
     @classmethod
     def open(cls, path: Path) -> "CaptureFolder":
@@ -75,11 +106,12 @@ class CaptureFolder:
         try:
             values = json.loads((path / _SETTINGS).read_text())
             size, bits = values["size"], values["bits"]
+            runs = tuple((str(name), int(step)) for name, step in values["runs"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BankError(f"no captured gradients in {path}: {_SETTINGS} is missing or damaged") from error
         if type(size) is not int or size < 1 or bits not in (*BITS, FLOATS):
             raise BankError(f"no captured gradients in {path}: size {size!r} and bits {bits!r} in {_SETTINGS}")
-        return cls(path, size, bits)
+        return cls(path, size, bits, runs)
 
     @property
     def code_bytes(self) -> int:
@@ -174,7 +206,7 @@ class CaptureWriter:
             weights = (squares + _LEAST_SQUARE * squares.mean()).pow(-0.25)
             self._weights = (weights / weights.log().mean().exp()).float()
             path = self.folder.file(self._number, "weights")
-            _append(path, self._weights.numpy().astype("<f4").tobytes(), synchronized=True)
+            write_atomically(path, self._weights.numpy().astype("<f4").tobytes())
         return self._weights
 
 

@@ -1,8 +1,8 @@
 """The passes over the training set: curvature, responses, gradients at the end, and coordinates.
 
-A segment takes two passes (sampled-label gradients for its curvature, row gradients for the responses), and one more
-pass takes the gradients that stand in for queries. No matrix of size rows x P is held unless the bank is to be exact,
-and then it may be on disk.
+A segment takes a pass for its curvature, with sampled labels, and one for the responses of rows whose gradients were
+not captured while training; one more pass takes the gradients that stand in for queries. No matrix of size rows x P is
+held unless the bank is to be exact, and then it may be on disk.
 """
 
 from collections.abc import Sequence
@@ -130,7 +130,7 @@ class Passes:
                 factor[lines] /= max(int(tokens), 1) ** 0.5
             segment.curvature = Curvature(factor, segment.weight_decay, sampled=True, ranks=self.ranks)
 
-    def respond(self, row_indices: Tensor, pushes: Tensor, title: str = "") -> Tensor:
+    def respond(self, row_indices: Tensor, pushes: Tensor | None = None, title: str = "") -> Tensor:
         """Return the responses (n, own columns) of the rows (n,); `pushes` is scratch memory of the same shape.
 
         A row's gradients are taken in the segments that saw it, and in no others, or come from the captured ones.
@@ -138,6 +138,7 @@ class Passes:
         """
         if self.captures is not None:
             return self._respond_captured(row_indices, title or "responses")
+        pushes = self.zeros(len(row_indices)) if pushes is None else pushes
         allocate = self.zeros if len(row_indices) > self.chunk else self._zeros_in_memory
         responses = allocate(len(row_indices))
         averaged = self.segment_weights[-1] < 1.0

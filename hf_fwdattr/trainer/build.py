@@ -27,6 +27,7 @@ from ..models.parameters import TrackedParameters
 from ..response.assembly import Assembly
 from ..response.averaging import query_theta
 from ..response.captures import Captures
+from ..response.distributed import Ranks
 from ..response.exact_sources import ExactSources
 from ..response.gradient_stream import GradientStream
 from ..response.passes import Passes, PassSettings
@@ -112,8 +113,11 @@ def build_bank(
     return bank
 
 
-def refuse_unsupported(context: BuildContext) -> None:
+def refuse_unsupported(context: BuildContext) -> str:
     """Refuse before the first training step, as far as few rows show it, what the passes would refuse at the end.
+
+    Returns:
+        Why rows' gradients cannot be captured in the training; empty if nothing stands in the way.
 
     Raises:
         AttributionError: of the kind that the passes would raise.
@@ -128,7 +132,7 @@ def refuse_unsupported(context: BuildContext) -> None:
     row_ids_of(context.original, config.row_id_column, total)
     if isinstance(config.include_text, str):
         column_of(context.original, config.include_text, "include_text", total)
-    refuse_failing_batch(context)
+    return refuse_failing_batch(context)
 
 
 def respond(
@@ -164,23 +168,38 @@ def respond(
         exact_sources = ExactSources.none(total)
     try:
         with frozen(model), Storage(context.config.memory_budget) as storage:
-            passes = _passes(context, record, end, storage, open_captures(captured, record))
+            passes = _passes(context, record, end, storage, _shared_captures(captured, record, ranks))
             predictor = PredictorFit(context, storage) if context.keeps_predictor else None
             assembly = Assembly(passes, exact_sources, predictor is not None)
             _log_plan(context, assembly.plan)
             with BankWriter(folder) as writer:
-                features = ContextFeatures(context) if context.keeps_predictor else None
+                # A custom likelihood is unknown where the bank is read.
+                expects = context.keeps_predictor and context.objective.name != "custom"
+                features = ContextFeatures(context) if expects else None
                 responses = assembly.run(predictor, writer.add_codes if context.code_bits else None, features)
                 _restore(model, parameters, weights)
                 with ranks.raise_on_all_ranks():
                     if ranks.rank == 0:
                         _warn_of_little_variance(responses)
                         writer.finish(bank_contents(context, record, passes, responses, fingerprint, predictor))
-            return ResponseBank(folder, verify=False)
+            bank = ResponseBank(folder, verify=False)
     finally:
         with uninterrupted():
             _restore(model, parameters, weights)
             torch.set_rng_state(random_state)
+    if ranks.rank == 0:
+        logger.info(
+            "response bank: %s (%.1f MB, %d rows). With the model saved beside it, ask: "
+            "pipeline('training-data-attribution', model='%s')(prompt)",
+            bank.folder, bank.manifest.bytes / 1e6, len(bank), bank.folder.parent,
+        )  # fmt: skip
+    return bank
+
+
+def _shared_captures(folder: Path | None, record: Record, ranks: Ranks) -> Captures | None:
+    """Return the captured gradients of a run; None where one of the ranks cannot read them."""
+    found = open_captures(folder, record)
+    return found if all(ranks.objects(found is not None)) else None
 
 
 def _passes(

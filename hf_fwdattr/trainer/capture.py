@@ -24,7 +24,9 @@ from .record import Record
 __all__ = ["TrainingCapture", "open_captures", "planned_rows"]
 
 logger = logging.getLogger(__name__)
-_SHARE = 4  # of memory_budget: one part in so many may hold the gradients of a micro-batch
+_COMPARED = 2  # steps that moved weights are compared in any case: in the first, LoRA's A has no gradient
+_SHARE = 4  # of memory_budget: one part in so many may hold the gradients of a step
+_LEAST_HELD = 1 << 28  # bytes of them that are held in any case
 
 
 class TrainingCapture:
@@ -37,6 +39,7 @@ class TrainingCapture:
         record (`Record`): of the run; with steps in it, the run resumes.
         model (`nn.Module`): as the loop calls it.
         weighed (`bool`): whether the optimizer divides numbers by their size.
+        obstacle (`str`): why the tracked weights' gradients cannot be captured, if the trial batch showed it.
 
     Attributes:
         folder (`Path`, *optional*): where gradients go, on a disk that all ranks see; None for a temporary one.
@@ -49,14 +52,17 @@ class TrainingCapture:
             forward pass.
     """
 
-    def __init__(self, context: BuildContext, record: Record, model: nn.Module, weighed: bool):
+    def __init__(self, context: BuildContext, record: Record, model: nn.Module, weighed: bool, obstacle: str = ""):
         self.config, self.ranks, self.record, self._weighed = context.config, context.ranks, record, weighed
         self.folder: Path | None = None
         self.rows_per_step, self.handles, self._size = 1, list[Any](), context.parameters.size
+        self._files: CaptureFolder | None = None
         self._writer: CaptureWriter | None = None
         self._is_said = False
         self._has_begun = record.taken > record.first
-        self.failure = "capture='after'" if self.config.capture == "after" else _obstacle(context, model)
+        self._rows, self._moved = 0, 0  # rows whose gradients are held, and steps that moved weights
+        after = self.config.capture == "after"
+        self.failure = "capture='after'" if after else obstacle or _obstacle(context, model)
         if self.failure and self.config.capture == "training":
             raise _not_captured(self.failure)
         if not self.failure:
@@ -71,11 +77,12 @@ class TrainingCapture:
             self._say(0)
         if self.failure:
             return None
-        held = 8 * rows * self._size
-        if held > max(self.config.memory_budget // _SHARE, 1 << 28):
-            self._fail(f"the gradients of {rows} rows take {held / 2**30:.1f} GiB. Raise memory_budget")
+        self._rows += rows
+        held = 4 * self._rows * self._size
+        if held > max(self.config.memory_budget // _SHARE, _LEAST_HELD):
+            self._fail(f"the gradients of {self._rows} rows take {held / 2**30:.1f} GiB. Raise memory_budget")
             return None
-        return self._gradients.begin(rows, compared)
+        return self._gradients.begin(rows, compared or self._moved < _COMPARED)
 
     def end(self) -> None:
         """Note that a forward pass is over."""
@@ -91,22 +98,25 @@ class TrainingCapture:
             factor (`float`): one over the gradient scaler's factor and the number of processes; 0 for a step that
                 moves nothing, which is forgotten.
         """
-        captured = [batch.captured for batch in batches]
+        captured, self._rows = [batch.captured for batch in batches], 0
         for batch in batches:
             batch.captured = None
-        if self.failure or not factor or self._writer is None:
+        if self.failure or self._writer is None:
             return
         try:
             self._gradients.refuse_other_totals([one for one in captured if one is not None])
             if self._gradients.failure:
                 raise UnsupportedError(self._gradients.failure)
+            if not factor:
+                return
+            self._moved += 1
             for batch, one in zip(batches, captured, strict=True):
                 gradients = None if one is None else one.gradients
                 if gradients is None:
                     raise UnsupportedError("a micro-batch had no backward pass")
                 self._writer.add(step, batch.row_indices.cpu().reshape(-1), gradients.cpu() * factor)
             self._has_begun = True
-        except (OSError, AttributionError) as error:
+        except (OSError, AttributionError, RuntimeError) as error:
             self._fail(str(error))
 
     def flush(self) -> None:
@@ -127,7 +137,14 @@ class TrainingCapture:
             except OSError as error:
                 self._fail(str(error))
         failures = [text for text in self.ranks.objects(self.failure) if text]
+        if failures:
+            self.remove()
         return None if failures else self.folder
+
+    def remove(self) -> None:
+        """Remove what was captured."""
+        if self._files is not None and self.ranks.rank == 0:
+            self._files.remove()
 
     def abandon(self) -> None:
         """End the capture of a recording that has ended with an error."""
@@ -144,15 +161,21 @@ class TrainingCapture:
         with self.ranks.raise_on_all_ranks():
             if self.ranks.rank == 0:
                 resumed = self.record.taken > self.record.first
-                reason = _continue(self.folder, self.record) if resumed else _create(self.folder, self._size, visits)
-        reason = self.ranks.objects(reason)[0]
+                make = _continue if resumed else _create
+                reason = make(self.folder, self.record, self._size, visits)
+        reason = str(self.ranks.objects(reason)[0])
+        if not reason:
+            try:
+                self._files = CaptureFolder.open(self.folder)
+                self._writer = CaptureWriter(self._files, self.ranks.rank, self._weighed)
+            except (BankError, OSError) as error:  # the folder of rank 0 is not seen by this one, for one
+                reason = str(error)
+        reason = next((text for text in self.ranks.objects(reason) if text), "")
         if reason:
+            self._writer = None
             self._stop(reason)
             if self.config.capture == "training":
                 raise _not_captured(reason)
-        else:
-            files = CaptureFolder.open(self.folder)
-            self._writer = CaptureWriter(files, self.ranks.rank, self._weighed)
         self._say(visits)
 
     def _say(self, visits: int) -> None:
@@ -165,7 +188,10 @@ class TrainingCapture:
             bits = self._writer.folder.bits
             form = "in floats" if bits == FLOATS else f"in {bits} bits a number"
             total = bytes_per_visit(self._size, bits) * visits / 2**20
-            text = f"rows' gradients are captured while training, {form}: {total:,.0f} MiB in {self.folder} until then"
+            text = (
+                f"rows' gradients are captured while training, {form}: {total:,.0f} MiB in {self.folder}, until the "
+                "bank is written"
+            )
         tqdm.write(f"response bank: {text}", file=sys.stderr)
 
     def _fail(self, reason: str) -> None:
@@ -185,8 +211,8 @@ class TrainingCapture:
     def _stop(self, reason: str) -> None:
         self.failure = reason
         self._gradients.give_up(reason)
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self._files is not None:
+            self._files.remove()
 
 
 def _not_captured(reason: str) -> UnsupportedError:
@@ -202,7 +228,7 @@ def open_captures(folder: Path | None, record: Record) -> Captures | None:
     except (BankError, OSError) as error:
         logger.warning("%s. The passes take the rows' gradients instead", error)
         return None
-    if not record.fits(captures):
+    if not captures.folder.continues(record.run, record.taken) or not record.fits(captures):
         logger.warning(
             "%s holds the captured gradients of other steps than the record. The passes take them instead", folder
         )
@@ -230,7 +256,7 @@ def planned_rows(accelerator: Any, loader: Any, processes: int) -> int:
     return int(batch) * getattr(accelerator, "gradient_accumulation_steps", 1) * processes
 
 
-def _create(folder: Path, size: int, visits: int) -> str:
+def _create(folder: Path, record: Record, size: int, visits: int) -> str:
     """Make the folder; return why there is no room for it."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(existing).free
@@ -240,17 +266,20 @@ def _create(folder: Path, size: int, visits: int) -> str:
             f"{visits:,} gradients of {size:,} numbers take {bytes_per_visit(size, 1) * visits / 2**30:.1f} GiB in "
             f"one bit a number, and half of the {free / 2**30:.1f} GiB that are free in {existing} are left alone"
         )
-    CaptureFolder(folder, size, bits).create()
+    CaptureFolder(folder, size, bits, ((record.run, record.first),)).create()
     return ""
 
 
-def _continue(folder: Path, record: Record) -> str:
+def _continue(folder: Path, record: Record, *_: int) -> str:
     """Cut captured gradients back to the record of the checkpoint; return why they do not fit it."""
     try:
-        captured = CaptureFolder.open(folder)
-        captured.cut_back(record.taken)
-        if record.fits(Captures(captured)):
+        files = CaptureFolder.open(folder)
+        if files.continues(record.resumed, record.taken) and record.fits(Captures(files, record.taken)):
+            files.resume(record.resumed, record.taken, record.run)
             return ""
     except (BankError, OSError):
         pass
-    return f"the gradients that were captured before step {record.taken} are not in {folder}"
+    return (
+        f"the gradients that were captured before step {record.taken} are not in {folder}: that run has ended, had "
+        "another output_dir, or captured none"
+    )

@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+
+from ..response.distributed import SINGLE_PROCESS, Ranks
 
 
 __all__ = ["Guard"]
@@ -13,13 +15,16 @@ logger = logging.getLogger(__name__)
 class Guard:
     """Keeper of errors of a recording whose training has begun.
 
+    Args:
+        ranks (`Ranks`, *optional*): processes that train together.
+
     Attributes:
         training (`bool`): whether an optimizer step was taken; errors are kept from then on.
         error (`Exception`, *optional*): the first error that was kept. Nothing is recorded after it.
     """
 
-    def __init__(self) -> None:
-        self.training = False
+    def __init__(self, ranks: Ranks = SINGLE_PROCESS) -> None:
+        self._ranks, self.training = ranks, False
         self.error: Exception | None = None
 
     @contextmanager
@@ -29,6 +34,12 @@ class Guard:
             yield
         except Exception as error:
             self.refuse(error)
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Raise an error of one rank on all of them, collectively, until training has begun; then as a call."""
+        with self(), nullcontext() if self.training else self._ranks.raise_on_all_ranks():
+            yield
 
     def refuse(self, error: Exception) -> None:
         """Raise the error, or keep it and log it once if training has begun."""

@@ -54,6 +54,7 @@ class Record:
         smoothing (`float`): label smoothing of the training loss.
         end (`Snapshot`, *optional*): the parameters that the run ended with, or was saved with.
         notes (`list[str]`): what the checks of values found after the first step.
+        run, resumed (`str`): random names of this run, and of the one that it resumes.
     """
 
     steps: int
@@ -71,6 +72,8 @@ class Record:
     smoothing: float = 0.0
     end: Snapshot | None = None
     notes: list[str] = field(default_factory=list)
+    run: str = ""
+    resumed: str = ""
 
     @property
     def taken(self) -> int:
@@ -110,6 +113,7 @@ class Record:
         if self.steps != planned.steps and self.end is not None:
             self.snapshots.append(self.end)
         self.steps, self.end = planned.steps, None
+        self.resumed, self.run = self.run, planned.run
 
     def bank_notes(self) -> list[str]:
         """Return the notes as a bank keeps them: not too many, and none too long."""
@@ -256,7 +260,7 @@ class Record:
         settings = {
             "steps": self.steps, "segments": self.segments, "momentum": self.momentum,
             "weight_decay": self.weight_decay, "total": self.total, "optimizer": self.optimizer,
-            "first": self.first, "smoothing": self.smoothing, "notes": self.notes,
+            "first": self.first, "smoothing": self.smoothing, "notes": self.notes, "run": self.run,
             "taken": len(self.rates), "ended": self.end is not None, "snapshots": [s.step for s in snapshots],
         }  # fmt: skip
         write_atomically(folder / "record.json", json.dumps(settings, indent=2).encode())

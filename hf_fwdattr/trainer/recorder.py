@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from torch import nn
 
@@ -114,10 +115,10 @@ class ResponseRecorder:
         with self.ranks.raise_on_all_ranks():
             first = first_rows(self.original, self.config.batch_size) if self.rows is None else None
             rows, original = (self.rows, self.original) if first is None else (first, first)
-            refuse_unsupported(self._context(rows, loader.collate_fn, original))
+            context = self._context(rows, loader.collate_fn, original)
+            obstacle = refuse_unsupported(context)
         self.record = self._resumed(Path(resume), steps) if resume is not None else self._new_record(steps)
-        context = self._context(rows, loader.collate_fn, original)
-        self.capture = TrainingCapture(context, self.record, model, weighed=self.preconditioner.kind != "sgd")
+        self.capture = TrainingCapture(context, self.record, model, self.preconditioner.kind != "sgd", obstacle)
         self.capture.rows_per_step = planned_rows(accelerator, loader, self.ranks.size)
         self._attach(model, loader)
         self._pending: list[OptimizerStep] = []
@@ -132,7 +133,7 @@ class ResponseRecorder:
     def _attach(self, model: nn.Module, loader: Any) -> None:
         """Patch the loop's objects; `detach` undoes it."""
         self._processes = 1 if self._accelerator is None else self._accelerator.num_processes
-        self._patches, self._row_patches, self.guard = Patches(), Patches(), Guard()
+        self._patches, self._row_patches, self.guard = Patches(), Patches(), Guard(self.ranks)
         objective, tracked = resolve_objective(self.model, self.config.objective), self.parameters.tensors(self.model)
         named = dict(zip(self.parameters.names, tracked, strict=True))
         step_check = StepCheck(self._optimizer, self.preconditioner, named)
@@ -157,7 +158,8 @@ class ResponseRecorder:
     def _new_record(self, steps: int) -> Record:
         optimizer, total = self.preconditioner, 0 if self.rows is None else len(self.rows)
         settings = (steps, self.config.segments, optimizer.momentum, optimizer.weight_decay)
-        return Record(*settings, total=total, optimizer=optimizer.kind)
+        name = self.ranks.objects(uuid4().hex)[0]
+        return Record(*settings, total=total, optimizer=optimizer.kind, run=name)
 
     def _resumed(self, folder: Path, steps: int) -> Record:
         """Return the record that rank 0 reads from the folder."""
@@ -217,7 +219,7 @@ class ResponseRecorder:
             return
         self._moved |= bool(self._rate)
         self._count += 1
-        with self.guard():
+        with self.guard.first():
             if self.guard.error is None:
                 self._record_step()
         self._owes_snapshot |= self.record.due(self._count)
@@ -336,12 +338,7 @@ class ResponseRecorder:
         seconds_per_row = self._seconds / self._visits if self._visits else None
         context = self._context(self.rows, self.batches.collate, self.original, seconds_per_row)
         bank = respond(context, self.record, self.record.end, Path(folder), self._captured)
-        if self.ranks.rank == 0:
-            logger.info(
-                "response bank: %s (%.1f MB, %d rows). With the model saved beside it, ask: "
-                "pipeline('training-data-attribution', model='%s')(prompt)",
-                bank.folder, bank.manifest.bytes / 1e6, len(bank), bank.folder.parent,
-            )  # fmt: skip
+        self.capture.remove()
         return bank
 
     def _context(self, dataset: Any, collate: Any, original: Any, seconds: float | None = None) -> BuildContext:

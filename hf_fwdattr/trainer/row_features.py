@@ -48,4 +48,6 @@ class ContextFeatures:
                     raise UnsupportedError("features of rows: their number differs between batches")
                 result[place[indices]] = features
                 bar.update(len(indices))
+        if not bool(result.isfinite().all()):
+            raise UnsupportedError("features of rows: not all of them are finite")
         return FeatureTable(result, compute.group_sizes, compute.leading)

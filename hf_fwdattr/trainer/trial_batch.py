@@ -29,12 +29,15 @@ _LARGEST_NOISE = 0.5  # of NEFTune, relative to the embeddings
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-2}
 
 
-def refuse_failing_batch(context: BuildContext) -> None:
+def refuse_failing_batch(context: BuildContext) -> str:
     """Take rows of different lengths through gradients, recording and texts as the passes will, and refuse failures.
 
     Model, weights and random states are left as they were. Under several processes every rank tries the same rows, and
     the caller raises a refusal of one on all. Of a sharded model, whose forward pass is a collective that a refusal
     in the middle would leave the others waiting in, only texts and noise are tried.
+
+    Returns:
+        Why rows' gradients cannot be captured in the training; empty if nothing stands in the way.
 
     Raises:
         AttributionError: what the passes would raise, or an UnsupportedError in place of any other error.
@@ -45,15 +48,15 @@ def refuse_failing_batch(context: BuildContext) -> None:
             next(texts, None)
         _refuse_large_noise(context)
         if is_sharded(context.model):
-            return
+            return ""
         indices = _different_rows(context)
         _refuse_several_labels(context, indices)
         with frozen(context.model):
             try:
-                _check_gradients(context, indices)
+                obstacle = _check_gradients(context, indices)
                 refuse_other_training_mode(context.model, context.objective, context.rows.batch(indices))
             except NumericalError:  # weights that are not finite: a training of its own, which ends without a bank
-                return
+                return ""
             except (AttributionError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
@@ -63,6 +66,7 @@ def refuse_failing_batch(context: BuildContext) -> None:
                     "Track weights of other layers (ResponseConfig(parameters=...)), or set batch_size=1"
                 ) from error
             _check_predictor(context, indices)
+    return obstacle
 
 
 def _refuse_several_labels(context: BuildContext, indices: list[int]) -> None:
@@ -104,8 +108,11 @@ def _refuse_large_noise(context: BuildContext) -> None:
             )
 
 
-def _check_gradients(context: BuildContext, indices: list[int]) -> None:
+def _check_gradients(context: BuildContext, indices: list[int]) -> str:
     """Compare every row's gradient in a batch with that of the row collated alone.
+
+    Returns:
+        Why gradients cannot be captured, as far as calls of the layers show it.
 
     Raises:
         UnsupportedError: a row's gradient depends on the rows beside it, padding included.
@@ -113,18 +120,22 @@ def _check_gradients(context: BuildContext, indices: list[int]) -> None:
     gradients = PerSampleGradients(context.model, context.parameters, context.objective)
     batch = context.rows.batch(indices)
     together, _ = gradients(batch)
+    obstacle = gradients.obstacle
     if len(indices) == 1 or gradients.is_half or context.rows.batch_size == 1:
-        return
-    alone = torch.stack([gradients(context.rows.batch([index]))[0][0] for index in indices])
-    differences = _differences(together, alone)
-    for index, difference in zip(indices, differences.tolist(), strict=True):
+        return obstacle
+    for row, index in enumerate(indices):
+        alone, _ = gradients(context.rows.batch([index]))
+        difference = float(_differences(together[row : row + 1], alone))
         if difference > _TOLERANCE[alone.dtype]:
+            every = torch.cat([gradients(context.rows.batch([one]))[0] for one in indices])
+            cure = _padding_cure(batch, gradients, together, every)
             raise UnsupportedError(
                 f"row {index}: its gradient in a batch of {len(indices)} rows differs from its gradient alone by "
                 f"{difference:.1%}, so it depends on the rows beside it. Padding moves it (on the left with learned "
                 "positions or with a label on a row's first token, on the right where the last token is read, or "
-                f"without an attention_mask), or rows influence each other. {_padding_cure(batch, gradients, alone)}"
+                f"without an attention_mask), or rows influence each other. {cure}"
             )
+    return obstacle
 
 
 def _differences(one: Tensor, other: Tensor) -> Tensor:
@@ -133,12 +144,13 @@ def _differences(one: Tensor, other: Tensor) -> Tensor:
     return (one - other).norm(dim=1) / scales.clamp(min=1e-12) * (scales > 1e-9)
 
 
-def _padding_cure(batch: Batch, gradients: PerSampleGradients, alone: Tensor) -> str:
+def _padding_cure(batch: Batch, gradients: PerSampleGradients, together: Tensor, alone: Tensor) -> str:
     """Return a cure for rows that padding changes, tried on this batch.
 
     Args:
         batch (`dict`): the rows as they were collated.
         gradients (`PerSampleGradients`): of the model.
+        together (`Tensor`): (rows, P) gradients of the rows in the batch.
         alone (`Tensor`): (rows, P) gradients of the rows without padding.
     """
     mask, tolerance = batch.get("attention_mask"), _TOLERANCE[alone.dtype]
@@ -148,9 +160,12 @@ def _padding_cure(batch: Batch, gradients: PerSampleGradients, alone: Tensor) ->
         moved = {name: _moved(value, mask, side) for name, value in batch.items()}
         if float(_differences(gradients(moved)[0], alone).max()) <= tolerance:
             return f"Pad on the {side}: tokenizer.padding_side={side!r}"
-    single = [{name: value[row : row + 1] for name, value in batch.items()} for row in range(len(alone))]
-    padded = torch.stack([gradients(one)[0][0] for one in single])
-    if float(_differences(gradients(batch)[0], padded).max()) <= tolerance:
+    single = [
+        {name: value[row : row + 1] if isinstance(value, Tensor) else value for name, value in batch.items()}
+        for row in range(len(alone))
+    ]
+    padded = torch.cat([gradients(one)[0] for one in single])
+    if float(_differences(together, padded).max()) <= tolerance:
         return "Pad all rows to one length, or train and respond with batch_size=1"
     return "Train and respond with batch_size=1"
 

@@ -72,7 +72,7 @@ def exact_scores(passes: Passes, gradients: Tensor) -> Tensor:
     scores = torch.zeros(len(gradients), total)
     if passes.captures is not None:  # each visit decays by itself: responses are formed, some rows at a time
         for rows in torch.arange(total).split(passes.chunk):
-            scores[:, rows] = (gradients.double() @ passes.respond(rows, torch.zeros(0)).double().T).float()
+            scores[:, rows] = (gradients.double() @ passes.respond(rows).double().T).float()
         return scores
     carried = torch.zeros_like(gradients, dtype=passes.theta.dtype)
     with frozen(stream.model):

@@ -113,6 +113,61 @@ def test_autocast(dtype: torch.dtype) -> None:
     capture.refuse_other_totals([batch])
 
 
+def test_passes_outside_begin_and_end_are_not_captured() -> None:
+    model, rows = trainable(adapted(llama())), token_rows(2)
+    capture = GradientCapture(model, TrackedParameters.of(model, "lora"))
+    found = capture.begin(2, compared=False)
+    loss = total_loss(model.train(), padded(rows))
+    capture.end()
+    other = total_loss(model, padded(rows[::-1]))  # as an evaluation in the middle of a step
+    (loss + other).backward()
+    assert found.gradients is not None
+    agree(found.gradients, alone(model, "lora", rows), 1e-5)
+
+
+def test_weights_that_are_frozen_on_the_way_get_nothing() -> None:
+    model, rows = trainable(adapted(llama())), token_rows(3)
+    parameters = TrackedParameters.of(model, "lora")
+    capture = GradientCapture(model, parameters)
+    frozen = [name for name in parameters.live if "lora_A" in name]
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    found = capture.begin(3, compared=True)
+    loss = total_loss(model.train(), padded(rows))
+    capture.end()
+    loss.backward()
+    capture.refuse_other_totals([found])
+    assert found.gradients is not None
+    blocks = dict(zip(parameters.live, parameters.split(found.gradients), strict=True))
+    assert [name for name, block in blocks.items() if not bool(block.any())] == frozen
+
+
+def test_layer_that_is_called_twice() -> None:
+    class Twice(Doubled):
+        def forward(self, input_ids: Tensor, **_: Any) -> Any:
+            return self.head(self.layer(self.layer(self.embedding(input_ids))))
+
+    model: Any = Twice()
+    capture = GradientCapture(model, TrackedParameters.of(model, "linear"))
+    found = loss_of(model, token_rows(4), capture)
+    capture.refuse_other_totals([found])
+    assert found.gradients is not None
+    agree(found.gradients.sum(0)[:36], model.layer.weight.grad.flatten(), 1e-5)
+
+
+def test_failing_product_ends_the_capture_and_not_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    model: Any = Doubled()
+    capture = GradientCapture(model, TrackedParameters.of(model, "linear"))
+    monkeypatch.setattr("hf_fwdattr.gradients.capture.linear_gradient", fails)
+    found = loss_of(model, token_rows(4), capture)
+    assert model.head.weight.grad is not None
+    assert found.gradients is None
+    assert capture.failure == "out of memory"
+
+
 class Doubled(nn.Module):
     """A layer whose weight is used a second time without a call, and a layer that flattens rows and positions."""
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,
@@ -136,6 +137,41 @@ def test_products_are_gradients_with_the_last_error_in_place_of_the_own() -> Non
     agree(features[:, :12], gradient.sum(1).float(), 1e-4)
     expected = torch.einsum("rta,rtb->rab", gradient, kept[0]).flatten(1)
     agree(features[:, 36:], expected.float(), 1e-4)
+
+
+def test_error_at_the_logits_is_that_of_autograd() -> None:
+    """A classifier's scores are no plain product with hidden states of every position."""
+    model: Any
+    model, objective, batch = classifier()
+    rows = batch([0, 1, 2], 12)
+    compute = features_of((model.eval(), objective, batch))
+    error = compute(rows)[:, : compute.group_sizes[0]]
+    kept: list[Tensor] = []
+    handle = model.score.register_forward_hook(lambda _, inputs, output: kept.append(output))
+    loss = nn.functional.cross_entropy(model(**rows).logits, rows["labels"], reduction="sum")
+    handle.remove()
+    (gradient,) = torch.autograd.grad(-loss, kept[0])
+    assert compute.group_sizes[0] == 3
+    agree(error, gradient.sum(1).float(), 1e-4)
+
+
+def test_virtual_tokens_of_a_prompt_are_no_output_tokens() -> None:
+    settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    plain, prompted = llama(), get_peft_model(llama(), settings).eval()
+    spec = ["layers.1.mlp.down_proj.weight"]
+    batch, kept = padded(token_rows(3)), list[Tensor]()
+    compute = ForwardFeatures(prompted, TrackedParameters.of(prompted, spec), CAUSAL_LM)
+    features = compute(batch)
+    layer = prompted.base_model.model.layers[-1] if hasattr(prompted.base_model, "model") else plain.model.layers[-1]
+    handle = layer.register_forward_hook(lambda _, inputs, output: kept.append(output))
+    prompted(**batch)
+    handle.remove()
+    hidden = kept[0][:, 3:]
+    hidden = hidden[:, : batch["labels"].shape[1] - 1]
+    counts = (batch["labels"][:, 1:] != IGNORED).float().unsqueeze(-1)
+    expected = (nn.functional.layer_norm(hidden.float(), hidden.shape[-1:]) * counts).sum(1) / counts.sum(1)
+    start = sum(compute.group_sizes[: compute.leading - 1])
+    agree(features[:, start : start + compute.group_sizes[compute.leading - 1]], expected, 1e-4)
 
 
 class Centred(nn.Module):

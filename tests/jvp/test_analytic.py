@@ -27,10 +27,10 @@ from transformers import (
 
 import hf_fwdattr.jvp.analytic
 from hf_fwdattr.errors import NumericalError, UnsupportedError
-from hf_fwdattr.jvp.analytic import AnalyticJVP, TooLarge
+from hf_fwdattr.jvp.analytic import AnalyticJVP, AnalyticModel, TooLarge
 from hf_fwdattr.jvp.backend import Backend
 from hf_fwdattr.jvp.torch_func import TorchFuncJVP
-from hf_fwdattr.models.likelihood import CAUSAL_LM, IGNORED
+from hf_fwdattr.models.likelihood import CAUSAL_LM, IGNORED, UNSHIFTED_CAUSAL_LM
 from hf_fwdattr.models.parameters import TrackedParameters
 from tests.helpers.cases import (
     ARCHITECTURES,
@@ -315,6 +315,13 @@ def test_what_is_not_kept_is_computed_again(name: str, monkeypatch: pytest.Monke
     for module in ("linear", "attention"):
         monkeypatch.setattr(f"hf_fwdattr.layers.{module}._KEPT", 0)
     agree(AnalyticJVP(model, parameters, CAUSAL_LM, batch).jvp(directions), kept, 1e-10)
+
+
+def test_parts_of_a_model_belong_to_a_likelihood() -> None:
+    model = gpt2()
+    parts = AnalyticModel(model, TrackedParameters.of(model, "linear"), CAUSAL_LM)
+    assert parts.describes(model, CAUSAL_LM)
+    assert not parts.describes(model, UNSHIFTED_CAUSAL_LM)
 
 
 def test_parts_of_a_model_are_found_anew_when_modules_change() -> None:

@@ -13,6 +13,7 @@ from hf_fwdattr import ResponseBank
 from hf_fwdattr.gradients.derivative_regression import DerivativeRegression
 from hf_fwdattr.gradients.forward_features import ForwardFeatures
 from hf_fwdattr.gradients.predicted_derivatives import column_groups, grouped_derivatives
+from hf_fwdattr.models.likelihood import CAUSAL_LM
 from hf_fwdattr.query.scorer import Scorer
 from tests.helpers.cases import adapted, token_rows
 from tests.helpers.reference import agree
@@ -100,6 +101,19 @@ def test_expectation_is_nearer_to_exact_derivatives_of_new_queries(asked: Asked)
     assert after < 0.9 * before
 
 
+def test_variances_are_those_of_what_remains(asked: Asked) -> None:
+    """Of new queries, though they are not the rows: the sum over directions by what it means for scores."""
+    kind, model, bank, questions = asked
+    scorer = Scorer(bank, model)
+    exact = scorer.directional_derivatives(questions, slice(0, K)).double().sum(1)
+    if kind == "predictor":
+        exact = exact - scorer.predicted_gradients(questions).double() @ bank.directions()[:K].double().T
+    weight = coordinates(bank).square().sum(0)
+    found = float(((exact - expected_derivatives(asked)).square().mean(0) * weight).sum())
+    stated = float((torch.tensor(bank.manifest.error_variances, dtype=torch.float64) * weight).sum())
+    assert 0.2 < found / stated < 2.0
+
+
 def test_unseen_rows_score_zero(asked: Asked) -> None:
     _, model, bank, questions = asked
     untrained = coordinates(bank).abs().sum(1) == 0
@@ -125,6 +139,17 @@ def test_bank_says_what_the_regression_explains(asked: Asked) -> None:
     assert explained is not None
     assert explained <= 1
     assert kind == "predictor" or explained > 0
+
+
+def test_custom_likelihood_is_not_expected(tmp_path: Path) -> None:
+    """A bank knows that there was one, but not which: a query's features would be others than the rows'."""
+    settings = config(directions=K, curvature_samples=32, objective=CAUSAL_LM.forward)
+    model = adapted(base())
+    bank = fine_tune(tmp_path, model, settings, training_set(ROWS), max_steps=UNSEEN // 3).bank
+    assert bank is not None
+    assert bank.manifest.regression_features == 0
+    ranking = Scorer(bank, model.eval()).rank(token_rows(1, seed=9)[0], 2, 9)
+    assert len(ranking.proponents.row_indices) == 2
 
 
 def test_without_a_predictor_wanted_nothing_is_expected(tmp_path: Path) -> None:

@@ -63,6 +63,22 @@ def test_top_k_rows_are_read_on_either_side_whatever_the_budget() -> None:
     assert sum(world.turns) == ROWS
 
 
+def test_top_k_rows_of_a_side_without_chances_are_read() -> None:
+    """Opponents are all alike and far from zero, so that every chance is a proponent's."""
+    world = World(0)
+    world.coarse[:150] += 100.0
+    world.exact[:150] += 100.0
+    result = refine(world.coarse, world.process(), 10, 40, world.read)
+    assert int((result.row_indices >= 150).sum()) >= 10
+
+
+def test_no_row_need_be_named() -> None:
+    for budget in (8, None):
+        world = World(0)
+        result = refine(world.coarse, world.process(), 0, budget, world.read)
+        assert result.scores.shape == (ROWS,)
+
+
 def test_exact_scores_improve_the_others() -> None:
     informed, blind = [], []
     for seed in range(8):

@@ -1,5 +1,6 @@
 """Captured gradients on disk: read as they were written, cut back to a step, whole after a kill."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -108,10 +109,42 @@ def test_folder_is_made_empty_and_damage_is_named(tmp_path: Path) -> None:
     assert len(Captures(folder)) == 0
     with pytest.raises(BankError, match=r"no captured gradients in .*captures\.json is missing"):
         CaptureFolder.open(tmp_path)
-    for text in ("{", '{"size": 3}', '{"size": -1, "bits": 4}', '{"size": 3, "bits": 5}', "[]"):
+    damaged = [
+        "{", "[]", '{"size": 3}', '{"size": 3, "bits": 4}', '{"size": 3, "bits": 4, "runs": [1]}',
+        '{"size": -1, "bits": 4, "runs": []}', '{"size": 3, "bits": 5, "runs": []}',
+    ]  # fmt: skip
+    for text in damaged:
         (folder.path / "captures.json").write_text(text)
         with pytest.raises(BankError, match="no captured gradients"):
             CaptureFolder.open(folder.path)
+
+
+def test_files_of_others_stay(tmp_path: Path) -> None:
+    """The folder may be one that holds a model."""
+    for name in ("config.json", "model.weights", "00000.bin"):
+        (tmp_path / name).write_text("mine")
+    folder = CaptureFolder(tmp_path, SIZE, 8)
+    folder.create()
+    CaptureWriter(folder, 0, weighed=True)
+    folder.create()
+    folder.remove()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.bin", "config.json", "model.weights"]
+    empty = written(tmp_path, 8)
+    empty.remove()
+    assert not empty.path.exists()
+
+
+def test_folder_belongs_to_a_run_and_those_that_resumed_it(tmp_path: Path) -> None:
+    folder = replace(written(tmp_path, 8), runs=(("one", 0),))
+    assert folder.continues("one", STEPS)
+    assert not folder.continues("other", STEPS)
+    folder.resume("one", 4, "two")
+    again = CaptureFolder.open(folder.path)
+    assert again.runs == (("one", 0), ("two", 4))
+    assert len(Captures(again)) == 4 * ROWS
+    assert [again.continues(*asked) for asked in (("one", 4), ("one", 5), ("two", 6))] == [True, False, True]
+    again.resume("one", 3, "three")
+    assert CaptureFolder.open(folder.path).runs == (("one", 0), ("three", 3))
 
 
 def test_bits_by_what_the_disk_has_room_for() -> None:

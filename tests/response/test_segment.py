@@ -3,7 +3,7 @@ from torch import Tensor
 
 from hf_fwdattr.response.curvature import Curvature
 from hf_fwdattr.response.horizon import NaturalHorizon
-from hf_fwdattr.response.segment import Segment
+from hf_fwdattr.response.segment import Segment, Visits
 from tests.helpers.reference import agree, flow
 
 
@@ -55,6 +55,27 @@ def test_splitting_a_segment_does_not_change_responses() -> None:
     push = drawn(ROWS, SIZE, seed=1)
     whole = segment(tau=0.6).propagate(None, push)
     agree(segment(tau=0.4).propagate(segment(tau=0.2).propagate(None, push), push), whole, 1e-10)
+
+
+def test_visits_push_when_they_happen() -> None:
+    """A row's push is what its step multiplied the gradient with, and decays from there to the segment's end."""
+    one = segment(tau=0.6)
+    rows, rates = torch.tensor([2, 0, 2, 1, 2]), torch.tensor([0.1, 0.2, 0.1, 0.1, 0.1], dtype=torch.float64)
+    remaining = 0.6 - rates.cumsum(0)
+    visits = Visits(rows, torch.arange(5), rates, remaining)
+    gradients, earlier = drawn(5, SIZE, seed=3), drawn(ROWS, SIZE, seed=4)
+    expected = (torch.linalg.matrix_exp(-0.6 * matrix(one)) @ earlier.T).T
+    for row, gradient, rate, left in zip(rows, gradients, rates, remaining, strict=True):
+        expected[row] -= torch.linalg.matrix_exp(-left * matrix(one)) @ (one.diagonal * gradient) * rate
+    agree(one.propagate_visits(earlier, gradients, visits, rows), expected, 1e-10)
+
+
+def test_visits_of_rows_are_found() -> None:
+    visits = Visits(torch.tensor([2, 0, 2, 1, 2]), torch.arange(10, 15), torch.ones(5), torch.arange(5.0))
+    found, lines = visits.of(torch.tensor([2, 5, 0]))
+    assert found.captured.tolist() == [10, 12, 14, 11]
+    assert found.remaining.tolist() == [0.0, 2.0, 4.0, 1.0]
+    assert lines.tolist() == [0, 0, 0, 2]
 
 
 def test_adjoint_is_the_adjoint_of_propagate() -> None:

@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutput
 
 from hf_fwdattr import ResponseCallback, build_bank
 from hf_fwdattr.errors import UnsupportedError
+from hf_fwdattr.gradients.capture import CapturedBatch, GradientCapture
 from hf_fwdattr.models.likelihood import CAUSAL_LM
 from hf_fwdattr.query.batch import batch_scores
 from hf_fwdattr.query.scorer import Scorer
@@ -105,6 +108,74 @@ def test_resumed_run_continues_its_captures(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path / "cut", again, training_set(), callback, **how)
     trainer.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-5"))
     agree(scores(again, callback), whole, 1e-6)
+
+
+def test_gradients_of_another_run_in_the_folder_are_not_taken(tmp_path: Path) -> None:
+    """Another run of the same steps and rows began in the folder, and was stopped before it saved."""
+    how: dict[str, Any] = dict(save_strategy="steps", save_steps=5)
+    for rate, stop in ((1e-2, 7), (0.3, 4)):
+        trainer = trainer_for(
+            tmp_path, adapted(base()), training_set(), ResponseCallback(config()), learning_rate=rate, **how
+        )
+        with pytest.raises(KeyboardInterrupt):
+            stop_at(trainer, stop)
+    callback = ResponseCallback(config(capture="training"))
+    trainer = trainer_for(tmp_path, adapted(base()), training_set(), callback, learning_rate=1e-2, **how)
+    with pytest.raises(UnsupportedError, match="captured before step 5 are not in"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_first_steps_that_move_weights_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warmup: int
+) -> None:
+    """During a warm-up the first rate is zero; what is compared then has to hold at once, too."""
+    compared: list[int] = []
+    refuse = GradientCapture.refuse_other_totals
+
+    def counted(capture: GradientCapture, found: list[CapturedBatch]) -> None:
+        compared.append(sum(bool(one.totals) for one in found))
+        refuse(capture, found)
+
+    monkeypatch.setattr(GradientCapture, "refuse_other_totals", counted)
+    tuned(tmp_path, "training", warmup_steps=warmup, learning_rate=1e-2)
+    assert compared == [1] * (3 if warmup else 2) + [0] * (7 if warmup else 8) + [1, 0]
+
+
+def test_gradients_that_wait_for_a_step_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("hf_fwdattr.trainer.capture._LEAST_HELD", 4 * 432 * 3 * 2)  # two micro-batches of three rows
+    settings = {"memory_budget": 0, "parameters": "auto"}
+    tuned(tmp_path / "two", "training", gradient_accumulation_steps=2, settings=settings)
+    assert "no longer captured" not in caplog.text
+    tuned(tmp_path / "four", "auto", gradient_accumulation_steps=4, settings=settings)
+    assert "no longer captured: the gradients of 9 rows take" in caplog.text
+
+
+class Sideways(nn.Module):
+    """A model whose layers have positions before rows, as many as there are rows in a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.layer, self.head = nn.Embedding(23, 6), nn.Linear(6, 6), nn.Linear(6, 23)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **_: Any) -> Any:
+        hidden = self.layer(self.embedding(input_ids).transpose(0, 1)).transpose(0, 1)
+        logits = self.head(hidden)
+        return (
+            {"logits": logits} if labels is None else {"loss": ForCausalLMLoss(logits, labels, 23), "logits": logits}
+        )
+
+
+def test_layers_with_positions_first_are_left_to_the_passes(tmp_path: Path) -> None:
+    rows: Any = [{"input_ids": [1 + (i + 3 * t) % 22 for t in range(3 + i % 2)]} for i in range(12)]
+    rows = [row | {"labels": row["input_ids"]} for row in rows]
+    model = Sideways()
+    settings = config(capture="training", parameters="linear", source_column=None, gradient_predictor=False)
+    with pytest.raises(UnsupportedError, match="capture='training': layer.weight is not the weight of one Linear"):
+        fine_tune(tmp_path, model, settings.replace(objective="causal-lm"), rows)
 
 
 def stop_at(trainer: Any, step: int) -> None:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from hf_fwdattr.bank.tensors import read_tensors
 from hf_fwdattr.errors import BankError, UnsupportedError
+from hf_fwdattr.response.captures import FLOATS, CaptureFolder, Captures, CaptureWriter
 from hf_fwdattr.trainer.record import Record, Snapshot
 
 
@@ -48,6 +49,49 @@ def test_momentum_scales_segment_lengths() -> None:
     plain, heavy = recorded().build(7, end(6)), recorded(momentum=0.75).build(7, end(6))
     assert [s.horizon.length for s in heavy] == pytest.approx([4 * s.horizon.length for s in plain])
     assert all(torch.equal(a.row_weights, b.row_weights) for a, b in zip(plain, heavy, strict=True))
+
+
+def captured(path: Path, record: Record) -> Captures:
+    """Gradients of the record's visits, the number of which is in each."""
+    folder = CaptureFolder(path / "captures", 3, FLOATS)
+    folder.create()
+    writer, number = CaptureWriter(folder, 0), 0
+    for step, (rate, rows) in enumerate(zip(record.rates, record.rows, strict=True), record.first):
+        if rate:
+            writer.add(step, rows, torch.arange(number, number + len(rows)).float()[:, None].expand(-1, 3))
+            number += len(rows)
+    writer.write()
+    return Captures(folder)
+
+
+@pytest.mark.parametrize("first", [0, 10])
+def test_visits_of_captured_gradients_have_their_steps_rates(tmp_path: Path, first: int) -> None:
+    """What remains of a segment after a step is the optimizer time of its later steps."""
+    record = recorded(momentum=0.5)
+    record.first, record.steps, record.clips[1], record.rates[4] = first, first + 6, 0.5, 0.0
+    captures = captured(tmp_path, record)
+    assert record.fits(captures)
+    one, two = record.build(7, end(first + 6), captures=captures)
+    assert one.visits is not None
+    assert two.visits is not None
+    assert one.visits.rows.tolist() == [0, 1, 1, 2, 2, 3]
+    assert one.visits.rates.tolist() == pytest.approx([0.2, 0.2, 0.2, 0.2, 0.6, 0.6])  # twice rate times clip
+    assert one.visits.remaining.tolist() == pytest.approx([0.8, 0.8, 0.6, 0.6, 0.0, 0.0])
+    assert two.visits.rows.tolist() == [3, 4, 5, 6]
+    assert two.visits.remaining.tolist() == pytest.approx([1.2, 1.2, 0.0, 0.0])
+    assert captures.read(two.visits.captured)[:, 0].tolist() == [6, 7, 8, 9]
+    (early,) = record.build(7, end(first + 2), captures=captures)
+    assert early.visits is not None
+    assert early.visits.remaining.tolist() == pytest.approx([0.2, 0.2, 0.0, 0.0])
+
+
+def test_captures_of_other_visits_do_not_fit(tmp_path: Path) -> None:
+    record = recorded()
+    captures = captured(tmp_path, record)
+    fewer, other, ids = recorded(steps=5), recorded(), recorded()
+    other.rows[3] = torch.tensor([3, 5])
+    ids.rows = [10 * rows + 7 for rows in ids.rows]  # ids of a stream keep the rows' order
+    assert [one.fits(captures) for one in (record, fewer, other, ids)] == [True, False, False, True]
 
 
 def test_segments_end_where_the_run_ended() -> None:
