@@ -164,9 +164,8 @@ class Sideways(nn.Module):
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **_: Any) -> Any:
         hidden = self.layer(self.embedding(input_ids).transpose(0, 1)).transpose(0, 1)
         logits = self.head(hidden)
-        return (
-            {"logits": logits} if labels is None else {"loss": ForCausalLMLoss(logits, labels, 23), "logits": logits}
-        )
+        loss = None if labels is None else ForCausalLMLoss(logits, labels, 23)
+        return CausalLMOutput(loss=loss, logits=logits)
 
 
 def test_layers_with_positions_first_are_left_to_the_passes(tmp_path: Path) -> None:
