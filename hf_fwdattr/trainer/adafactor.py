@@ -18,7 +18,6 @@ from ..errors import UnsupportedError
 __all__ = ["UpdateClipping", "clipping_factor", "inverse_root", "refuse_options"]
 
 _KEPT = 0.9  # share that a step leaves of the average over steps of the factor by which updates are clipped
-_LARGEST = 1e8  # of 1 / sqrt(V): what Adam's eps leaves of a weight without a gradient
 
 
 def refuse_options(group: dict[str, Any]) -> None:
@@ -39,10 +38,10 @@ def refuse_options(group: dict[str, Any]) -> None:
 def inverse_root(state: dict[str, Any]) -> Tensor:
     """Return 1 / sqrt(V) of one weight, float32 of its shape."""
     if "exp_avg_sq" in state:
-        return state["exp_avg_sq"].float().rsqrt().clamp(max=_LARGEST)
+        return state["exp_avg_sq"].float().rsqrt()
     rows, columns = state["exp_avg_sq_row"].float(), state["exp_avg_sq_col"].float()
     rows = (rows / rows.mean(-1, keepdim=True)).rsqrt()
-    return (rows.unsqueeze(-1) * columns.rsqrt().unsqueeze(-2)).clamp(max=_LARGEST)
+    return rows.unsqueeze(-1) * columns.rsqrt().unsqueeze(-2)
 
 
 def clipping_factor(gradient: Tensor, root: Tensor, group: dict[str, Any]) -> Tensor:
@@ -60,7 +59,8 @@ def clipping_factor(gradient: Tensor, root: Tensor, group: dict[str, Any]) -> Te
 class UpdateClipping:
     """Record of the factors by which Adafactor clipped its updates, averaged over about the last ten steps.
 
-    The optimizer does not keep them. A run that is resumed begins a new average.
+    The optimizer does not keep them, so each step costs one more pass over the tracked weights. A run that is
+    resumed begins a new average.
     """
 
     def __init__(self) -> None:

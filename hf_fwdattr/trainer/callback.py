@@ -41,8 +41,9 @@ class ResponseCallback(TrainerCallback):
     before the model is even prepared. TRL's `SFTTrainer` works like `Trainer`.
 
     While the model trains, the callback records row indices, learning rate and clipping of every optimizer step, and
-    copies the tracked parameters and the optimizer's diagonal once per segment. When training ends it makes about
-    2 S + 1 passes over the training set, for S segments.
+    copies the tracked parameters and the optimizer's diagonal once per segment. It captures rows' gradients in the
+    backward passes that train, where it can (see `ResponseConfig.capture`). When training ends it reads some more rows
+    forward and backward: of S segments, S times the curvature samples, and the sample rows.
 
     **On disk.** The bank lies in `output_dir/fwdattr` (see `ResponseConfig.folder`), so the Trainer's pushes upload it
     with the model, and the model card gets a section about it. Every checkpoint holds a `fwdattr-record`, so a resumed
@@ -53,11 +54,12 @@ class ResponseCallback(TrainerCallback):
     `build_bank(model, dataset, config, data_collator=..., record="<output_dir>/_fwdattr-record")` completes the bank.
     So it does after a process that was killed in the passes.
 
-    **Refused** before the first step, as far as a few rows show it: optimizers other than torch's AdamW, Adam and SGD;
-    `compute_loss_func`; DPO, KTO, GRPO; `packing=True`; random collators; a stream without `row_id_column`;
-    DataParallel, DeepSpeed, FSDP1, tensor parallelism. By the values of the first step: a loss with other terms or
-    weights, gradients that are changed on their way to the optimizer. The same, found later, is a warning. Once
-    training has begun, nothing that the callback does can end it: `callback.bank` raises what went wrong.
+    **Refused** before the first step, as far as a few rows show it: optimizers other than AdamW and Adam (also fused,
+    of torchao and bitsandbytes), Adafactor as Trainer sets it, and SGD; `compute_loss_func`; DPO, KTO, GRPO;
+    `packing=True`; random collators; a stream without `row_id_column`; DataParallel, DeepSpeed, FSDP1, tensor
+    parallelism. By the values of the first step: a loss with other terms or weights, gradients that are changed on
+    their way to the optimizer. The same, found later, is a warning. Once training has begun, nothing that the callback
+    does can end it: `callback.bank` raises what went wrong.
 
     Args:
         config (`ResponseConfig`, *optional*): settings.

@@ -38,13 +38,13 @@ def refuse_other_training_mode(model: nn.Module, objective: Objective, batch: Ba
         model (`nn.Module`): in evaluation mode, and left so.
 
     Raises:
-        UnsupportedError: the logits at some position differ by more than 2 % in one of three passes.
+        UnsupportedError: the logits at some position differ by more than 2 % in one of the passes.
     """
     plain, labels = objective.forward(model, batch)
     with _training_without_dropout(model):
-        before = _random_states(plain.device)
+        before = _generator_states()
         draws = [objective.forward(model, batch)[0]]
-        if _random_states(plain.device) != before:  # else nothing was drawn, and further passes are the same
+        if _generator_states() != before:  # else nothing was drawn, and further passes are the same
             draws += [objective.forward(model, batch)[0] for _ in range(_DRAWS - 1)]
     supervised = labels != IGNORED
     if draws[0].shape != plain.shape or not bool(supervised.any()):
@@ -59,11 +59,11 @@ def refuse_other_training_mode(model: nn.Module, objective: Objective, batch: Ba
         )
 
 
-def _random_states(device: torch.device) -> tuple[bytes, ...]:
-    """Return the states of all generators that a layer may draw from, to be compared."""
+def _generator_states() -> tuple[bytes, ...]:
+    """Return the states of the generators that layers draw from, to be compared: of processor, GPUs, NumPy, Python."""
     tensors = [torch.get_rng_state()]
-    if device.type == "cuda":
-        tensors.append(torch.cuda.get_rng_state(device))
+    if torch.cuda.is_available():
+        tensors += torch.cuda.get_rng_state_all()
     others = pickle.dumps(random.getstate()), pickle.dumps(np.random.get_state())
     return (*others, *(tensor.numpy().tobytes() for tensor in tensors))
 

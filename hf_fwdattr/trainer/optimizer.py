@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 # direction and the better calibration, and more changes little.
 FEEDBACK = 2.0
 _FLOOR = 0.02
+_WITHOUT_GRADIENT = 1e14  # 1 / sqrt(V) of Adafactor where V holds nothing but its eps of 1e-30
 _STILL = 1e-12  # diagonal of a weight that does not move: not zero, as responses are scaled by its root
 _KINDS: dict[type, str] = {
     torch.optim.AdamW: "adamw", torch.optim.Adam: "adam", torch.optim.SGD: "sgd", Adafactor: "adafactor",
@@ -103,7 +104,8 @@ class Preconditioner:
         if not parameter.requires_grad or not (has_moments(state) or (self.kind == "adafactor" and "step" in state)):
             return ones * _STILL
         if self.kind == "adafactor":
-            return inverse_root(state) * self.update_clipping.factor(parameter)
+            root = inverse_root(state)
+            return torch.where(root > _WITHOUT_GRADIENT, _STILL, root * self.update_clipping.factor(parameter))
         return adam_diagonal(state, group)
 
     @staticmethod

@@ -82,7 +82,7 @@ class ResponseRecorder:
             loop continues.
 
     Raises:
-        UnsupportedError: before the first step: another optimizer than AdamW, Adam or SGD, a dataset without random
+        UnsupportedError: before the first step: an optimizer that is not supported, a dataset without random
             access or `row_id_column`, a random collator, FSDP1, tensor parallelism; from `step()`: a loss that is not
             the model's own or weighs tokens unequally; from the clipping: values clipped, or parameters clipped apart.
     """

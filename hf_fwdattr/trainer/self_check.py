@@ -27,6 +27,7 @@ from ..config import ResponseConfig
 from ..errors import AttributionError, UnsupportedError
 from ..evaluation.agreement import agreement, scipy_stats
 from ..gradients.per_sample import PerSampleGradients
+from ..models.interrupts import uninterrupted
 from ..models.likelihood import resolve_objective, row_losses
 from ..models.modes import frozen
 from ..response.dataset import TrainingRows
@@ -108,7 +109,8 @@ class SelfCheck:
                     replayed = {name: model.get_parameter(name).detach() for name in end}
                     replay_gap = _distance(replayed, end) / max(_distance(self.start, end), 1e-30)
         finally:
-            _write(model, end)
+            with uninterrupted():
+                _write(model, end)
         outcomes = torch.stack(losses)
         result = agreement(predictions, (outcomes[1:] - outcomes[0]).T, config.seed)
         figures = {

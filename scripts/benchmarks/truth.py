@@ -2,7 +2,9 @@
 
 A score is the inner product of a query's gradient with a row's response. The queries' gradients walk backwards through
 the adjoint of each segment, once, and what comes out is multiplied with each row's gradients as they stream: no (N, P)
-matrix of responses, and nothing of the bank that is judged.
+matrix of responses, and nothing of the bank that is judged. Where gradients were captured, rows' responses are formed
+from them instead, some at a time, as the bank forms them: what is judged then is what the bank makes of responses, and
+not the captured gradients, which `tests/trainer/test_capture.py` and `lds` judge.
 """
 
 import copy

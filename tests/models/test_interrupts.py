@@ -20,6 +20,7 @@ from hf_fwdattr.models.interrupts import uninterrupted
 from hf_fwdattr.models.modes import frozen, refuse_batch_statistics, trainable
 from hf_fwdattr.models.parameters import TrackedParameters
 from hf_fwdattr.trainer.mode_check import _training_without_dropout
+from hf_fwdattr.trainer.patching import Patches
 
 
 def interrupt() -> None:
@@ -101,6 +102,18 @@ def test_model_is_put_back_before_the_interrupt_is_raised(name: str) -> None:
         Interrupting.armed = True
     assert not Interrupting.armed, "nothing was interrupted"
     assert state(model) == before
+
+
+def test_every_patch_is_undone_before_the_interrupt_is_raised() -> None:
+    """The patch that was made last interrupts while it is taken back; the one before it goes, too."""
+    target, patches = Interrupting(), Patches()
+    first = SimpleNamespace(value=1)
+    patches.replace(first, value=2)
+    patches.hook(SimpleNamespace(remove=interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        patches.undo()
+    assert first.value == 1
+    assert target.training
 
 
 class Copied(nn.Parameter):

@@ -125,6 +125,21 @@ def test_honest_steps_are_taken_on_both() -> None:
         assert (loop.taken, loop.notes) == (3, [])
 
 
+def test_ranks_meet_at_the_first_step_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later steps wait for nobody."""
+    counts, objects = list[int](), Threads.objects
+
+    def counted(threads: Threads, item: Any) -> list[Any]:
+        counts[-1] += 1
+        return objects(threads, item)
+
+    monkeypatch.setattr(Threads, "objects", counted)
+    for steps in (1, 3):
+        counts.append(0)
+        on_two_ranks(steps, quiet)
+    assert counts[0] == counts[1] > 0
+
+
 def test_later_mismatch_is_noted_where_it_is_seen() -> None:
     (first, _), (second, error) = on_two_ranks(11, reporting, first=10)
     assert error is None

@@ -1,5 +1,6 @@
 """The comparison of both modes takes two forward passes, and more only where layers draw at random."""
 
+import random
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,9 @@ BATCH = {"logits": torch.eye(3)[None], "labels": torch.arange(3)[None]}
         (lambda: 0.0, 2),
         (lambda: 1e-4 * torch.rand(3), 4),
         (lambda: 1e-4 * float(np.random.rand()), 4),
+        (lambda: 1e-4 * random.random(), 4),
     ],
-    ids=["no noise", "torch", "NumPy"],
+    ids=["no noise", "torch", "NumPy", "Python"],
 )
 def test_passes_are_repeated_where_something_was_drawn(noise: Any, passes: int) -> None:
     model = Layer(noise).eval()

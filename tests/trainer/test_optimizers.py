@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from transformers.optimization import Adafactor
 
+from hf_fwdattr.errors import UnsupportedError
 from hf_fwdattr.models.parameters import TrackedParameters
 from hf_fwdattr.trainer.adafactor import UpdateClipping, clipping_factor, inverse_root
 from hf_fwdattr.trainer.optimizer import Preconditioner
+from hf_fwdattr.trainer.optimizer_state import adam_moments
 from hf_fwdattr.trainer.step_checks import StepCheck
 from tests.helpers.optimizers import (
     RATE,
@@ -107,12 +109,56 @@ def test_adafactor_diagonal_of_the_callback_knows_the_clipping(tmp_path: Path) -
     assert max(factors) < 1.0
 
 
-def test_weight_without_a_gradient_has_a_bounded_diagonal() -> None:
-    weight = nn.Parameter(torch.zeros(4, 3))
-    optimizer = adafactor([weight])
-    weight.grad = torch.zeros_like(weight)
+@pytest.mark.parametrize("size", [0.0, 1e-9])
+def test_adafactor_with_small_gradients_and_none(size: float) -> None:
+    """It has no eps as Adam has: gradients of 1e-9 move weights as far as large ones, and zeros do not."""
+    layer: Any = nn.Linear(3, 4, bias=False)
+    optimizer, parameters = adafactor([layer.weight]), TrackedParameters.of(layer, "trainable")
+    preconditioner = Preconditioner.of(optimizer, layer, parameters)
+    check = StepCheck(optimizer, preconditioner, dict(layer.named_parameters()))
+    for _ in range(3):
+        layer.weight.grad = size * torch.ones_like(layer.weight)
+        assert check.gradients(1.0, 1.0) is None
+        optimizer.step()
+        check.record_update_clipping()
+        assert check.step() is None
+    diagonal = preconditioner.diagonal(optimizer, layer, parameters)
+    if size:
+        agree(diagonal, torch.full((12,), 1e9), 0.01)
+    else:
+        assert float(diagonal.max()) < 1e-9
+
+
+@pytest.mark.parametrize("option", ["nesterov", "dampening"])
+def test_options_of_sgd_without_a_closed_form_are_refused(option: str) -> None:
+    layer = nn.Linear(3, 3, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    optimizer.param_groups[0][option] = True
+    with pytest.raises(UnsupportedError, match=f"{option}=True of SGD"):
+        Preconditioner.of(optimizer, layer, TrackedParameters.of(layer, "trainable"))
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_frozen_weight_has_next_to_no_diagonal(name: str) -> None:
+    layer = nn.Linear(3, 3, bias=False)
+    optimizer = getattr(torch.optim, name)(layer.parameters(), lr=0.1)
+    preconditioner = Preconditioner.of(optimizer, layer, TrackedParameters.of(layer, "trainable"))
+    parameters = TrackedParameters.of(layer, "trainable")
+    layer.weight.grad = torch.ones_like(layer.weight)
     optimizer.step()
-    assert float(inverse_root(optimizer.state[weight]).max()) <= 1e8
+    layer.weight.requires_grad_(False)
+    assert float(preconditioner.diagonal(optimizer, layer, parameters).max()) < 1e-9
+
+
+def test_amsgrad_has_the_largest_second_moment() -> None:
+    weight: Any = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, amsgrad=True)
+    for size in (1.0, 0.0, 0.0):
+        weight.grad = torch.full_like(weight, size)
+        optimizer.step()
+    state, group = optimizer.state[weight], optimizer.param_groups[0]
+    assert torch.equal(adam_moments(state, group).second, state["max_exp_avg_sq"])
+    assert float(state["exp_avg_sq"].max()) < float(state["max_exp_avg_sq"].min())
 
 
 def refused() -> list[Any]:
